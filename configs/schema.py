@@ -182,30 +182,12 @@ class PyramidConfig:
 
 
 @dataclass(frozen=True)
-class SideConfig:
-    """The temporal parts of the side network, each of which can be turned off to see what it gives."""
-
-    td4v: bool = True
-    stem_kernel: Literal[1, 3] = 3  # frames that the stem convolution sees
-    token_shift: bool = True
-    temporal_embedding: bool = True
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """TD4V inside CLIP's blocks. The authors never published this half: the defaults are what gives their 2.14 M."""
-
-    placement: Literal["before_attention", "before_mlp", "both"] = "before_attention"
-    mode: Literal["FC", "CNN"] = "FC"
-    ratio: Ratio = Ratio(1 / 12)
-    feature: Literal["class_token", "mean_tokens"] = "class_token"
-    zero_init: bool = True
-    temporal_embedding: bool = True
-
-
-@dataclass(frozen=True)
 class NetworkConfig:
-    """Which model. `DA_ratio`, `sample_mode`, `pyramid` and `side` describe side-tuning, `finetune` fine-tuning."""
+    """Which model. `DA_ratio`, `sample_mode` and `pyramid` describe side-tuning, as in the published files.
+
+    `options` holds what is a method's own: the keys are the fields of the dataclass Options in the method's file, and
+    are checked when the model is built.
+    """
 
     arch: str = "ViT-B/16"  # OpenAI's name, any open_clip ViT, or `custom` with network.vision
     init: bool = True  # load CLIP's weights
@@ -218,8 +200,7 @@ class NetworkConfig:
     sample_mode: Literal["FC", "CNN"] = "CNN"
     vision: Optional[VisionConfig] = None
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
-    side: SideConfig = field(default_factory=SideConfig)
-    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         _within(self, "network", 0, 1, "drop_fc")
@@ -321,6 +302,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     resume: Optional[str] = None  # a checkpoint: continue that run
     pretrain: Optional[str] = None  # a checkpoint: start from its weights
+    pretrain_head: Literal["keep", "drop"] = "keep"  # drop: leave out the checkpoint's classifier, start a new one
     seed: int = 1024
 
     def check(self) -> None:
@@ -402,6 +384,11 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:
+    """Fill a dataclass of options from plain values with the same checks as the rest; `path` is its dotted name."""
+    return _fill(cls, values, path, [])
+
+
 def parse_ratio(value: float | str) -> float:
     """A positive number, or a fraction string such as "1/6", as a float. Raises ValueError."""
     try:
@@ -468,7 +455,8 @@ def _fill(cls: type, values: Any, path: str, dead: list[str]) -> Any:
         if dotted in DEAD_KEYS:
             dead.append(dotted)
         elif key not in fields:
-            raise ConfigError(f"{dotted}: unknown key{_hint(dotted, _all_keys(Config), str(key), path)}")
+            known = [f"{path}.{name}" for name in fields] if path.count(".") else _all_keys(Config)
+            raise ConfigError(f"{dotted}: unknown key{_hint(dotted, known, str(key), path)}")
         elif value is None and not _optional(hints[key]) and _has_default(fields[key]):
             continue  # an empty key, as the published files have them, means the default
         else:
@@ -504,8 +492,11 @@ def _convert(kind: Any, value: Any, key: str, dead: list[str]) -> Any:
         if isinstance(value, (list, tuple)):
             kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
             if len(kinds) == len(value):
-                return tuple(_convert(k, v, f"{key}[{i}]", dead) for i, (k, v) in enumerate(zip(kinds, value)))
+                return tuple(_convert(k, v, f"{key}[{i}]", dead) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
             raise ConfigError(f"{key}: must hold {len(kinds)} values, not {len(value)}")
+    elif origin is dict:
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+            return value
     elif kind is bool:
         if isinstance(value, bool):
             return value

@@ -1,0 +1,274 @@
+"""The frozen CLIP vision tower. The only file that imports open_clip.
+
+Lives here: building a tower by name or from plain sizes, finding and reading CLIP's weights in the formats people
+have them in, running it block by block. Does not live here: anything tuned.
+
+Letters: M images (B clips x T frames), N patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import open_clip
+import torch
+from open_clip.model import CLIPVisionCfg, resize_pos_embed
+from open_clip.transformer import QuickGELU, VisionTransformer
+from torch import Tensor, nn
+
+logger = logging.getLogger("td4v")
+
+# OpenAI's names, the open_clip models that have their activation, and the archives users put into clip_pretrain/.
+OPENAI = {
+    "ViT-B/32": ("ViT-B-32-quickgelu", "ViT-B-32.pt"),
+    "ViT-B/16": ("ViT-B-16-quickgelu", "ViT-B-16.pt"),
+    "ViT-L/14": ("ViT-L-14-quickgelu", "ViT-L-14.pt"),
+    "ViT-L/14@336px": ("ViT-L-14-336-quickgelu", "ViT-L-14-336px.pt"),
+}
+
+
+class BackboneError(ValueError):
+    """A tower or its weights cannot be had as asked; the message is one sentence."""
+
+
+class VisionTower(nn.Module):
+    """A frozen CLIP vision transformer: never in training mode, no parameter requires a gradient.
+
+    Gradients flow through it to its input; a method that wants none runs it under torch.no_grad().
+
+    Args:
+        visual: an open_clip VisionTransformer with a class token; its projection to the text space is dropped.
+        quick_gelu: which activation it was built with.
+
+    Attributes:
+        width (D), patch_size (pixels), grid ((H, W) patches), image_size ((height, width) pixels), blocks.
+    """
+
+    def __init__(self, visual: VisionTransformer, quick_gelu: bool):
+        super().__init__()
+        if visual.attn_pool is not None:
+            raise BackboneError("a tower with attentional pooling has no class token for TD4V to use")
+        visual.proj = None
+        self.visual = visual.requires_grad_(False)
+        self.quick_gelu = quick_gelu
+        self.width = visual.conv1.out_channels
+        self.patch_size = visual.patch_size[0]
+        self.grid = visual.grid_size
+        self.image_size = visual.image_size
+        self.train(False)
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Stays in eval mode, whatever the model around it does."""
+        return super().train(False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.visual.transformer.resblocks
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches, class token, positions, ln_pre: (M, 3, height, width) -> (M, 1 + N, D)."""
+        if tuple(images.shape[-2:]) != tuple(self.image_size):
+            raise ValueError(f"the tower was built for {self.image_size} pixels and got {tuple(images.shape[-2:])}")
+        patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # (M, N, D)
+        token = self.visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        positions = self.visual.positional_embedding.to(patches.dtype)
+        return self.visual.ln_pre(torch.cat([token, patches], 1) + positions)
+
+    def attend(self, index: int, x: Tensor) -> Tensor:
+        """The attention half of block `index`, with its residual: (M, 1 + N, D) -> the same."""
+        block = self.blocks[index]
+        y = block.ln_1(x)
+        if hasattr(block, "attention"):
+            y = block.attention(q_x=y)
+        else:  # open_clip's CustomResidualAttentionBlock
+            y = block.ln_attn(block.attn(y))
+        return x + block.ls_1(y)
+
+    def transform(self, index: int, x: Tensor) -> Tensor:
+        """The MLP half of block `index`, with its residual: (M, 1 + N, D) -> the same."""
+        block = self.blocks[index]
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """All blocks, before ln_post: (M, 3, height, width) -> (M, 1 + N, D)."""
+        x = self.embed(images)
+        for index in range(len(self.blocks)):
+            x = self.transform(index, self.attend(index, x))
+        return x
+
+
+def build_tower(arch: str, image_size: int, source: str | None = None) -> VisionTower:
+    """A tower by name.
+
+    Args:
+        arch: OpenAI's name (`ViT-B/16`, `ViT-L/14`: built with QuickGELU) or any open_clip ViT (`ViT-B-16`, ...).
+        image_size: pixels a side; positional embeddings are interpolated if the weights have another.
+        source: where the weights are (see `find_weights`), or None for random weights.
+
+    Raises:
+        BackboneError: unknown or unsuitable name, weights that cannot be had or do not fit, activation mismatch.
+    """
+    name = OPENAI[arch][0] if arch in OPENAI else arch
+    model = open_clip.get_model_config(name) if "/" not in name else None
+    if model is None:
+        known = [*OPENAI, *(n for n in open_clip.list_models() if n.startswith("ViT"))]
+        raise BackboneError(f"network.arch: {arch!r} is not a known CLIP; known are e.g. {', '.join(known[:12])}")
+    vision = model["vision_cfg"]
+    if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
+        raise BackboneError(f"network.arch: {arch} is not a plain vision transformer of open_clip")
+    options = CLIPVisionCfg(**{**vision, "image_size": image_size})
+    unused = ("attentional_pool", "patch_dropout", "no_ln_pre", "final_ln_after_pool", "ls_init_value", "pool_type", "pos_embed_type", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")  # fmt: skip
+    extra = {key: getattr(options, key) for key in unused}
+    extra["patch_dropout"] = 0.0
+    return _build(
+        options.width, options.layers, options.width // options.head_width, options.mlp_ratio, options.patch_size,
+        image_size, model.get("quick_gelu", False), source, name, arch in OPENAI, extra,
+    )  # fmt: skip
+
+
+def build_custom_tower(width: int, layers: int, heads: int, patch_size: int, image_size: int, mlp_ratio: float = 4.0,
+                       quick_gelu: bool = True, source: str | None = None) -> VisionTower:  # fmt: skip
+    """A tower from plain sizes, for tests and small experiments. Arguments, result and errors as `build_tower`."""
+    return _build(width, layers, heads, mlp_ratio, patch_size, image_size, quick_gelu, source, "custom", False, {})
+
+
+def find_weights(arch: str, weights: str | None, folder: str | Path = "clip_pretrain") -> str:
+    """Where the weights of a tower come from: what is asked for, else OpenAI's archive in `folder`, else its tag.
+
+    Returns:
+        a path to a file, or an open_clip tag.
+
+    Raises:
+        BackboneError: a missing file, or an arch without a default.
+    """
+    if weights is not None:
+        looks_like_file = "/" in weights or Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors")
+        if looks_like_file and not Path(weights).is_file():
+            raise BackboneError(f"network.weights: no file {weights}")
+        return weights
+    if arch not in OPENAI:
+        raise BackboneError(
+            f"network.weights: {arch} needs an open_clip tag or a file, or set network.init to false for random weights"
+        )
+    archive = Path(folder) / OPENAI[arch][1]
+    return str(archive) if archive.is_file() else "openai"
+
+
+def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
+    """The vision tower's weights in a file, under open_clip's names without `visual.`, in float32.
+
+    Reads safetensors, a torch file (open_clip's or Hugging Face's `.bin`/`.pt`, bare or under `state_dict`, with or
+    without `module.`), and OpenAI's own TorchScript archives in half precision.
+
+    Raises:
+        BackboneError: unreadable file, a pickle with code, or a file without a vision tower.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            values = load_file(path)
+        elif _is_torchscript(path):
+            values = torch.jit.load(str(path), map_location="cpu").state_dict()
+        else:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise BackboneError(
+            f"{path}: cannot be read as CLIP weights ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from None
+    values = values.get("state_dict", values) if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise BackboneError(f"{path}: holds no state_dict")
+    values = {key.removeprefix("module."): value for key, value in values.items()}
+    visual = {key.removeprefix("visual."): value.float() for key, value in values.items() if key.startswith("visual.")}
+    if not visual and "conv1.weight" in values:
+        visual = {key: value.float() for key, value in values.items()}
+    if "conv1.weight" not in visual:
+        raise BackboneError(f"{path}: holds no CLIP vision transformer (no visual.conv1.weight)")
+    return visual
+
+
+def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: int, image_size: int, quick_gelu: bool,
+           source: str | None, name: str, openai: bool, extra: dict) -> VisionTower:  # fmt: skip
+    if image_size % patch_size:
+        raise BackboneError(f"data.input_size: {image_size} is not divisible by the patch size {patch_size} of {name}")
+    visual = VisionTransformer(
+        image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads, mlp_ratio=mlp_ratio,
+        act_layer=QuickGELU if quick_gelu else nn.GELU, **extra,
+    )  # fmt: skip
+    tower = VisionTower(visual, quick_gelu)
+    if source is None:
+        logger.warning("%s starts from RANDOM weights: nothing of CLIP is loaded", name)
+    else:
+        _load(tower, source, name)
+        logger.info("%s: weights from %s", name, source)
+    return tower
+
+
+def _load(tower: VisionTower, source: str, name: str) -> None:
+    """Fetch, check and load weights; only ln_post's absence and the unused projection are tolerated."""
+    path, gelu = Path(source), None
+    if path.is_file():
+        gelu = _stated_activation(path)
+    else:
+        tag = open_clip.pretrained.get_pretrained_cfg(name, source)
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            raise BackboneError(
+                f"network.weights: {source!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
+            )
+        gelu = bool(tag.get("quick_gelu", False))
+    if gelu is not None and gelu != tower.quick_gelu:
+        names = {True: "QuickGELU", False: "GELU"}
+        raise BackboneError(
+            f"network.arch: {name} is built with {names[tower.quick_gelu]}, but the weights {source} were trained with {names[gelu]}; choose the {'-quickgelu' if gelu else 'plain'} variant"
+        )
+    if not path.is_file():
+        try:
+            path = Path(open_clip.download_pretrained(tag))
+        except Exception as error:
+            raise BackboneError(
+                f"cannot download {name} {source} ({type(error).__name__}): put the file into clip_pretrain/ or name it in network.weights, or set network.init to false"
+            ) from None
+    values = read_visual_weights(path)
+    values.pop("proj", None)
+    if "positional_embedding" in values:
+        named = {"visual.positional_embedding": values["positional_embedding"]}
+        resize_pos_embed(named, SimpleNamespace(visual=tower.visual))
+        values["positional_embedding"] = named["visual.positional_embedding"]
+    own = tower.visual.state_dict()
+    unfit = [key for key in own if key not in values or values[key].shape != own[key].shape]
+    unknown = [key for key in values if key not in own]
+    if unfit or unknown:
+        key = (unfit or unknown)[0]
+        found = tuple(values[key].shape) if key in values else "nothing"
+        wanted = tuple(own[key].shape) if key in own else "nothing"
+        raise BackboneError(
+            f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
+        )
+    tower.visual.load_state_dict(values)
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a torch file is a TorchScript archive: those hold code and constants beside the tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def _stated_activation(path: Path) -> bool | None:
+    """QuickGELU or not, where the file says it: OpenAI's archives and a folder with open_clip_config.json do."""
+    config = path.parent / "open_clip_config.json"
+    if path.suffix != ".safetensors" and _is_torchscript(path):
+        return True
+    if config.is_file():
+        values = json.loads(config.read_text())
+        return bool(values.get("model_cfg", values).get("quick_gelu", False))
+    return None

@@ -1,0 +1,162 @@
+"""The METHODS table, build_model(config), the account of parameters, and loading weights into a model.
+
+A method is one file in clip/methods/ with a module, a dataclass `Options` (what may stand in network.options) and
+`build(config, tower, options)`. The module has `forward(video (B, T, C, H, W)) -> logits (B, K)`, `tuned_modules()`,
+whose last entry `head` is the classifier, and `frames_per_segment`. It becomes known by one line in METHODS.
+Does not live here: any layer, any loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from clip.authors import from_authors, is_authors_layout
+from clip.backbone import VisionTower, build_custom_tower, build_tower, find_weights
+from clip.methods import td4v_finetune, td4v_side
+from configs.schema import Config, ConfigError, fill_options, nearest
+
+METHODS: dict[str, ModuleType] = {
+    "td4v_side": td4v_side,
+    "td4v_finetune": td4v_finetune,
+}
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit a model; the message is one sentence."""
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
+
+    Random parts follow torch's global seed.
+
+    Raises:
+        ConfigError, BackboneError, ValueError: an unknown method, weights that cannot be had, sizes that do not fit.
+    """
+    network = config.network
+    if network.method_name not in METHODS:
+        close = nearest(network.method_name, METHODS)
+        raise ConfigError(
+            f"network.method: {network.method_name!r} is unknown{f'; did you mean {close}?' if close else ''} (known: {', '.join(METHODS)})"
+        )
+    if network.method is not None and network.fine_tuning and network.method == "td4v_side":
+        warnings.warn("network.method td4v_side overrides network.fine_tuning", stacklevel=2)
+    method = METHODS[network.method_name]
+    options = fill_options(method.Options, network.options, "network.options")
+    model = method.build(config, build_config_tower(config), options)
+    return tune_only(model)
+
+
+def build_config_tower(config: Config) -> VisionTower:
+    """The frozen tower of a configuration."""
+    network, size = config.network, config.data.input_size
+    source = find_weights(network.arch, network.weights) if network.init else None
+    if network.vision is None:
+        return build_tower(network.arch, size, source)
+    vision = {**dataclasses.asdict(network.vision), "image_size": size}
+    return build_custom_tower(**vision, source=source)
+
+
+def tune_only(model: nn.Module) -> nn.Module:
+    """Require gradients of exactly what `tuned_modules` names."""
+    model.requires_grad_(False)
+    for part in model.tuned_modules().values():
+        part.requires_grad_(True)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """Counts of parameters: all, tuned, and tuned by module."""
+
+    total: int
+    tuned: int
+    by_module: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Tuned share, 0..1."""
+        return self.tuned / self.total
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.by_module.items())
+        return f"parameters: {self.total:,} in all, {self.tuned:,} tuned ({100 * self.share:.2f} %): {parts}"
+
+
+def parameter_report(model: nn.Module) -> ParameterReport:
+    """Count a method's parameters."""
+    by_module = {name: _count(part) for name, part in model.tuned_modules().items()}
+    return ParameterReport(_count(model), sum(by_module.values()), by_module)
+
+
+def parameter_groups(model: nn.Module, lr: float, clip_ratio: float) -> list[dict]:
+    """Optimizer groups: the tuned parts at lr * clip_ratio, the classifier at lr."""
+    groups = []
+    for name, part in model.tuned_modules().items():
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        groups.append({"name": name, "params": parameters, "lr": lr if name == "head" else lr * clip_ratio})
+    return groups
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, drop_head: bool = False) -> None:
+    """Load a whole model's state_dict, ours or the authors', strictly.
+
+    Args:
+        model: of `build_model`.
+        state_dict: our names or the authors' (see clip/authors.py), with or without `module.`.
+        source: the file, for messages.
+        drop_head: leave out the classifier.
+
+    Raises:
+        WeightsError: another method, another number of classes or frames, any other difference. Nothing is loaded
+            then.
+    """
+    values = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    optional: set[str] = set()
+    if is_authors_layout(values):
+        try:
+            values = from_authors(values)
+        except ValueError as error:
+            raise WeightsError(f"{source}: {error}") from None
+        optional = {"tower.visual.ln_post.weight", "tower.visual.ln_post.bias"}  # theirs never reads it
+    own = model.state_dict()
+    if drop_head:
+        values = {key: value for key, value in values.items() if not key.startswith("head.")}
+        optional |= {key for key in own if key.startswith("head.")}
+    missing = [key for key in own if key not in values and key not in optional]
+    unknown = [key for key in values if key not in own]
+    unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
+    if missing or unknown:
+        theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
+        kind = "holds another method's weights or another network" if theirs != ours else "does not fit this network"
+        raise WeightsError(
+            f"{source}: {kind}: {len(missing)} keys missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}; it has the parts {', '.join(theirs)}, network.method builds {', '.join(ours)}"
+        )
+    if unfit:
+        raise WeightsError(f"{source}: {_explain(unfit, values, own)}")
+    model.load_state_dict(values, strict=not optional)
+
+
+def _explain(unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Say what a difference in shapes means to the user."""
+    key = unfit[0]
+    frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
+    if frames:
+        return f"was made for T = {values[frames].shape[0]} frames, data.num_segments is {own[frames].shape[0]}"
+    if all(k.startswith("head.") for k in unfit):
+        return f"its classifier has {values['head.weight'].shape[0]} classes, data.num_classes is {own['head.weight'].shape[0]}; to start a new classifier, name the file in pretrain and set pretrain_head: drop"
+    return f"{len(unfit)} shapes differ, first {key}: {tuple(values[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+
+
+def _first(keys: list[str]) -> str:
+    return f" (first {keys[0]})" if keys else ""
+
+
+def _count(part: nn.Module | nn.Parameter) -> int:
+    return part.numel() if isinstance(part, torch.Tensor) else sum(p.numel() for p in part.parameters())

@@ -1,0 +1,95 @@
+"""TD4V side-tuning: a pyramid side network with TD4V beside a frozen CLIP. One method, one file.
+
+Letters: B clips, T frames, H x W the patch grid, D the tower's width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clip.backbone import VisionTower
+from clip.side_network import SideNetwork
+from configs.schema import Config
+
+
+@dataclass(frozen=True)
+class Options:
+    """`network.options` of this method: the temporal parts, each of which can be turned off to see what it gives."""
+
+    td4v: bool = True
+    stem_kernel: Literal[1, 3] = 3  # frames that the stem convolution sees
+    token_shift: bool = True
+    temporal_embedding: bool = True
+
+
+class TD4VSide(nn.Module):
+    """The frozen tower runs without autograd; its features feed the side network, which alone is tuned.
+
+    Args:
+        tower: frozen CLIP. num_classes: K. frames: T. widths: side widths, one a tower block.
+        mlp_ratio, ratio, mode, td4v, stem_kernel, token_shift, temporal_embedding: see SideNetwork.
+        dropout: before the classifier.
+
+    Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
+
+    Raises:
+        ValueError: as many widths as tower blocks are needed; a training batch of one clip (the last BatchNorm
+            followed by the mean would be constant) without synchronised BatchNorm over several processes.
+
+    Source: paper section on side-tuning; owlholy/TD4V clip/VisualTransformer.py, VisualTransformer.
+    """
+
+    frames_per_segment = 1
+
+    def __init__(self, tower: VisionTower, num_classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
+                 ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN", dropout: float = 0.0, td4v: bool = True,
+                 stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True):  # fmt: skip
+        super().__init__()
+        if len(widths) != len(tower.blocks):
+            raise ValueError(
+                f"network.pyramid.n_embs: {len(widths)} side widths for {len(tower.blocks)} blocks of the tower"
+            )
+        self.frames = frames
+        self.tower = tower
+        self.side = SideNetwork(tower.width, tower.patch_size, frames, widths, mlp_ratio, ratio, mode, td4v,
+                                stem_kernel, token_shift, temporal_embedding)  # fmt: skip
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def tuned_modules(self) -> dict[str, nn.Module]:
+        """Everything that is trained, by name."""
+        return {"side": self.side, "head": self.head}
+
+    def features(self, video: Tensor) -> Tensor:
+        """What the classifier sees: (B, T, 3, height, width) -> (B, n of the last level)."""
+        B, T = video.shape[:2]
+        if self.training and B == 1 and type(self.side.norm) is nn.BatchNorm1d:
+            raise ValueError(
+                "side-tuning needs at least two clips a process in training (data.batch_size), or network.sync_bn over several processes: the features of one clip are constant behind the last BatchNorm"
+            )
+        side = self.side.stem(video)  # (B, T, H, W, n)
+        with torch.no_grad():
+            x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        for index, layer in enumerate(self.side.layers):
+            with torch.no_grad():
+                x = self.tower.transform(index, self.tower.attend(index, x))
+            side = layer(side, x)
+        return self.side.pool(side)
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(video)))
+
+
+def build(config: Config, tower: VisionTower, options: Options) -> TD4VSide:
+    """The method as a configuration describes it."""
+    network = config.network
+    return TD4VSide(
+        tower, config.data.num_classes, config.data.num_segments, network.pyramid.n_embs, network.pyramid.mlp_ratio,
+        network.DA_ratio, network.sample_mode, network.drop_fc, options.td4v, options.stem_kernel, options.token_shift,
+        options.temporal_embedding,
+    )  # fmt: skip

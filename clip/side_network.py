@@ -1,0 +1,163 @@
+"""The pyramid side network that runs beside a frozen tower and carries TD4V.
+
+Lives here: stem, fusion with the tower's features, side blocks, pooling.
+Does not live here: the tower itself (backbone.py), their combination and the classifier (methods/td4v_side.py).
+
+Letters: B clips, T frames, H x W the patch grid, N = H*W, D the tower's width, n a layer's side width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clip.adapter import TD4V
+from clip.layers import Attention, Mlp, over_tokens, token_shift
+
+
+class SideBlock(nn.Module):
+    """TD4V, attention inside each frame with the shifted class token as context, MLP; each with a residual.
+
+    Args:
+        width: n. heads: must divide n. mlp_ratio: hidden width / n.
+        ratio, mode: of TD4V; td4v: false leaves TD4V out.
+        shift: exchange the class token's channels between frames.
+
+    Shape: side (B, T, H, W, n), class token (B, T, n) or None (tower without class token) -> (B, T, H, W, n).
+
+    Source: owlholy/TD4V clip/AttnCBlock.py, AttnCBlock.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, ratio: float, mode: Literal["FC", "CNN"],
+                 td4v: bool = True, shift: bool = True):  # fmt: skip
+        super().__init__()
+        self.shift = shift
+        self.td4v = TD4V(width, ratio, mode) if td4v else None
+        self.norm_attn = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm_mlp = nn.BatchNorm1d(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The authors' intended initialisation; norms and the rest keep PyTorch's defaults."""
+        width = self.attn.proj.in_features
+        project = width**-0.5 * (2 * 12) ** -0.5
+        for layer, std in (
+            (self.attn.qkv, width**-0.5),
+            (self.attn.proj, project),
+            (self.mlp.fc1, (2 * width) ** -0.5),
+            (self.mlp.fc2, project),
+        ):
+            nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(self.attn.qkv.bias)
+        nn.init.zeros_(self.attn.proj.bias)
+
+    def forward(self, side: Tensor, token: Tensor | None) -> Tensor:
+        if self.td4v is not None:
+            side = side + self.td4v(side)
+        tokens = side.flatten(2, 3)  # (B, T, N, n)
+        if token is not None:
+            token = token_shift(token) if self.shift else token
+            tokens = torch.cat([token.unsqueeze(2).to(side.dtype), tokens], 2)  # (B, T, 1 + N, n)
+        context = int(token is not None)
+        side = side + self.attn(self.norm_attn(tokens).flatten(0, 1), context).view(side.shape)
+        return side + self.mlp(over_tokens(self.norm_mlp, side))
+
+
+class Stem(nn.Module):
+    """Patches of the video itself: Conv3d kernel (k, P, P), stride (1, P, P), then BatchNorm.
+
+    Shape: video (B, T, 3, H*P, W*P) -> (B, T, H, W, n).
+    """
+
+    def __init__(self, width: int, patch_size: int, kernel: int = 3):
+        super().__init__()
+        self.conv = nn.Conv3d(
+            3, width, (kernel, patch_size, patch_size), (1, patch_size, patch_size), (kernel // 2, 0, 0)
+        )
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, video: Tensor) -> Tensor:
+        patches = self.conv(video.transpose(1, 2)).permute(0, 2, 3, 4, 1)  # (B, n, T, H, W) -> (B, T, H, W, n)
+        return over_tokens(self.norm, patches)
+
+
+class SideLayer(nn.Module):
+    """One level of the pyramid: project the tower's features, fuse them half and half, run the side block.
+
+    Args:
+        tower_width: D. previous, width: side widths of the level before and of this one.
+        upsample: whether the side features are widened here. embedding: frames T of the temporal embedding, or 0.
+        block: the side block.
+
+    Shape: side (B, T, H, W, previous), features (B*T, 1 + N, D) -> (B, T, H, W, width).
+    """
+
+    def __init__(self, tower_width: int, previous: int, width: int, upsample: bool, embedding: int, block: SideBlock):
+        super().__init__()
+        self.norm = nn.LayerNorm(tower_width)
+        self.project = nn.Linear(tower_width, width)
+        self.upsample = nn.Sequential(nn.LayerNorm(previous), nn.Linear(previous, width)) if upsample else None
+        self.temporal_embedding = nn.Parameter(torch.randn(embedding, width) * 0.01) if embedding else None
+        self.block = block
+
+    def forward(self, side: Tensor, features: Tensor) -> Tensor:
+        B, T, H, W, _ = side.shape
+        projected = self.project(self.norm(features)).unflatten(0, (B, T))  # (B, T, 1 + N, n)
+        token, patches = projected[:, :, 0], projected[:, :, 1:].unflatten(2, (H, W))
+        if self.upsample is not None:
+            side = self.upsample(side)
+        side = 0.5 * side + 0.5 * patches
+        if self.temporal_embedding is not None:
+            side = side + self.temporal_embedding.to(side.dtype)[:, None, None]
+        return self.block(side, token)
+
+
+class SideNetwork(nn.Module):
+    """The whole pyramid, one level a tower block.
+
+    By the authors' rule a level has a temporal embedding where its width differs from the level before, level 0
+    comparing with the last: a pyramid of equal widths has none, and [96, 96, 192, 96] has them at levels 2 and 3.
+    The class token is fresh from the tower at each level: neither fused nor widened.
+
+    Args:
+        tower_width: D. patch_size: P in pixels. frames: T. widths: n of each level, one a tower block.
+        mlp_ratio, ratio, mode: of the side blocks and their TD4V.
+        td4v, stem_kernel, shift, temporal_embedding: turn the temporal parts off to see what each gives.
+
+    Raises:
+        ValueError: a width that its heads (n // 64, at least one) do not divide, or below T with the token shift.
+
+    Source: paper section on side-tuning; owlholy/TD4V clip/VisualTransformer.py and clip/Transformer.py, repaired.
+    """
+
+    def __init__(self, tower_width: int, patch_size: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
+                 ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN", td4v: bool = True, stem_kernel: int = 3,
+                 shift: bool = True, temporal_embedding: bool = True):  # fmt: skip
+        super().__init__()
+        self.stem = Stem(widths[0], patch_size, stem_kernel)
+        self.layers = nn.ModuleList()
+        for level, width in enumerate(widths):
+            heads, changed = max(1, width // 64), width != widths[level - 1]
+            if width % heads:
+                raise ValueError(
+                    f"side width {width} at level {level} is not divisible by its {heads} heads (one for each 64 channels)"
+                )
+            if shift and width < frames:
+                raise ValueError(
+                    f"side width {width} at level {level} is below the {frames} frames that the token shift needs"
+                )
+            block = SideBlock(width, heads, mlp_ratio, ratio, mode, td4v, shift)
+            embedding = frames if changed and temporal_embedding else 0
+            self.layers.append(
+                SideLayer(tower_width, widths[level - 1], width, changed and level > 0, embedding, block)
+            )
+        self.norm = nn.BatchNorm1d(widths[-1])
+
+    def pool(self, side: Tensor) -> Tensor:
+        """BatchNorm, then the mean over frames and patches: (B, T, H, W, n) -> (B, n)."""
+        return over_tokens(self.norm, side).mean((1, 2, 3))

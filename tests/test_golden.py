@@ -1,0 +1,186 @@
+"""Every golden vector of the folder GOLDEN_DIR (default ../shared/golden) holds for our modules.
+
+The vectors are numbers from the authors' own modules; the folder's README and fill.py say how they are made. A family
+of cases that is not known here fails. Sampling's vectors are checked by test_sampling.py's function of the same file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clip.adapter import TD4V
+from clip.authors import from_authors
+from clip.backbone import build_custom_tower
+from clip.build import tune_only
+from clip.methods.td4v_side import TD4VSide
+from clip.side_network import SideBlock
+from configs.schema import parse_ratio
+from datasets.sampling import test_indices as clip_indices
+from datasets.sampling import val_indices
+
+DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
+FOLDER = Path(os.environ.get("GOLDEN_DIR", DEFAULT))
+CASES = sorted(FOLDER.glob("*.json")) if FOLDER.is_dir() else []
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def fill():
+    """The fill rule that stands beside the vectors."""
+    path = next((folder / "fill.py" for folder in (FOLDER, DEFAULT) if (folder / "fill.py").is_file()), None)
+    if path is None:
+        pytest.skip(f"no fill.py in {FOLDER}")
+    spec = importlib.util.spec_from_file_location("golden_fill", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDER}")
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_golden(path, fill):
+    case = json.loads(path.read_text())
+    if isinstance(case, list):
+        check_sampling(case)
+        return
+    families = {"adapter.py:TD4V": run_td4v, "AttnCBlock": run_side_block, "frozen CLIP part": run_trunk,
+                "VisualTransformer": run_side_network}  # fmt: skip
+    run = next((run for name, run in families.items() if name in case["official_source"]), None)
+    assert run is not None, f"{path.name}: no test for {case['official_source']}"
+    run(case, fill)
+
+
+def check_sampling(cases):
+    assert cases
+    for case in cases:
+        style = case["style"].split("-")[0]
+        length, frames = case["num_frames"], case["T"]
+        if case["split"] == "val":
+            indices = val_indices(length, frames, style, case["dense"])
+        else:
+            indices = clip_indices(length, frames, case["clips"], style, case["dense"]).reshape(-1)
+        assert (np.asarray(indices) + 1).tolist() == case["indices"], case
+
+
+def run_td4v(case, fill):
+    arguments = case["constructor_args"]
+    module = TD4V(arguments["dim"], parse_ratio(arguments["scale"]), arguments["sample_mode"])
+    load(module, case, fill)
+    x = tensor(fill.inputs_of(case)["input"], case).requires_grad_()
+    y = to_tokens(module(to_volume(x, arguments["T"])))
+    check(case, fill, module, y, x)
+
+
+def run_side_block(case, fill):
+    arguments = case["constructor_args"]
+    heads = arguments.get("heads") or max(1, arguments["dim"] // 64)
+    block = SideBlock(
+        arguments["dim"], heads, arguments["mlp_ratio"], parse_ratio(arguments["DA_ratio"]), arguments["sample_mode"]
+    )
+    load(block, case, fill)
+    inputs = {key: tensor(value, case).requires_grad_() for key, value in fill.inputs_of(case).items()}
+    token = inputs.get("x_token")
+    seen = token if token is None else token[0].unflatten(0, (-1, arguments["T"]))  # (1, B*T, D) -> (B, T, D)
+    y = to_tokens(block(to_volume(inputs["input"], arguments["T"]), seen))
+    check(case, fill, block, y, inputs["input"])
+    for key, reference in case["extra_grads"].items():
+        expected = np.array(reference["samples"])
+        found = fill.samples(inputs[key].grad, len(expected))
+        assert np.abs(found - expected).max() / rms(expected) < TOLERANCE[case["dtype"]], key
+
+
+def run_trunk(case, fill):
+    tower = golden_tower(case["constructor_args"])
+    values = {key.removeprefix("tower."): value for key, value in weights(case, fill).items()}
+    keep = {f"visual.{key}": value for key, value in tower.visual.state_dict().items() if key.startswith("ln_post.")}
+    tower.load_state_dict({**keep, **values})
+    tower.to(getattr(torch, case["dtype"]))
+    x = tensor(fill.inputs_of(case)["input"], case).requires_grad_()
+    y = tower(x)[:, 1:].transpose(0, 1)  # (B*T, N, D) -> (N, B*T, D)
+    check(case, fill, tower, y, x)
+
+
+def run_side_network(case, fill):
+    arguments = case["constructor_args"]
+    model = TD4VSide(golden_tower(arguments), 5, arguments["T"], arguments["n_embs"], arguments["mlp_ratio"],
+                     parse_ratio(arguments["DA_ratio"]), arguments["sample_mode"])  # fmt: skip
+    own = model.state_dict()
+    extra = {key: own[key] for key in own if key.startswith(("head.", "tower.visual.ln_post."))}
+    model.load_state_dict({**extra, **weights(case, fill)})
+    tune_only(model).to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
+    x = tensor(fill.inputs_of(case)["input"], case).unflatten(0, (-1, arguments["T"]))  # (B, T, 3, H, W)
+    y = model.features(x)
+    check(case, fill, model, y, None)
+
+
+def golden_tower(arguments):
+    return build_custom_tower(arguments["width"], arguments["layers"], arguments["heads"], arguments["patch_size"],
+                              arguments["input_resolution"])  # fmt: skip
+
+
+def weights(case, fill):
+    """The authors' state_dict of the case, through the project's public loader."""
+    return from_authors({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()})
+
+
+def load(module, case, fill):
+    module.load_state_dict(weights(case, fill))
+    module.to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
+
+
+def check(case, fill, module, output, inputs):
+    """Output, input gradient, parameter gradients and buffers against the case."""
+    tolerance = TOLERANCE[case["dtype"]]
+    output.pow(2).mean().backward()
+    gradient = None if inputs is None else inputs.grad
+    errors = fill.compare(case, output.detach(), gradient)
+    assert set(errors) == ({"output"} if gradient is None else {"output", "grad"})
+    assert max(errors.values()) < tolerance, errors
+    parameters = dict(module.named_parameters())
+    ours = official_names(case)
+    largest = max(case["param_grad_l2"].values(), default=0.0)
+    compared = 0
+    for key, norm in case["param_grad_l2"].items():
+        name = ours[key].removeprefix("tower.") if ours[key] not in parameters else ours[key]
+        if parameters[name].requires_grad:
+            found = parameters[name].grad.double().norm().item()
+            assert abs(found - norm) <= 10 * tolerance * max(norm, 1e-2 * largest), (key, found, norm)
+            compared += 1
+    assert compared or not any(parameter.requires_grad for parameter in parameters.values())
+    buffers = dict(module.named_buffers())
+    for key, norm in case["buffers_after_l2"].items():
+        found = buffers[ours[key]].double().norm().item()
+        assert abs(found - norm) <= tolerance * max(norm, 1e-3), (key, found, norm)
+
+
+def official_names(case):
+    """Their key -> ours; the loader keeps the order."""
+    keys = [key for key in case["state_dict"] if key != "proj"]
+    shapes = {key: torch.empty(case["state_dict"][key]) for key in keys}
+    return dict(zip(keys, from_authors(shapes), strict=True))
+
+
+def tensor(values, case):
+    return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, case["dtype"]))
+
+
+def rms(values):
+    return max(float(np.sqrt((values**2).mean())), 1e-300)
+
+
+def to_volume(x, frames):
+    """(N, B*T, D) -> (B, T, H, W, D), square grid."""
+    side = round(len(x) ** 0.5)
+    return x.unflatten(1, (-1, frames)).unflatten(0, (side, side)).permute(2, 3, 0, 1, 4)
+
+
+def to_tokens(x):
+    """(B, T, H, W, D) -> (N, B*T, D)."""
+    return x.permute(2, 3, 0, 1, 4).flatten(2, 3).flatten(0, 1)
