@@ -1,0 +1,136 @@
+"""List file -> validated records: what the rows of a list may look like, class names, few-shot selection.
+
+Lives here: everything that reads a text file of annotations, and every complaint about one.
+Does not live here: looking at the videos themselves (readers.py) or writing lists (prepare/).
+
+    records = read_list("lists/train.txt", modality="RGB", num_classes=51, key="data.train_list")
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]+")
+
+
+class AnnotationError(ValueError):
+    """A list file that cannot be used; the message names the file and, where there is one, the line."""
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """One row: `path` relative to the root, frames on disk (None: ask the file), class, line number from 1."""
+
+    path: str
+    num_frames: int | None
+    label: int
+    line: int
+
+
+def read_list(
+    path: str, modality: Literal["RGB", "video"], num_classes: int, key: str = "list"
+) -> tuple[VideoRecord, ...]:
+    """Read a list of videos.
+
+    Rows are `path num_frames label` for modality RGB and `path label` for video, split at white space from the right,
+    so that paths may contain spaces. A row `path number label` is accepted for video too; its number is kept as the
+    number of frames. A byte order mark, CRLF and blank lines are accepted.
+
+    Args:
+        key: what the file is called in messages about a missing file, e.g. `data.train_list`.
+    Raises:
+        AnnotationError: no such file, no rows, or a row with too few fields, with a frame count that is not a whole
+            number above 0, or with a label that is not a whole number in 0..num_classes-1.
+    """
+    records = []
+    for line, text in _lines(path, key):
+        where = f"{path}, line {line}"
+        *front, label_text = text.rsplit(maxsplit=1)
+        label = _whole_number(label_text, "label", where)
+        video, num_frames = "".join(front), None
+        front = video.rsplit(maxsplit=1)
+        if modality == "RGB" or (len(front) == 2 and WHOLE_NUMBER.fullmatch(front[1])):
+            if len(front) < 2:
+                raise AnnotationError(f"{where}: needs `path num_frames label`, not {text!r}")
+            video, num_frames = front[0], _whole_number(front[1], "number of frames", where)
+            if num_frames < 1:
+                raise AnnotationError(f"{where}: the number of frames must be above 0, not {num_frames}")
+        if not video:
+            raise AnnotationError(f"{where}: needs `path label`, not {text!r}")
+        if not 0 <= label < num_classes:
+            raise AnnotationError(f"{where}: label {label} is outside 0..{num_classes - 1}")
+        records.append(VideoRecord(video, num_frames, label, line))
+    if not records:
+        raise AnnotationError(f"{path}: {key} has no rows")
+    return tuple(records)
+
+
+def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tuple[str, ...]:
+    """Class names in the order of their ids, from a csv with the header `id,name`.
+
+    Raises:
+        AnnotationError: no such file, no header, a row that is not `id,name`, or ids that are not 0..num_classes-1
+            once each.
+    """
+    names: dict[int, str] = {}
+    for position, (line, text) in enumerate(_lines(path, key)):
+        row = [field.strip() for field in next(csv.reader([text]))]
+        if position == 0:
+            if row != ["id", "name"]:
+                raise AnnotationError(f"{path}, line {line}: the header must be `id,name`, not {text!r}")
+            continue
+        where = f"{path}, line {line}"
+        if len(row) < 2 or not row[1]:
+            raise AnnotationError(f"{where}: needs `id,name`, not {text!r}")
+        label = _whole_number(row[0], "id", where)
+        if label in names:
+            raise AnnotationError(f"{where}: id {label} was given before")
+        names[label] = ",".join(row[1:])
+    if sorted(names) != list(range(num_classes)):
+        found = f"{len(names)} classes" if len(names) != num_classes else f"ids up to {max(names)}"
+        raise AnnotationError(f"{path}: holds {found}, but data.num_classes asks for the ids 0..{num_classes - 1}")
+    return tuple(names[label] for label in range(num_classes))
+
+
+def few_shot(records: Sequence[VideoRecord], shot: int, seed: int) -> tuple[VideoRecord, ...]:
+    """Pick `shot` videos of each class and repeat them to about the former length (Side4Video's few-shot lists).
+
+    The choice depends on the order of the records and on `seed` alone. Every picked video is repeated
+    max(1, len(records) // picked) times, so that an epoch keeps its number of steps.
+
+    Raises:
+        AnnotationError: a class has fewer than `shot` videos.
+    """
+    of_class = defaultdict(list)
+    for record in records:
+        of_class[record.label].append(record)
+    rng = random.Random(seed)
+    picked = []
+    for label in sorted(of_class):
+        if len(of_class[label]) < shot:
+            raise AnnotationError(f"data.shot: class {label} has {len(of_class[label])} training videos, not {shot}")
+        picked += rng.sample(of_class[label], shot)
+    return tuple(picked) * max(1, len(records) // len(picked))
+
+
+def _lines(path: str, key: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, stripped, with their numbers from 1."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [(number, text.strip()) for number, text in enumerate(file, 1) if text.strip()]
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path}: {key} is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise AnnotationError(f"{key}: cannot read {path} ({error.strerror})") from None
+
+
+def _whole_number(text: str, what: str, where: str) -> int:
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise AnnotationError(f"{where}: the {what} must be a whole number, not {text!r}")
+    return int(text)

@@ -1,0 +1,103 @@
+"""Number of frames -> which frames make a clip: pure functions, nothing is read.
+
+Lives here: the two families of frame sampling of the field and the dense sampling that both share. All indices count
+from 0, all results are int64 arrays, all lengths L >= 1 and T >= 1 are allowed.
+Does not live here: how frames are stored or numbered on disk (readers.py).
+
+- "kinetics": HMDB51, UCF101, Kinetics. Source: HJYao00/Side4Video, Recognition/datasets/kinetics.py, Video_dataset.
+- "something": Something-Something. Source: the same repository, Recognition/datasets/sth.py, Video_dataset.
+  Its training frames are TSN's (Wang et al. 2016, section 3), its test frames ATM's.
+- dense: T frames at equal distance inside a window of 128 frames (I3D's protocol).
+
+L is the number of frames of a video, T of a clip. Videos shorter than a clip repeat frames.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Style = Literal["kinetics", "something"]
+
+DENSE_SPAN = 128  # frames that a dense clip covers
+
+
+def train_indices(num_frames: int, T: int, style: Style, dense: bool, rng: np.random.Generator) -> np.ndarray:
+    """Random frames of one training clip.
+
+    kinetics: with segments of (L - 1) / T frames, one frame of round(segment * i) .. round(segment * (i + 1)), both
+    included, each equally likely. something: if L <= T, all frames and random repeats of them, sorted; else one frame
+    of i * L // T .. (i + 1) * L // T - 1. dense: a window whose start is uniform in 0 .. max(0, L - 128).
+
+    Returns:
+        (T,) int64, ascending unless dense (a dense clip of a short video wraps around to the first frame).
+    """
+    if dense:
+        return _dense(num_frames, T, int(rng.integers(_last_start(num_frames) + 1)))
+    if style == "something":
+        if num_frames <= T:
+            repeats = rng.integers(num_frames, size=T - num_frames)
+            return np.sort(np.concatenate([np.arange(num_frames), repeats]))
+        ticks = np.arange(T + 1) * num_frames // T
+        return rng.integers(ticks[:-1], ticks[1:])
+    borders = np.round(np.arange(T + 1) * _segment(num_frames, T)).astype(np.int64)
+    return rng.integers(borders[:-1], borders[1:], endpoint=True)
+
+
+def val_indices(num_frames: int, T: int, style: Style, dense: bool) -> np.ndarray:
+    """The frames of the one clip that validation takes of a video; always the same.
+
+    kinetics: int(L / T * i) mod L. something: round(segment * i) + int(segment / 2), segment = (L - 1) / T.
+    dense: the window in the centre; the published code draws its start at random even here, so that two validations
+    of one model differ.
+
+    Returns:
+        (T,) int64.
+    """
+    if dense:
+        return _dense(num_frames, T, _last_start(num_frames) // 2)
+    steps = np.arange(T)
+    if style == "something":
+        segment = _segment(num_frames, T)
+        return np.round(segment * steps).astype(np.int64) + int(segment / 2)
+    return (num_frames / T * steps).astype(np.int64) % num_frames
+
+
+def test_indices(num_frames: int, T: int, clips: int, style: Style, dense: bool) -> np.ndarray:
+    """The frames of the clips that testing takes of a video; always the same.
+
+    kinetics: clip starts are floor(linspace(0, L / T - 1, clips)), frames int(start + L / T * i) mod L.
+    something: round(segment * i) + int(segment / (clips + 1) * (clip + 1)), segment = (L - 1) / T.
+    dense: clip starts are clip * floor(max(0, L - 128) / (clips - 1)); one clip starts at 0, where the published code
+    divides by zero.
+
+    Returns:
+        (clips, T) int64.
+    """
+    if dense:
+        step = _last_start(num_frames) // max(1, clips - 1)
+        return np.stack([_dense(num_frames, T, clip * step) for clip in range(clips)])
+    steps, segment = np.arange(T), _segment(num_frames, T)
+    if style == "something":
+        shifts = (segment / (clips + 1) * np.arange(1, clips + 1)).astype(np.int64)
+        return np.round(segment * steps).astype(np.int64) + shifts[:, None]  # (clips, T)
+    tick = num_frames / T
+    starts = np.floor(np.linspace(0, tick - 1, clips))  # -1 where L < T: the last frame, by the modulo below
+    return (starts[:, None] + tick * steps).astype(np.int64) % num_frames  # (clips, T)
+
+
+test_indices.__test__ = False  # not a test, whatever pytest makes of its name
+
+
+def _segment(num_frames: int, T: int) -> float:
+    return (num_frames - 1) / T
+
+
+def _last_start(num_frames: int) -> int:
+    return max(0, num_frames - DENSE_SPAN)
+
+
+def _dense(num_frames: int, T: int, start: int) -> np.ndarray:
+    """T frames, 128 // T apart (0 apart if T > 128, as published), going on at the first frame after the last."""
+    return (start + np.arange(T) * (DENSE_SPAN // T)) % num_frames
