@@ -492,7 +492,9 @@ def _convert(kind: Any, value: Any, key: str, dead: list[str]) -> Any:
         if isinstance(value, (list, tuple)):
             kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
             if len(kinds) == len(value):
-                return tuple(_convert(k, v, f"{key}[{i}]", dead) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+                return tuple(
+                    _convert(k, v, f"{key}[{i}]", dead) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+                )
             raise ConfigError(f"{key}: must hold {len(kinds)} values, not {len(value)}")
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(name, str) for name in value):

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains a configuration on all GPUs of this machine, or on NPROC CPU processes where there is none.
+#
+#   bash scripts/run_train_vision.sh configs/ssv2.yaml [--set solver.lr=5e-4 ...] [--log_time NAME] [--output DIR]
+#
+# Environment: NPROC (processes; default all GPUs, else 1), PORT (default: a free one), PYTHON (default python).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -lt 1 ] || [ ! -f "$1" ]; then
+    echo "usage: bash scripts/run_train_vision.sh CONFIG [--set section.key=value ...]: no configuration file ${1:-given}" >&2
+    exit 2
+fi
+config=$1; shift
+exec bash scripts/launch.sh train_vision.py --config "$config" "$@"

@@ -1,0 +1,184 @@
+"""Both methods: exact counts and tuned sets, what stays frozen, what is refused, weights in and out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clip.build import METHODS, WeightsError, build_model, load_weights, parameter_groups, parameter_report
+from configs.schema import ConfigError, config_from_dict
+
+SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
+
+
+def config(method="td4v_side", classes=5, frames=4, **network):
+    small = {"arch": "custom", "vision": SMALL, "pyramid": {"n_embs": [16, 16, 64]}}
+    network = {**({} if "arch" in network else small), "init": False, "method": method, **network}
+    size = 224 if "arch" in network and network["arch"] != "custom" else 32
+    data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": frames, "input_size": size}
+    return config_from_dict({"data": data, "network": network})
+
+
+def b16(method, classes, frames=8, **network):
+    return parameter_report(build_model(config(method, classes, frames, arch="ViT-B/16", **network)))
+
+
+@pytest.mark.parametrize(("classes", "tuned"), [(174, 20_406_138), (51, 20_311_551), (101, 20_350_001)])
+def test_side_counts(classes, tuned):
+    report = b16("td4v_side", classes)
+    assert report.tuned == tuned and report.by_module["side"] == 20_272_332
+
+
+def test_side_counts_of_the_papers_figure():
+    assert b16("td4v_side", 174, frames=32).tuned == 20_440_698
+    commented = {"n_embs": [96, 96, 96, 96, 192, 192, 192, 384, 384, 384, 768, 768], "mlp_ratio": 2}
+    assert b16("td4v_side", 174, pyramid=commented).tuned == 20_444_730
+
+
+def test_finetune_counts():
+    report = b16("td4v_finetune", 51)
+    assert report.tuned == 2_139_711
+    assert report.by_module == {"td4v": 2_094_348, "temporal_embedding": 6_144, "head": 39_219}
+    assert b16("td4v_finetune", 51, options={"placement": "both"}).by_module["td4v"] == 2 * 2_094_348
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exactly_the_named_parts_are_tuned(method):
+    model = build_model(config(method))
+    tuned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = tuple(model.tuned_modules())
+    assert tuned == {name for name, _ in model.named_parameters() if name.split(".")[0] in parts}
+    assert {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad} == {
+        "tower"
+    }
+    grouped = [id(p) for group in parameter_groups(model, 1.0, 1.0) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_step_changes_the_tuned_and_nothing_else(method):
+    torch.manual_seed(0)
+    model = build_model(config(method)).train()
+    assert not any(module.training for module in model.tower.modules())
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    for _ in range(2):  # the second step reaches what stands behind a zero-initialised layer
+        optimizer.zero_grad()
+        model(torch.randn(2, 4, 3, 32, 32)).square().sum().backward()
+        optimizer.step()
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert still == {name for name in before if name.startswith("tower.")}
+
+
+def test_side_tuning_has_no_graph_in_the_tower():
+    model = build_model(config()).train()
+    seen = []
+    for block in model.tower.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+        block.ln_1.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    video = torch.randn(2, 4, 3, 32, 32)
+    model(video).sum().backward()
+    assert seen and not any(seen)
+
+
+def test_finetune_starts_as_frozen_clip():
+    torch.manual_seed(0)
+    model = build_model(config("td4v_finetune")).eval()
+    video = torch.randn(2, 4, 3, 32, 32)
+    tokens = model.tower.visual.ln_post(model.tower(video.flatten(0, 1)))[:, 0]
+    torch.testing.assert_close(model.features(video), tokens.unflatten(0, (2, 4)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"placement": "before_mlp"}, {"placement": "both", "mode": "CNN"}, {"feature": "mean_tokens"},
+     {"zero_init": False}, {"temporal_embedding": False}, {"ratio": "1/4"}],
+)  # fmt: skip
+def test_finetune_options(options):
+    model = build_model(config("td4v_finetune", options=options)).train()
+    model(torch.randn(2, 4, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_side_network_without_temporal_parts_is_blind_to_order():
+    torch.manual_seed(0)
+    off = {"td4v": False, "stem_kernel": 1, "token_shift": False, "temporal_embedding": False}
+    video = torch.randn(2, 4, 3, 32, 32)
+    for name in (None, *off):
+        options = {key: value for key, value in off.items() if key != name}
+        model = build_model(config(options=options)).double().eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1 or parameter.shape[0] == 4:
+                parameter.data.normal_()  # a temporal embedding of 0.01 would hide
+        shuffled = model(video.double()[:, [2, 0, 3, 1]])
+        same = torch.allclose(model(video.double()), shuffled, rtol=1e-9, atol=1e-9)
+        assert same == (name is None), name
+
+
+def test_ssv2_pyramid_rule_for_temporal_embeddings():
+    def embedded(widths):
+        vision = {**SMALL, "layers": len(widths)}
+        model = build_model(config(vision=vision, arch="custom", pyramid={"n_embs": widths}))
+        return [i for i, layer in enumerate(model.side.layers) if layer.temporal_embedding is not None]
+
+    assert embedded([32, 32, 64, 64]) == [0, 2]
+    assert embedded([32, 32, 32]) == []
+    assert embedded([32, 32, 64, 32]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"method": "td4v_sid"}, "did you mean td4v_side"),
+        ({"options": {"stem_kernal": 1}}, "network.options.stem_kernal: unknown key; did you mean network.options.stem_kernel"),
+        ({"options": {"stem_kernel": 2}}, "network.options.stem_kernel: must be one of 1, 3"),
+        ({"method": "td4v_finetune", "options": {"ratio": "1/100"}}, "no channels left"),
+        ({"pyramid": {"n_embs": [16, 16]}}, "network.pyramid.n_embs: 2 side widths for 3 blocks"),
+        ({"pyramid": {"n_embs": [16, 16, 200]}}, "side width 200 at level 2 is not divisible by its 3 heads"),
+        ({"pyramid": {"n_embs": [2, 16, 64]}}, "side width 2 at level 0 is below the 4 frames"),
+    ],
+)  # fmt: skip
+def test_refusals(network, message):
+    method = network.pop("method", "td4v_side")
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        build_model(config(method, **network))
+    assert message in str(caught.value)
+
+
+def test_one_training_clip_is_refused():
+    model = build_model(config()).train()
+    with pytest.raises(ValueError, match="at least two clips"):
+        model(torch.randn(1, 4, 3, 32, 32))
+    assert model.eval()(torch.randn(1, 4, 3, 32, 32)).shape == (1, 5)
+
+
+def test_weights_in_and_out():
+    source, target = build_model(config()), build_model(config())
+    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    load_weights(target, state, "a.pt")
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 7}, "classifier has 5 classes, data.num_classes is 7; .* pretrain_head: drop"),
+        ({"frames": 8}, "made for T = 4 frames, data.num_segments is 8"),
+        ({"method": "td4v_finetune"}, "holds another method's weights"),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(change, message):
+    state = build_model(config()).state_dict()
+    model = build_model(config(**change))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=rf"a\.pt: .*{message}"):
+        load_weights(model, state, "a.pt")
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_drop_head():
+    source, target = build_model(config()), build_model(config(classes=7))
+    load_weights(target, source.state_dict(), "a.pt", drop_head=True)
+    assert torch.equal(source.side.norm.weight, target.side.norm.weight) and target.head.out_features == 7
