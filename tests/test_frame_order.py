@@ -76,8 +76,9 @@ def test_layout_and_lists(made: Path) -> None:
 
 def test_lists_read_back(made: Path) -> None:
     annotation = pytest.importorskip("datasets.annotation", reason="datasets.annotation is not there")
-    records = annotation.read_list(made / "train.txt", modality="RGB")
-    assert [(str(r.path), r.num_frames, r.label) for r in records] == rows(made, "train")
+    records = annotation.read_list(str(made / "val.txt"), "RGB", num_classes=4)
+    assert [(record.path, record.num_frames, record.label) for record in records] == rows(made, "val")
+    assert annotation.read_labels(str(made / "labels.csv"), num_classes=4) == CLASSES
 
 
 def test_twins_hold_the_same_files_in_different_orders(made: Path) -> None:
