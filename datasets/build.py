@@ -1,0 +1,160 @@
+"""Configuration -> data loaders: the only file of this room that knows DataConfig's keys, together with traits.py.
+
+Lives here: which list, root, reader, transform and sampler a loader gets, and the checks before any video is read.
+Does not live here: the steps themselves.
+
+    loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1)
+    loader.sampler.set_epoch(epoch)
+    for batch in loader: ...   # what a batch holds: video_dataset.collate
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from configs.schema import ConfigError, DataConfig
+from datasets.annotation import few_shot, read_labels, read_list
+from datasets.readers import FrameFolderReader, VideoReader
+from datasets.sampler import ShuffledSampler, StridedSampler
+from datasets.traits import traits_of
+from datasets.transforms import EvalTransform, TrainTransform
+from datasets.video_dataset import EvalDataset, TrainDataset, VideoSource, collate
+
+
+def train_loader(
+    data: DataConfig, seed: int, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+) -> DataLoader:
+    """Shuffled full batches of data.batch_size videos; call `loader.sampler.set_epoch(epoch)` before each epoch.
+
+    Args:
+        seed: the same in every process; processes differ by `rank`.
+        frames_per_segment: what the method reads at each of its T places; only 1 for now.
+    Raises:
+        ConfigError: a list or root is not set or not there. AnnotationError: a list with a bad row.
+        ValueError: frames_per_segment above 1, or fewer videos than one batch in each process.
+    """
+    if frames_per_segment != 1:
+        raise ValueError(f"the method reads {frames_per_segment} frames a segment; the loaders here read 1")
+    source = _source(data, "train")
+    if data.shot is not None:
+        source = replace(source, records=few_shot(source.records, data.shot, seed))
+    traits = traits_of(data)
+    transform = TrainTransform(
+        data.input_size,
+        traits.scale_size,
+        rand_aug=data.rand_aug,
+        rand_erase=data.rand_erase,
+        flip=traits.flip,
+        flip_pairs=traits.flip_pairs,
+        gray_prob=traits.gray_prob,
+        crop_scale=data.crop_scale,
+        mean=data.mean,
+        std=data.std,
+    )
+    dataset = TrainDataset(
+        source,
+        data.num_segments,
+        data.sampling_style,
+        data.dense,
+        transform,
+        seed,
+        num_sample=data.num_sample,
+        random_frames=data.random_shift,
+    )
+    sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
+    return _loader(data, dataset, sampler, data.batch_size, seed)
+
+
+def val_loader(data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
+    return _eval_loader(data, "val", seed, rank, world_size, crops=1, clips=None, dense=data.dense)
+
+
+def test_loader(
+    data: DataConfig,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    crops: int = 1,
+    clips: int = 1,
+    dense: bool = False,
+) -> DataLoader:
+    """Every video of data.test_list (else data.val_list) once over all processes, as clips * crops views.
+
+    A batch holds about data.batch_size views, so that many views need no more memory than few.
+
+    Raises:
+        ConfigError, AnnotationError: as `train_loader`. ValueError: clips below 1, or crops other than 1, 3, 5, 10.
+    """
+    if clips < 1:
+        raise ValueError(f"clips must be above 0, not {clips}")
+    return _eval_loader(data, "test", seed, rank, world_size, crops, clips, dense)
+
+
+test_loader.__test__ = False  # not a test, whatever pytest makes of its name
+
+
+def class_names(data: DataConfig) -> tuple[str, ...] | None:
+    """The names in data.label_list by label, or None where there is no such file in the configuration."""
+    return None if data.label_list is None else read_labels(data.label_list, data.num_classes)
+
+
+def _eval_loader(
+    data: DataConfig,
+    split: Literal["val", "test"],
+    seed: int,
+    rank: int,
+    world_size: int,
+    crops: int,
+    clips: int | None,
+    dense: bool,
+) -> DataLoader:
+    scale_size = traits_of(data).scale_size
+    transform = EvalTransform(data.input_size, scale_size, crops, mean=data.mean, std=data.std)
+    dataset = EvalDataset(_source(data, split), data.num_segments, data.sampling_style, dense, transform, clips)
+    batch_size = max(1, data.batch_size // (crops * (clips or 1)))
+    return _loader(data, dataset, StridedSampler(len(dataset), rank, world_size), batch_size, seed)
+
+
+def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
+    list_key, list_file = _setting(data, split, "list")
+    root_key, root = _setting(data, split, "root")
+    if not os.path.isdir(root):
+        raise ConfigError(f"data.{root_key}: there is no folder {root}")
+    if not os.path.isfile(list_file):
+        raise ConfigError(f"data.{list_key}: there is no file {list_file}")
+    return VideoSource(
+        records=read_list(list_file, data.modality, data.num_classes, f"data.{list_key}"),
+        root=root,
+        reader=FrameFolderReader(data.image_tmpl) if data.modality == "RGB" else VideoReader(),
+        list_file=list_file,
+        skip_errors=data.on_error == "skip",
+    )
+
+
+def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:
+    """The key that holds the list or root of a split, and its value; testing falls back to validation's."""
+    keys = [f"{split}_{what}"] + ([f"val_{what}"] if split == "test" else [])
+    for key in keys:
+        if getattr(data, key):
+            return key, getattr(data, key)
+    raise ConfigError(f"data.{' or data.'.join(keys)}: is not set")
+
+
+def _loader(
+    data: DataConfig, dataset: Dataset, sampler: Sampler[tuple[int, int]], batch_size: int, seed: int
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=data.workers,  # each on one thread, which is torch's own rule for workers
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # for the workers' seeds, or torch's global one is drawn from
+    )

@@ -1,0 +1,59 @@
+"""Which videos a process sees, in which order. Samplers yield (epoch, index), so that workers know the epoch.
+
+Lives here: the shuffled, equal shares of training and the exact shares of evaluation.
+Does not live here: which frames of a video are taken (sampling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class ShuffledSampler(Sampler[tuple[int, int]]):
+    """A new permutation each epoch, cut to full global batches and dealt to the processes in turn.
+
+    Every process has the same number of full batches; what is left over is not seen in that epoch. `seed` must be the
+    same in every process, or their shares overlap. Call `set_epoch` before each epoch.
+
+    Raises:
+        ValueError: fewer videos than one batch in each process.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        batches = length // (batch_size * world_size)
+        if batches == 0:
+            raise ValueError(
+                f"data.train_list: {length} videos are fewer than one batch of data.batch_size {batch_size} "
+                f"in each of {world_size} processes"
+            )
+        self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
+        self.share = batches * batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Videos of this process in an epoch."""
+        return self.share
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        order = order[: self.share * self.world_size]
+        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size].tolist()])
+
+
+class StridedSampler(Sampler[tuple[int, int]]):
+    """Videos rank, rank + world_size, ...: together the processes see each video once, so shares may be uneven."""
+
+    def __init__(self, length: int, rank: int = 0, world_size: int = 1):
+        self.indices = range(rank, length, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(0, index) for index in self.indices])

@@ -1,0 +1,200 @@
+"""Record -> indices -> frames -> clip: the map-style datasets, and how their items become a batch.
+
+Lives here: the two datasets (training, evaluation), the seeding that makes an item depend on (seed, epoch, index)
+alone, what happens to a video that cannot be read, and `collate`.
+Does not live here: the steps themselves (sampling.py, readers.py, transforms.py), the order of videos (sampler.py).
+
+B is the number of videos in a batch, V of views of a video, T of frames, S the side of a frame in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datasets.annotation import VideoRecord
+from datasets.readers import Reader, ReadError
+from datasets.sampling import Style, test_indices, train_indices, val_indices
+from datasets.transforms import EvalTransform, TrainTransform
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """Where the videos of a list are and how they are read.
+
+    Args:
+        records: the rows of the list.
+        root: the folder that their paths start from.
+        list_file: named in messages, with the line.
+        skip_errors: leave a video that cannot be read out of its batch, instead of ending the run.
+    """
+
+    records: Sequence[VideoRecord]
+    root: str
+    reader: Reader
+    list_file: str
+    skip_errors: bool = False
+
+
+@dataclass(frozen=True)
+class BadVideo:
+    """Stands in a batch for a video that could not be read; exceptions would cross the workers as pages of text."""
+
+    message: str
+    index: int
+    skip: bool
+
+
+class _VideoDataset(Dataset):
+    """What both datasets do: open a video, read its frames, report what cannot be read.
+
+    Items are addressed by (epoch, index), or by index alone, which means epoch 0.
+    """
+
+    def __init__(self, source: VideoSource, T: int, style: Style, dense: bool):
+        self.source, self.T, self.style, self.dense = source, T, style, dense
+
+    def __len__(self) -> int:
+        return len(self.source.records)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | BadVideo:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        record = self.source.records[index]
+        try:
+            clip = self.source.reader.open(os.path.join(self.source.root, record.path), record.num_frames)
+            frames = clip.read(self._indices(clip.num_frames, epoch, index))
+        except ReadError as error:
+            where = f"{self.source.list_file}, line {record.line}"
+            return BadVideo(f"{error} ({where})", index, self.source.skip_errors)
+        return {**self._views(frames, record.label, epoch, index), "path": record.path}
+
+    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class TrainDataset(_VideoDataset):
+    """One random clip a video, transformed `num_sample` times (repeated augmentation): same frames, other draws.
+
+    Everything random depends on (seed, epoch, index, draw) alone: not on the number of workers or processes, and the
+    generators of the calling process are left as they were.
+
+    Item: video (num_sample, T, 3, S, S) float32, label and index (num_sample,) int64, path str; or BadVideo.
+
+    Args:
+        random_frames: False takes the frames of validation.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        T: int,
+        style: Style,
+        dense: bool,
+        transform: TrainTransform,
+        seed: int,
+        num_sample: int = 1,
+        random_frames: bool = True,
+    ):
+        super().__init__(source, T, style, dense)
+        self.transform, self.seed = transform, seed
+        self.num_sample, self.random_frames = num_sample, random_frames
+
+    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+        if not self.random_frames:
+            return val_indices(num_frames, self.T, self.style, self.dense)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return train_indices(num_frames, self.T, self.style, self.dense, rng)
+
+    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        videos, labels = [], []
+        for draw in range(self.num_sample):
+            with seeded(self.seed, epoch, index, draw):
+                video, new_label = self.transform(frames, label)
+            videos.append(video)
+            labels.append(new_label)
+        indices = torch.full((self.num_sample,), index)
+        return {"video": torch.stack(videos), "label": torch.tensor(labels), "index": indices}
+
+
+class EvalDataset(_VideoDataset):
+    """The same views of a video every time: V = clips * crops, the crops of the first clip first.
+
+    Item: video (V, T, 3, S, S) float32, label and index () int64, path str; or BadVideo.
+
+    Args:
+        clips: None for validation's one clip, a number for that many clips of testing.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        T: int,
+        style: Style,
+        dense: bool,
+        transform: EvalTransform,
+        clips: int | None = None,
+    ):
+        super().__init__(source, T, style, dense)
+        self.transform, self.clips = transform, clips
+
+    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+        if self.clips is None:
+            return val_indices(num_frames, self.T, self.style, self.dense)
+        return test_indices(num_frames, self.T, self.clips, self.style, self.dense).reshape(-1)  # (clips * T,)
+
+    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        video = self.transform(frames)  # (crops, clips * T, 3, S, S)
+        video = video.unflatten(1, (-1, self.T)).transpose(0, 1).flatten(0, 1)  # (clips * crops, T, 3, S, S)
+        return {"video": video, "label": torch.tensor(label), "index": torch.tensor(index)}
+
+
+def collate(items: Sequence[dict[str, Any] | BadVideo]) -> dict[str, Any]:
+    """Items -> batch.
+
+    Returns:
+        video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
+            float32. None where no video of the batch could be read: the loop passes over such a batch.
+        label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list.
+        skipped: one sentence for each video that was left out.
+        error: None, or the sentence that must end the run; its reader raises it.
+    """
+    bad = [item for item in items if isinstance(item, BadVideo)]
+    good = [item for item in items if not isinstance(item, BadVideo)]
+    batch: dict[str, Any] = {
+        "video": None,
+        "label": torch.empty(0, dtype=torch.int64),
+        "index": torch.empty(0, dtype=torch.int64),
+        "skipped": [item.message for item in bad if item.skip],
+        "error": next((item.message for item in bad if not item.skip), None),
+    }
+    if good and batch["error"] is None:
+        join = torch.cat if good[0]["label"].ndim else torch.stack
+        batch |= {key: join([item[key] for item in good]) for key in ("video", "label", "index")}
+    return batch
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, Python's, NumPy's and torch's CPU generators start from `key`; afterwards they are as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would reseed the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
