@@ -7,8 +7,8 @@ What decord 0.6.0 does, seen on HMDB51, UCF101 and Kinetics files and on small f
 - It turns rotated phone videos upright, and reads .webm, .mkv and files with metadata in any encoding.
 - It counts packets. MPEG-4 AVIs with packed B-frames (many of HMDB51) hold one packet more than frames, and where a
   frame is missing it silently returns another one. With a `fault_tol` close to 0 it raises instead.
-- Where packets carry no time stamps (the same AVIs, and a tenth of UCF101) seeking lands on wrong frames, up to a key
-  frame interval away and depending on which others are asked for. Decoding from the first frame on is right.
+- Where packets carry no time stamps (the same AVIs, and a tenth of UCF101) a seek may land elsewhere: in HMDB51 files
+  up to 20 frames off, depending on which other frames are asked for. Decoding from the first frame on is right.
 - H.264 with open GOPs reads a few frames off after a seek; nothing in the file shows that beforehand.
 - A file that is no video prints one line to stderr from native code; everything of FFmpeg's own is silenced here.
 """
