@@ -79,10 +79,11 @@ def test_frames_are_those_that_decode(clips: Path, tmp_path: Path, caplog: pytes
 @needs_clips
 def test_extracted_frames_show_the_video(clips: Path, tmp_path: Path) -> None:
     prepare(clips, tmp_path / "out", frames=True, short_side=240, quality=95)
-    frame = decord.VideoReader(str(UCF / CLIPS[0]), num_threads=1)[30].asnumpy()
-    jpeg = Image.open(tmp_path / "out" / "frames" / CLIPS[0].removesuffix(".avi") / "000031.jpg")
+    jpeg = Image.open(tmp_path / "out" / "frames" / CLIPS[2].removesuffix(".avi") / "000031.jpg")
     assert jpeg.size == (320, 240)
-    assert abs(frame.astype(int) - np.asarray(jpeg)).mean() < 4  # levels of 255; colour is subsampled
+    reader = decord.VideoReader(str(UCF / CLIPS[2]), num_threads=1)
+    distance = {index: np.abs(reader[index].asnumpy() - np.asarray(jpeg, int)).mean() for index in range(28, 33)}
+    assert min(distance, key=distance.get) == 30 and distance[30] < 4, distance  # levels of 255
 
 
 @needs_clips
