@@ -1,0 +1,181 @@
+"""How one optimisation step is taken: parameter groups, optimizer, learning rate, loss, mixing and number format.
+
+Lives here: constructors that take plain values, and the checks that go with them.
+Does not live here: the loop that calls them (loop.py), and which parameters a method trains (the method says).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+logger = logging.getLogger("td4v")
+
+
+class OptimError(ValueError):
+    """Parameter groups, a batch or a number format that cannot be trained with."""
+
+
+def check_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    """Make sure that every trainable parameter of `model` is in exactly one group, and nothing else is in any.
+
+    Args:
+        groups: dicts with `name` (str), `params` (iterable of parameters) and `lr` (float).
+
+    Raises:
+        OptimError: naming the first parameter that is missing, twice in, frozen, or no parameter of the model.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held: dict[nn.Parameter, str] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise OptimError(
+                    f"group {group['name']} holds a parameter of shape {tuple(parameter.shape)} that the model lacks"
+                )
+            if parameter in held:
+                raise OptimError(f"{names[parameter]} is in the groups {held[parameter]} and {group['name']}")
+            if not parameter.requires_grad:
+                raise OptimError(f"{names[parameter]} is frozen, but in group {group['name']}")
+            held[parameter] = group["name"]
+    for parameter, name in names.items():
+        if parameter.requires_grad and parameter not in held:
+            raise OptimError(f"{name} is trainable, but in no group")
+
+
+def build_optimizer(
+    groups: Sequence[dict[str, Any]],
+    optim: Literal["adamw", "sgd"] = "adamw",
+    weight_decay: float = 0.15,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate; weight decay is for all alike.
+
+    `betas` and `eps` are AdamW's, `momentum` SGD's. Raises OptimError for another name or where nothing is to be tuned.
+    """
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise OptimError("there is nothing to train: no group holds a parameter")
+    if optim == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+    if optim == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+    raise OptimError(f"the optimizer must be adamw or sgd, not {optim!r}")
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: int, warmup_epochs: float
+) -> LambdaLR:
+    """The learning rate by optimizer step: linear from 0 over the warm-up, then a cosine to 0 after the last step.
+
+    Step k lies at epoch e = k / steps_per_epoch. The factor is e / w for e < w = warmup_epochs, else
+    (1 + cos(pi (e - w) / (epochs - w))) / 2.
+    """
+
+    def factor(step: int) -> float:
+        epoch = step / steps_per_epoch
+        if epoch < warmup_epochs:
+            return epoch / warmup_epochs
+        if epoch >= epochs:
+            return 0.0
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def build_criterion(smoothing: float, mixing: bool) -> nn.Module:
+    """Cross-entropy of logits (B, K), averaged over B.
+
+    With `mixing` the targets are the (B, K) shares that ClipMixup gives, which carry the smoothing already; else they
+    are labels (B,) and `smoothing` is spread over the classes.
+    """
+    if mixing:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing > 0 else nn.CrossEntropyLoss()
+
+
+class ClipMixup:
+    """timm's mixup and cutmix, one draw a batch, with all frames of a clip mixed alike.
+
+    Mixes every batch: cutmix half of the time where both alphas are above 0. Draws come from NumPy's generator.
+    """
+
+    def __init__(self, mixup_alpha: float, cutmix_alpha: float, smoothing: float, num_classes: int) -> None:
+        self.mixup = Mixup(
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            prob=1.0,
+            switch_prob=0.5,
+            mode="batch",
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, video: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix clip i with clip B - 1 - i.
+
+        Args:
+            video: (B, T, C, H, W), changed in place. label: (B,) int64.
+
+        Returns:
+            The video and (B, K) float32 target shares.
+
+        Raises:
+            OptimError: B is odd, so that a clip would have no partner.
+        """
+        if len(video) % 2:
+            raise OptimError(f"mixup needs an even number of clips in a batch, not {len(video)}")
+        frames, channels = video.shape[1:3]
+        images = video.flatten(1, 2)  # (B, T*C, H, W): timm's cutmix cuts the last two of four dimensions
+        images, target = self.mixup(images, label)
+        return images.unflatten(1, (frames, channels)), target  # (B, T, C, H, W), (B, K)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of forward passes: `dtype` under autocast, None without; `scaled` losses for fp16."""
+
+    name: str
+    dtype: torch.dtype | None
+    scaled: bool
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context to run the model in."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """A loss scaler, which does nothing unless `scaled`."""
+        return torch.amp.GradScaler(device.type, enabled=self.scaled)
+
+
+def resolve_precision(name: Literal["amp", "fp16", "bf16", "fp32"], device: torch.device) -> Precision:
+    """What a precision setting means on a device: amp is fp16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        OptimError: fp16 on a CPU, or an unknown name.
+    """
+    chosen = name
+    if name == "amp":
+        chosen = "fp16" if device.type == "cuda" else "fp32"
+        logger.info("precision amp on %s: %s", device.type, chosen)
+    if chosen == "fp16":
+        if device.type != "cuda":
+            raise OptimError("precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+        return Precision(chosen, torch.float16, scaled=True)
+    if chosen == "bf16":
+        return Precision(chosen, torch.bfloat16, scaled=False)
+    if chosen == "fp32":
+        return Precision(chosen, None, scaled=False)
+    raise OptimError(f"precision must be amp, fp16, bf16 or fp32, not {name!r}")

@@ -1,0 +1,139 @@
+"""Parameter groups, the learning-rate curve, losses, mixing and number formats."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from engine.optim import (
+    ClipMixup,
+    OptimError,
+    build_criterion,
+    build_optimizer,
+    check_groups,
+    resolve_precision,
+    warmup_cosine,
+)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 3), nn.Linear(3, 4)
+        self.frozen.requires_grad_(False)
+
+
+def _group(name: str, *modules: nn.Module) -> dict:
+    return {"name": name, "lr": 0.1, "params": [p for module in modules for p in module.parameters()]}
+
+
+def test_groups_that_cover_each_trainable_parameter_once_pass() -> None:
+    model = Two()
+    check_groups(model, [_group("body", model.body), _group("head", model.head)])
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda m: [_group("body", m.body)], "head.weight is trainable, but in no group"),
+        (lambda m: [_group("a", m.body), _group("b", m.head, m.body)], "body.weight is in the groups a and b"),
+        (lambda m: [_group("a", m.body, m.head, m.frozen)], "frozen.weight is frozen, but in group a"),
+        (lambda m: [_group("a", m.body, m.head, nn.Linear(7, 1))], r"group a .* shape \(1, 7\) that the model lacks"),
+    ],
+)
+def test_wrong_groups_are_refused_by_name(groups, message: str) -> None:
+    model = Two()
+    with pytest.raises(OptimError, match=message):
+        check_groups(model, groups(model))
+
+
+def test_optimizers_take_their_settings() -> None:
+    model = Two()
+    groups = [_group("body", model.body), {**_group("head", model.head), "lr": 0.5}, _group("empty")]
+    adamw = build_optimizer(groups, "adamw", weight_decay=0.15, betas=(0.8, 0.9), eps=1e-6)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert [(g["name"], g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in adamw.param_groups] == [
+        ("body", 0.1, 0.15, (0.8, 0.9), 1e-6),
+        ("head", 0.5, 0.15, (0.8, 0.9), 1e-6),
+    ]
+    sgd = build_optimizer(groups, "sgd", weight_decay=0.01, momentum=0.7)
+    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[1]["momentum"] == 0.7
+    with pytest.raises(OptimError, match="nothing to train"):
+        build_optimizer([_group("empty")])
+    with pytest.raises(OptimError, match="not 'adam'"):
+        build_optimizer(groups, "adam")
+
+
+def _curve(steps: int, epochs: int, warmup: float) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = warmup_cosine(optimizer, steps, epochs, warmup)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps * epochs):
+        optimizer.step()
+        scheduler.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_warmup_then_cosine() -> None:
+    rates = _curve(steps=5, epochs=10, warmup=2)
+    assert rates[0] == 0 and rates[5] == pytest.approx(1.0) and rates[10] == pytest.approx(2.0) == max(rates)
+    assert rates[30] == pytest.approx(1.0)  # half way through the cosine
+    assert rates[49] == pytest.approx(1 + math.cos(math.pi * (49 / 5 - 2) / 8)) and 0 < rates[49] < 0.01
+    assert rates[50] == 0
+
+
+def test_no_warmup_nothing_but_warmup_and_a_fraction_of_an_epoch() -> None:
+    assert _curve(4, 2, 0)[0] == 2.0
+    assert _curve(4, 2, 2)[7] == pytest.approx(2.0 * 7 / 8)
+    assert _curve(4, 2, 0.5)[1:3] == pytest.approx([1.0, 2.0])
+
+
+def test_losses_agree_with_torch() -> None:
+    logits, label = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 4])
+    plain = nn.functional.cross_entropy(logits, label)
+    smooth = nn.functional.cross_entropy(logits, label, label_smoothing=0.1)
+    shares = nn.functional.one_hot(label, 5) * 0.9 + 0.02
+    torch.testing.assert_close(build_criterion(0.0, mixing=False)(logits, label), plain)
+    torch.testing.assert_close(build_criterion(0.1, mixing=False)(logits, label), smooth)
+    torch.testing.assert_close(build_criterion(0.1, mixing=True)(logits, shares), smooth)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_mixing_treats_all_frames_and_channels_of_a_clip_alike(mixup: float, cutmix: float) -> None:
+    numpy.random.seed(0)
+    marks = torch.arange(1.0, 5.0)
+    for _ in range(8):
+        video = marks.view(4, 1, 1, 1, 1).expand(4, 3, 2, 16, 12).clone()
+        mixed, target = ClipMixup(mixup, cutmix, smoothing=0.0, num_classes=4)(video, torch.arange(4))
+        assert mixed.shape == (4, 3, 2, 16, 12) and target.shape == (4, 4)
+        assert torch.equal(mixed, mixed[:, :1, :1].expand_as(mixed))
+        # the share of each label is the share of its clip in the pixels
+        torch.testing.assert_close(mixed.mean((1, 2, 3, 4)), target @ marks, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(target.sum(1), torch.ones(4))
+
+
+def test_an_odd_batch_cannot_be_mixed() -> None:
+    with pytest.raises(OptimError, match="even number of clips in a batch, not 3"):
+        ClipMixup(0.8, 1.0, 0.1, 4)(torch.zeros(3, 2, 3, 4, 4), torch.arange(3))
+
+
+def test_precisions() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert resolve_precision("amp", cpu).dtype is None
+    assert resolve_precision("amp", gpu) == resolve_precision("fp16", gpu) and resolve_precision("fp16", gpu).scaled
+    assert resolve_precision("bf16", cpu) == resolve_precision("bf16", gpu)
+    assert not resolve_precision("bf16", gpu).scaled and not resolve_precision("fp32", cpu).scaler(cpu).is_enabled()
+    layer = nn.Linear(2, 2)
+    with resolve_precision("bf16", cpu).autocast(cpu):
+        assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
+    with resolve_precision("fp32", cpu).autocast(cpu):
+        assert layer(torch.ones(1, 2)).dtype == torch.float32
+    with pytest.raises(OptimError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", cpu)
+    with pytest.raises(OptimError, match="not 'half'"):
+        resolve_precision("half", cpu)
