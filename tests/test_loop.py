@@ -141,7 +141,9 @@ class DistributedPowerCut(DistributedSampler):
         super().set_epoch(epoch)
 
 
-def _run(folder: Path, process: Process, seed: int, cut: int | None = None, resume: bool = False) -> TrainState:
+def _run(
+    folder: Path, process: Process, seed: int, cut: int | None = None, resume: bool = False
+) -> tuple[TrainState, Net]:
     """Four epochs of sixteen clips with mixup, dropout and random draws, from `seed`, or from last_model.pt."""
     seed_everything(seed, process)
     data, val = Clips(16), Clips(9, views=2)
@@ -152,7 +154,7 @@ def _run(folder: Path, process: Process, seed: int, cut: int | None = None, resu
         sampler, val_sampler = PowerCut(data, cut), None
     trainee = _trainee(wrap(Net(), process), mixing=True, steps=4 // process.world_size)
     with RunFolder(folder, {"seed": 1}, process, resume=resume, clips=1) as run:
-        return fit(
+        state = fit(
             trainee,
             _loader(data, 4, sampler),
             _loader(val, 2, val_sampler),
@@ -162,6 +164,7 @@ def _run(folder: Path, process: Process, seed: int, cut: int | None = None, resu
             run,
             folder / "last_model.pt" if resume else None,
         )
+    return state, unwrap(trainee.model)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -180,14 +183,18 @@ def _without_meta(path: Path) -> dict[str, Any]:
 
 def _straight_and_resumed(folder: Path, process: Process) -> None:
     """Four epochs in one go, and cut after two then resumed, end in the same checkpoint, bit for bit."""
-    straight = _run(folder / "straight", process, seed=1)
+    straight, model = _run(folder / "straight", process, seed=1)
+    for buffers in gather(dict(model.named_buffers())):  # else processes would evaluate different models
+        assert _same(buffers, dict(model.named_buffers()))
     with pytest.raises(Interrupted):
         _run(folder / "cut", process, seed=1, cut=2)
     if process.is_main:
         half = load(folder / "cut" / "last_model.pt")
         assert half["epoch"] == 2 and len(half["rng"]) == process.world_size
+        with open(folder / "cut" / "metrics.jsonl", "a") as lines:
+            lines.write('{"epoch": 2, "step": 12}\n')  # as if cut between the line and the checkpoint
     gather(None)
-    resumed = _run(folder / "cut", process, seed=99, resume=True)
+    resumed, _ = _run(folder / "cut", process, seed=99, resume=True)
     assert straight == resumed and straight.epoch == 4
     if process.is_main:
         for name in ("last_model.pt", "model_best.pt"):
@@ -215,7 +222,7 @@ def _two_processes(rank: int, folder: str) -> None:
     process = start("cpu")
     _straight_and_resumed(Path(folder), process)
 
-    model, precision = _evaluated(), resolve_precision("fp32", CPU)
+    model, precision = wrap(_evaluated(), process), resolve_precision("fp32", CPU)
     data = Clips(9, views=3)
     accuracy = evaluate(model, _loader(data, 2, range(rank, 9, 2)), process, precision, 9)
     assert gather(accuracy) == [accuracy, accuracy]

@@ -81,4 +81,4 @@ def test_no_video_and_not_a_number_are_errors() -> None:
     with pytest.raises(MetricsError, match=r"none of 3 videos could be evaluated \(3 were skipped\)"):
         Scores(skipped=3).accuracy(expected=3)
     with pytest.raises(MetricsError, match="output for video 1 is not finite"):
-        compute_accuracy(torch.arange(2), _scores([0, 1], [float("nan"), 1]), torch.tensor([0, 1]), expected=2)
+        compute_accuracy(torch.tensor([1, 0]), _scores([float("nan"), 1], [0, 1]), torch.tensor([0, 1]), expected=2)
