@@ -154,8 +154,8 @@ def test_one_failing_process_ends_all_with_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1 and "\nno such video\n" in ended.stderr
-    assert 'script.py", line' not in ended.stderr
+    assert ended.returncode == 1 and "no such video" in ended.stderr.splitlines()
+    assert "ValueError" not in ended.stderr
 
 
 def test_a_fault_of_the_code_keeps_its_traceback() -> None:
