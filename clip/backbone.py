@@ -203,9 +203,7 @@ def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: in
         act_layer=QuickGELU if quick_gelu else nn.GELU, **extra,
     )  # fmt: skip
     tower = VisionTower(visual, quick_gelu)
-    if source is None:
-        logger.warning("%s starts from RANDOM weights: nothing of CLIP is loaded", name)
-    else:
+    if source is not None:
         _load(tower, source, name)
         logger.info("%s: weights from %s", name, source)
     return tower

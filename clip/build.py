@@ -9,6 +9,7 @@ Does not live here: any layer, any loop.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
@@ -21,6 +22,8 @@ from clip.backbone import VisionTower, build_custom_tower, build_tower, find_wei
 from clip.methods import td4v_finetune, td4v_side
 from configs.schema import Config, ConfigError, fill_options, nearest
 
+logger = logging.getLogger("td4v")
+
 METHODS: dict[str, ModuleType] = {
     "td4v_side": td4v_side,
     "td4v_finetune": td4v_finetune,
@@ -31,10 +34,14 @@ class WeightsError(ValueError):
     """Weights that do not fit a model; the message is one sentence."""
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
 
     Random parts follow torch's global seed.
+
+    Args:
+        config: of configs.schema.load_config.
+        pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them.
 
     Raises:
         ConfigError, BackboneError, ValueError: an unknown method, weights that cannot be had, sizes that do not fit.
@@ -49,14 +56,16 @@ def build_model(config: Config) -> nn.Module:
         warnings.warn("network.method td4v_side overrides network.fine_tuning", stacklevel=2)
     method = METHODS[network.method_name]
     options = fill_options(method.Options, network.options, "network.options")
-    model = method.build(config, build_config_tower(config), options)
+    model = method.build(config, build_config_tower(config, pretrained), options)
     return tune_only(model)
 
 
-def build_config_tower(config: Config) -> VisionTower:
-    """The frozen tower of a configuration."""
+def build_config_tower(config: Config, pretrained: bool = True) -> VisionTower:
+    """The frozen tower of a configuration, with CLIP's weights if `network.init` and `pretrained` say so."""
     network, size = config.network, config.data.input_size
-    source = find_weights(network.arch, network.weights) if network.init else None
+    source = find_weights(network.arch, network.weights) if network.init and pretrained else None
+    if pretrained and source is None:
+        logger.warning("network.init is false: %s starts from RANDOM weights, nothing of CLIP is loaded", network.arch)
     if network.vision is None:
         return build_tower(network.arch, size, source)
     vision = {**dataclasses.asdict(network.vision), "image_size": size}

@@ -28,14 +28,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from engine.distributed import Process, gather, unwrap
+from engine.distributed import EngineError, Process, gather, unwrap
 
 logger = logging.getLogger("td4v")
 
 _RESUMABLE = ("epoch", "step", "best", "model_state_dict", "optimizer_state_dict", "scheduler", "scaler", "rng")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(EngineError):
     """A checkpoint that cannot be written, read, or used for what is asked; the message names the file."""
 
 
@@ -104,18 +104,8 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return dict(weights)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Give `model` all the weights of a checkpoint file, and return the file's whole content.
-
-    Raises:
-        CheckpointError: unreadable, or with names or shapes other than the model's.
-    """
-    content = load(path)
-    _put_weights(model, content, path)
-    return content
-
-
-def _put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) -> None:
+def put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) -> None:
+    """Give `model` all the weights of a loaded checkpoint; CheckpointError where names or shapes are others."""
     try:
         weights = weights_of(content)
     except CheckpointError as error:
@@ -133,6 +123,11 @@ def _put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) ->
     if faults:
         raise CheckpointError(f"{path}: does not fit this model: {'; '.join(faults)}")
     target.load_state_dict(weights)
+
+
+def is_resumable(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds a whole run, and not weights alone."""
+    return all(key in content for key in _RESUMABLE)
 
 
 def collect(
@@ -189,7 +184,7 @@ def restore(
         )
     if bool(content["scaler"]) != scaler.is_enabled():
         raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
-    _put_weights(model, content, path)
+    put_weights(model, content, path)
     try:
         optimizer.load_state_dict(content["optimizer_state_dict"])
     except ValueError as error:

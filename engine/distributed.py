@@ -29,7 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 logger = logging.getLogger("td4v")
 
 
-class DistributedError(RuntimeError):
+class EngineError(RuntimeError):
+    """What a user can cause and mend; the message is one sentence. The errors of this room derive from it."""
+
+
+class DistributedError(EngineError):
     """The processes or the device asked for cannot be had."""
 
 
@@ -99,6 +103,9 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
     try:
         main()
         barrier()
+    except KeyboardInterrupt:
+        logger.error("interrupted: last_model.pt, if there is one, holds the last finished epoch")
+        status = 130
     except Exception as error:
         logger.error("%s", error) if isinstance(error, errors) else logger.exception("%s", type(error).__name__)
         status = 1

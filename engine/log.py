@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,7 +26,7 @@ import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from engine.distributed import Process, gather
+from engine.distributed import EngineError, Process, gather
 
 logger = logging.getLogger("td4v")
 
@@ -34,7 +35,7 @@ _RUN_FILES = ("last_model.pt", "config.yaml", "log.txt")
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 
 
-class RunFolderError(RuntimeError):
+class RunFolderError(EngineError):
     """A run folder that is taken or cannot be written."""
 
 
@@ -54,6 +55,12 @@ def setup_logging(process: Process, folder: Path | None = None) -> None:
         handler.setLevel(logging.INFO if process.is_main else logging.WARNING)
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{rank} %(message)s"))
         logger.addHandler(handler)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+    """Python's warnings as one line of the log each, without the source lines that a user can do nothing with."""
+    logger.log(logging.WARNING if issubclass(category, UserWarning) else logging.DEBUG, "%s", message)
 
 
 def close_logging() -> None:

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine import checkpoint
-from engine.distributed import Process, barrier, gather, gradient_sync, sync_buffers, unwrap
+from engine.distributed import EngineError, Process, barrier, gather, gradient_sync, sync_buffers, unwrap
 from engine.log import Eta, RunFolder, progress_line
 from engine.metrics import Accuracy, Scores
 from engine.optim import Precision
@@ -30,11 +31,11 @@ from engine.optim import Precision
 logger = logging.getLogger("td4v")
 
 
-class DataError(RuntimeError):
+class DataError(EngineError):
     """The loader reports data that cannot be used, or gives none."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(EngineError):
     """Training cannot go on: the loss is not finite."""
 
 
@@ -122,7 +123,7 @@ def fit(
         sync_buffers(trainee.model)
         accuracy = None
         if settings.evaluates(epoch):
-            accuracy = evaluate(trainee.model, val_loader, process, trainee.precision, expected)
+            accuracy = evaluate(trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq)
             log_accuracy(f"epoch {epoch}", accuracy)
         improved = accuracy is not None and accuracy.top1 > state.best
         state.best = accuracy.top1 if improved else state.best
@@ -212,12 +213,14 @@ def evaluate(
     process: Process,
     precision: Precision,
     expected: int,
+    print_freq: int | None = None,
     max_clips: int = 32,
 ) -> Accuracy:
     """Accuracy over the videos of all processes, each of which gives its own part; the same result on each.
 
     Args:
         expected: videos in the list (see metrics.Scores.accuracy).
+        print_freq: batches between lines of progress; None for none.
         max_clips: clips in one forward pass at most; views beyond that wait on the CPU.
 
     Raises:
@@ -227,8 +230,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     scores = Scores()
+    eta = Eta(done=0, total=len(loader))
     try:
-        for batch in loader:
+        for number, batch in enumerate(loader, start=1):
+            if print_freq is not None and number % print_freq == 0 and number < len(loader):
+                left = timedelta(seconds=round(eta.seconds(number)))
+                logger.info("evaluating: batch %d/%d eta %s", number, len(loader), left)
             scores.skipped += _check(batch)
             if batch["video"] is None:
                 continue

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.distributed import gather
+from engine.distributed import EngineError, gather
 
 
-class MetricsError(RuntimeError):
+class MetricsError(EngineError):
     """The scores at hand are not one valid score for each video of the list."""
 
 
@@ -34,6 +34,7 @@ class Accuracy:
     skipped: int
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
+    predicted: tuple[tuple[int, int], ...]  # (place in the list, class) of each video
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
@@ -98,6 +99,7 @@ def compute_accuracy(index: Tensor, score: Tensor, label: Tensor, expected: int,
         skipped=skipped,
         per_class=per_class,
         confusion=tuple(tuple(row) for row in confusion.tolist()),
+        predicted=tuple(zip(index.tolist(), predicted.tolist(), strict=True)),
     )
 
 

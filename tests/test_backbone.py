@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import open_clip
 import pytest
@@ -128,12 +127,6 @@ def test_find_weights(tmp_path):
         find_weights("ViT-B/16", str(tmp_path / "absent.pt"), tmp_path)
     with pytest.raises(BackboneError, match="needs an open_clip tag or a file"):
         find_weights("ViT-B-16", None, tmp_path)
-
-
-def test_random_weights_are_announced(caplog):
-    with caplog.at_level(logging.WARNING, "td4v"):
-        build_custom_tower(**SMALL)
-    assert "RANDOM" in caplog.text
 
 
 def test_frozen_and_never_training():

@@ -132,7 +132,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save({"0.weight": torch.ones(4, 2), "0.bias": torch.ones(3), "extra": torch.ones(1)}, path)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.load_weights(_parts()[0], path)
+        checkpoint.put_weights(_parts()[0], checkpoint.load(path), path)
     for part in ("w.pt", "5 weights missing (1.weight", "1 unknown (extra", "0.weight has shape (4, 2) instead of (3"):
         assert part in str(caught.value)
 

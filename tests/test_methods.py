@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -176,6 +178,14 @@ def test_weights_that_do_not_fit(change, message):
     with pytest.raises(WeightsError, match=rf"a\.pt: .*{message}"):
         load_weights(model, state, "a.pt")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_random_weights_are_announced(caplog):
+    with caplog.at_level(logging.WARNING, "td4v"):
+        build_model(config(), pretrained=False)
+        assert not caplog.text
+        build_model(config())
+    assert "RANDOM weights" in caplog.text
 
 
 def test_drop_head():

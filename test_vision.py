@@ -1,0 +1,97 @@
+"""Tests one checkpoint with crops x clips, each video exactly once on any number of processes.
+
+python test_vision.py --config configs/ssv2.yaml --weights RUN/model_best.pt --test_crops 3 --test_clips 4
+bash scripts/run_test_vision.sh configs/ssv2.yaml RUN/model_best.pt --test_crops 3 --test_clips 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from clip.build import build_model, load_weights, parameter_report
+from configs.schema import ConfigError, load_config
+from datasets.build import class_names, test_loader
+from engine import checkpoint
+from engine.distributed import EngineError, run, start
+from engine.log import run_meta, setup_logging
+from engine.loop import evaluate, log_accuracy
+from engine.optim import resolve_precision
+
+logger = logging.getLogger("td4v")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line of the published script, and --json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="the YAML file that the checkpoint was trained with")
+    parser.add_argument("--weights", required=True, help="a checkpoint of ours or of the authors' code")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8")
+    parser.add_argument(
+        "--test_crops",
+        type=int,
+        default=1,
+        choices=[1, 3, 5, 10],
+        help="centre; 3 along the long side; corners and centre; those and mirrored",
+    )
+    parser.add_argument("--test_clips", type=int, default=1, help="clips along a video")
+    parser.add_argument("--dense", action="store_true", help="dense sampling, a span of 128 frames a clip")
+    parser.add_argument("--json", help="where the results go (default: beside the weights)")
+    parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA where there is a GPU")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Configuration, weights, data, evaluation, results."""
+    arguments = parse_arguments()
+    process = start(arguments.device)
+    setup_logging(process)
+    overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
+    config = load_config(arguments.config, overrides)
+    if arguments.test_clips < 1:
+        raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
+    content = checkpoint.load(arguments.weights)
+    model = build_model(config, pretrained=False)  # the checkpoint brings the frozen weights too
+    load_weights(model, checkpoint.weights_of(content), arguments.weights)
+    model.to(process.device).eval()
+    precision = resolve_precision(config.solver.precision, process.device)
+    views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
+    loader = test_loader(config.data, config.seed, process.rank, process.world_size, **views)
+    logger.info(
+        "%s; testing %d videos, %d views each",
+        parameter_report(model),
+        len(loader.dataset),
+        arguments.test_crops * arguments.test_clips,
+    )
+    accuracy = evaluate(model, loader, process, precision, len(loader.dataset), config.logging.print_freq)
+    log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)
+    if process.is_main:
+        path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
+        report = dataclasses.asdict(parameter_report(model))
+        names = class_names(config.data)
+        result = {
+            **accuracy.to_dict(),
+            **views,
+            "weights": arguments.weights,
+            "epoch": content.get("epoch"),
+            "parameters": report,
+            "class_names": names,
+            "config": config.to_dict(),
+            "meta": run_meta(),
+        }
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        logger.info("results: %s", path)
+
+
+def results_name(arguments: argparse.Namespace) -> str:
+    """A name that tells the views, so that several tests of one checkpoint stand beside each other."""
+    stem = Path(arguments.weights).stem
+    return f"{stem}_{arguments.test_crops}crops_{arguments.test_clips}clips{'_dense' if arguments.dense else ''}.json"
+
+
+if __name__ == "__main__":
+    run(main, (EngineError, ValueError, OSError))
