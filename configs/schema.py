@@ -318,11 +318,11 @@ class Config:
             f"{self.solver.lr_warmup_step:g} epochs of warm-up do not fit in solver.epochs {self.solver.epochs}",
         )
         if self.network.vision is not None:
-            patch = self.network.vision.patch_size
+            size = self.network.vision.image_size
             _require(
-                self.data.input_size % patch == 0,
-                "data.input_size",
-                f"{self.data.input_size} is not divisible by network.vision.patch_size {patch}",
+                size == self.data.input_size,
+                "network.vision.image_size",
+                f"{size} differs from data.input_size {self.data.input_size}, for which the tower is built (positions in its weights are interpolated)",
             )
 
     def to_dict(self) -> dict[str, Any]:
