@@ -102,6 +102,11 @@ def test_finetune_options(options):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_finetune_says_what_it_does_not_read(caplog):
+    build_model(config("td4v_finetune", DA_ratio="1/4", sample_mode="FC"))
+    assert "fine-tuning reads network.options.ratio" in caplog.text and "network.options.mode" in caplog.text
+
+
 def test_side_network_without_temporal_parts_is_blind_to_order():
     torch.manual_seed(0)
     off = {"td4v": False, "stem_kernel": 1, "token_shift": False, "temporal_embedding": False}

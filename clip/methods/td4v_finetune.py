@@ -5,6 +5,7 @@ Letters: B clips, T frames, H x W the patch grid, N = H*W, D the tower's width, 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.backbone import VisionTower
-from configs.schema import Config, Ratio
+from configs.schema import Config, NetworkConfig, Ratio
+
+logger = logging.getLogger("td4v")
 
 PLACEMENTS = {"before_attention": (True, False), "before_mlp": (False, True), "both": (True, True)}
 
@@ -101,6 +104,10 @@ class TD4VFinetune(nn.Module):
 
 def build(config: Config, tower: VisionTower, options: Options) -> TD4VFinetune:
     """The method as a configuration describes it. `DA_ratio` and `sample_mode` describe side-tuning, not this."""
+    usual = NetworkConfig()
+    for key, own in (("DA_ratio", "ratio"), ("sample_mode", "mode")):
+        if getattr(config.network, key) != getattr(usual, key):
+            logger.warning("network.%s describes side-tuning: fine-tuning reads network.options.%s", key, own)
     return TD4VFinetune(
         tower, config.data.num_classes, config.data.num_segments, options.placement, options.mode, options.ratio,
         options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc,
