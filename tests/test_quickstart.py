@@ -1,0 +1,50 @@
+"""The quickstart's table and verdict on made-up results; the training itself is test_entry.py's and the script's."""
+
+from __future__ import annotations
+
+import pytest
+
+from scripts.quickstart import CHANCE, FAR_ABOVE_CHANCE, VARIANTS, QuickstartError, check, make_table
+
+SEEDS = [0, 3]
+GOOD = {"side": 97.5, "finetune": 90.0, "blind": CHANCE, "no_td4v": 60.0}
+
+
+def results(**changed: float) -> dict:
+    """What test_vision.py reports of each run, as far as it is used; `side_3=40` changes one variant's one seed."""
+    scores = {(key, seed): score + seed * (key == "finetune") for key, score in GOOD.items() for seed in SEEDS}
+    scores |= {(name.rpartition("_")[0], int(name.rpartition("_")[2])): score for name, score in changed.items()}
+    return {run: {"top1": score, "parameters": {"tuned": 12345}} for run, score in scores.items()}
+
+
+def test_good_results_pass():
+    check(list(VARIANTS), SEEDS, results())
+    check([variant for variant in VARIANTS if variant.key in ("side", "blind")], [0], results())
+
+
+@pytest.mark.parametrize("score", [CHANCE, FAR_ABOVE_CHANCE - 0.1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_td4v_that_learns_nothing_in_any_seed_fails(seed, score):
+    with pytest.raises(QuickstartError, match=rf"TD4V side-tuning reached only {score:.1f} % with seed {seed}"):
+        check(list(VARIANTS), SEEDS, results(**{f"side_{seed}": score}))
+
+
+@pytest.mark.parametrize("score", [CHANCE - 100 / 128, CHANCE + 100 / 128, 90.0])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_blind_network_must_be_exactly_at_chance(seed, score):
+    with pytest.raises(QuickstartError, match=rf"temporal part off reached {score:.1f} % with seed {seed}; .*exactly"):
+        check(list(VARIANTS), SEEDS, results(**{f"blind_{seed}": score}))
+
+
+def test_the_other_variants_are_shown_not_judged():
+    check(list(VARIANTS), SEEDS, results(finetune_0=0.0, no_td4v_3=0.0))
+
+
+def test_table():
+    lines = make_table(list(VARIANTS), SEEDS, results()).splitlines()
+    assert lines[0] == "| variant | top-1, mean of 2 seeds | lowest to highest | tuned parameters |"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2 : 2 + len(VARIANTS)]]
+    assert [row[0] for row in rows] == [variant.title for variant in VARIANTS]
+    assert rows[0][1:] == ["97.5 %", "97.5 to 97.5 %", "12,345"]
+    assert rows[1][1:] == ["91.5 %", "90.0 to 93.0 %", "12,345"]
+    assert "Seeds 0, 3" in lines[-1] and "Chance is 25 %" in lines[-1] and "random weights" in lines[-1]
