@@ -54,9 +54,13 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     if arguments.test_clips < 1:
         raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
+    names = class_names(config.data)
+    path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
+    if not path.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {path.parent} for the results")
     content = checkpoint.load(arguments.weights)
     model = build_model(config, pretrained=False)  # the checkpoint brings the frozen weights too
-    load_weights(model, checkpoint.weights_of(content), arguments.weights)
+    load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights)
     model.to(process.device).eval()
     precision = resolve_precision(config.solver.precision, process.device)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
@@ -70,14 +74,13 @@ def main() -> None:
     accuracy = evaluate(model, loader, process, precision, len(loader.dataset), config.logging.print_freq)
     log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)
     if process.is_main:
-        path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
+        epoch = content.get("epoch")
         report = dataclasses.asdict(parameter_report(model))
-        names = class_names(config.data)
         result = {
             **accuracy.to_dict(),
             **views,
             "weights": arguments.weights,
-            "epoch": content.get("epoch"),
+            "epoch": epoch if isinstance(epoch, int) else None,
             "parameters": report,
             "class_names": names,
             "config": config.to_dict(),

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from clip.build import build_model, load_weights, parameter_groups, parameter_report
-from configs.schema import Config, load_config
-from datasets.build import train_loader, val_loader
+from configs.schema import Config, check_same_run, load_config
+from datasets.build import class_names, train_loader, val_loader
 from engine import checkpoint
 from engine.distributed import EngineError, Process, gather, run, seed_everything, start, unwrap, wrap
 from engine.log import RunFolder, setup_logging
@@ -44,9 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_folder(config: Config, arguments: argparse.Namespace) -> tuple[Path, bool]:
+def run_folder(config: Config, arguments: argparse.Namespace, resumable: bool) -> tuple[Path, bool]:
     """Where the run goes, the same on every process, and whether it goes on with what is there."""
-    home = Path(config.resume).parent if config.resume else None
+    home = Path(config.resume).parent if resumable else None
     name = arguments.log_time or gather(datetime.now().strftime("%Y%m%d_%H%M%S"))[0]
     default = home or Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"), name)
     folder = Path(arguments.output) if arguments.output else default
@@ -59,11 +59,12 @@ def initial_weights(model: torch.nn.Module, config: Config) -> bool:
     if path is None:
         return False
     content = checkpoint.load(path)
-    load_weights(
-        model, checkpoint.weights_of(content), path, config.pretrain_head == "drop" and path == config.pretrain
-    )
+    drop_head = config.pretrain_head == "drop" and path == config.pretrain
+    load_weights(model, checkpoint.weights_of(content, path), path, drop_head)
     resumable = config.resume is not None and checkpoint.is_resumable(content)
-    if config.resume and not resumable:
+    if resumable:
+        check_same_run(content["config"], config, path)
+    elif config.resume:
         logger.warning("%s: holds weights but no run of ours to go on with: training starts at epoch 0 with them", path)
     return resumable
 
@@ -81,6 +82,7 @@ def main() -> None:
     torch.manual_seed(config.seed)  # the same start on every process
     model = build_model(config, pretrained=not (config.resume or config.pretrain))
     ours = (process.rank, process.world_size)
+    class_names(data)  # a label list that does not fit should not be found out at the end
     validation = val_loader(data, config.seed, *ours)
     resumable = initial_weights(model, config)
     report = parameter_report(model)
@@ -110,7 +112,7 @@ def main() -> None:
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
         solver.grad_accumulation_steps, solver.clip_grad,
     )  # fmt: skip
-    folder, resume = run_folder(config, arguments)
+    folder, resume = run_folder(config, arguments, resumable)
     shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips}
     with RunFolder(folder, config.to_dict(), process, resume=resume, **shown) as record:
         logger.info("%s", report)

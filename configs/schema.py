@@ -317,6 +317,17 @@ class Config:
             "solver.lr_warmup_step",
             f"{self.solver.lr_warmup_step:g} epochs of warm-up do not fit in solver.epochs {self.solver.epochs}",
         )
+        _require(
+            not self.solver.evaluate or self.pretrain is not None or self.resume is not None,
+            "solver.evaluate",
+            "needs pretrain or resume: there are no weights to evaluate",
+        )
+        clips = self.data.batch_size * self.data.num_sample
+        _require(
+            not self.solver.mixup or clips % 2 == 0,
+            "solver.mixup",
+            f"mixes pairs of clips and needs an even batch: data.batch_size * data.num_sample is {clips}",
+        )
         if self.network.vision is not None:
             size = self.network.vision.image_size
             _require(
@@ -382,6 +393,39 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     if dead:
         warnings.warn(f"these published keys have no effect: {', '.join(sorted(dead))}", stacklevel=3)
     return config
+
+
+# What may change when a run is resumed: where things are, how fast, how much is told; `solver.epochs` warns.
+_FREE_ON_RESUME = ("resume", "pretrain", "logging.", "data.workers", "data.on_error", "network.init", "network.weights",
+                   "data.train_", "data.val_", "data.test_", "data.label_list", "solver.evaluate")  # fmt: skip
+
+
+def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> None:
+    """Make sure that a resumed run is the one it was.
+
+    Args:
+        former: the configuration in the checkpoint, as `Config.to_dict` wrote it. path: the checkpoint, for messages.
+
+    Raises:
+        ConfigError: a setting that makes another run of it, with both values. More epochs only warn.
+    """
+    old, new = _flat(former), _flat(config.to_dict())
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key) or key.startswith(_FREE_ON_RESUME):
+            continue
+        if key != "solver.epochs":
+            raise ConfigError(
+                f"{path}: {key} was {old.get(key)!r} in this run and is now {new.get(key)!r}; "
+                "to start another run from its weights, name it in pretrain instead of resume"
+            )
+        warnings.warn(f"solver.epochs was {old[key]} and is now {new[key]}: the learning rate follows", stacklevel=2)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:

@@ -88,17 +88,17 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The model's state dict in a checkpoint of ours or another layout.
 
     Looks under `model_state_dict`, `state_dict` and `model`, else takes the dict itself; strips "module." where every
-    name has it. Raises CheckpointError where that gives anything but named tensors.
+    name has it. Raises CheckpointError, naming `path`, where that gives anything but named tensors.
     """
     found = next((checkpoint[key] for key in ("model_state_dict", "state_dict", "model") if key in checkpoint), None)
     weights = checkpoint if found is None else found
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         keys = ", ".join(map(str, list(checkpoint)[:5]))
-        raise CheckpointError(f"no model weights in this checkpoint, which holds {keys or 'nothing'}")
+        raise CheckpointError(f"{path}: no model weights in this checkpoint, which holds {keys or 'nothing'}")
     if all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): value for name, value in weights.items()}
     return dict(weights)
@@ -106,10 +106,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) -> None:
     """Give `model` all the weights of a loaded checkpoint; CheckpointError where names or shapes are others."""
-    try:
-        weights = weights_of(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    weights = weights_of(content, path)
     target = unwrap(model)
     own = target.state_dict()
     missing = [name for name in own if name not in weights]

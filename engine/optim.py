@@ -132,11 +132,14 @@ class ClipMixup:
         Returns:
             The video and (B, K) float32 target shares.
 
+        The last clip of an odd batch has no partner and is left out; that happens where videos were skipped.
+
         Raises:
-            OptimError: B is odd, so that a clip would have no partner.
+            OptimError: a single clip.
         """
-        if len(video) % 2:
-            raise OptimError(f"mixup needs an even number of clips in a batch, not {len(video)}")
+        if len(video) < 2:
+            raise OptimError("mixup needs two clips in a batch, and only one could be read")
+        video, label = video[: len(video) // 2 * 2], label[: len(label) // 2 * 2]
         frames, channels = video.shape[1:3]
         images = video.flatten(1, 2)  # (B, T*C, H, W): timm's cutmix cuts the last two of four dimensions
         images, target = self.mixup(images, label)

@@ -10,4 +10,4 @@ if [ -n "${PORT:-}" ]; then
 else
     rendezvous=(--rdzv_backend c10d --rdzv_endpoint localhost:0)
 fi
-exec "$python" -m torch.distributed.run --nnodes 1 --nproc_per_node "$processes" "${rendezvous[@]}" "$@"
+exec "$python" -m scripts.launch --nnodes 1 --nproc_per_node "$processes" "${rendezvous[@]}" "$@"

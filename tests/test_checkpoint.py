@@ -116,16 +116,16 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, write, me
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weights_of_known_layouts(key: str | None, prefix: str) -> None:
     weights = {f"{prefix}body.weight": torch.ones(1), f"{prefix}head.bias": torch.zeros(2)}
-    found = checkpoint.weights_of({key: weights, "epoch": 3} if key else weights)
+    found = checkpoint.weights_of({key: weights, "epoch": 3} if key else weights, "a.pt")
     assert list(found) == ["body.weight", "head.bias"]
 
 
 def test_weights_of_safetensors_and_of_nothing(tmp_path: Path) -> None:
     safetensors.torch.save_file({"module.a": torch.ones(1)}, tmp_path / "w.safetensors")
-    assert list(checkpoint.weights_of(checkpoint.load(tmp_path / "w.safetensors"))) == ["a"]
+    assert list(checkpoint.weights_of(checkpoint.load(tmp_path / "w.safetensors"), "w.safetensors")) == ["a"]
     for content in ({"epoch": 3}, {"model": {"a": "b"}}, {}):
-        with pytest.raises(CheckpointError, match="no model weights"):
-            checkpoint.weights_of(content)
+        with pytest.raises(CheckpointError, match=r"a\.pt: no model weights"):
+            checkpoint.weights_of(content, "a.pt")
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -347,6 +347,34 @@ def test_weights_that_do_not_fit_are_refused(config: Path, trained: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_resuming_from_bare_weights_starts_a_run_of_its_own(config: Path, trained: Path, tmp_path: Path, monkeypatch):
+    """The folder of somebody's weights is not a run folder of ours: nothing in it may change."""
+    theirs = tmp_path / "theirs" / "last_model.pt"
+    theirs.parent.mkdir()
+    torch.save({"model_state_dict": content(trained / "last_model.pt")["model_state_dict"], "epoch": 7}, theirs)
+    before = files(theirs.parent)
+    output = f"logging.output_dir={tmp_path / 'exp'}"
+    status, said = command(
+        "train_vision.py", "--config", config, *settings((f"resume={theirs}", output, "solver.epochs=1"))
+    )
+    assert status == 0 and "no run of ours to go on with" in said
+    assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
+
+
+@pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
+def test_another_run_is_not_resumed(config: Path, trained: Path, override: str):
+    before = files(trained)
+    said = training_refusal(config, trained, f"resume={trained / 'last_model.pt'}", override)
+    assert f"{override.split('=')[0]} was" in said and files(trained) == before
+
+
+def test_what_testing_needs_is_checked_before_it_starts(config: Path, trained: Path, tmp_path: Path):
+    weights = trained / "last_model.pt"
+    call = ("test_vision.py", "--config", config, "--weights", weights)
+    assert "nope.csv" in refusal(*call, "--set", f"data.label_list={tmp_path / 'nope.csv'}")
+    assert "there is no folder" in refusal(*call, "--json", tmp_path / "nowhere" / "x.json")
+
+
 def test_missing_files_are_named(config: Path, tmp_path: Path):
     weights = tmp_path / "absent.pt"
     arguments = ("--config", config, "--weights", weights)

@@ -117,9 +117,12 @@ def test_mixing_treats_all_frames_and_channels_of_a_clip_alike(mixup: float, cut
         torch.testing.assert_close(target.sum(1), torch.ones(4))
 
 
-def test_an_odd_batch_cannot_be_mixed() -> None:
-    with pytest.raises(OptimError, match="even number of clips in a batch, not 3"):
-        ClipMixup(0.8, 1.0, 0.1, 4)(torch.zeros(3, 2, 3, 4, 4), torch.arange(3))
+def test_a_clip_without_partner_is_left_out() -> None:
+    mix = ClipMixup(0.8, 1.0, 0.1, 4)
+    video, target = mix(torch.zeros(3, 2, 3, 4, 4), torch.arange(3))
+    assert len(video) == len(target) == 2
+    with pytest.raises(OptimError, match="two clips"):
+        mix(torch.zeros(1, 2, 3, 4, 4), torch.arange(1))
 
 
 def test_precisions() -> None:

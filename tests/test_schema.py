@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import Config, ConfigError, config_from_dict, load_config, parse_ratio
+from configs.schema import Config, ConfigError, check_same_run, config_from_dict, load_config, parse_ratio
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +100,8 @@ def test_fine_tuning_switch(write):
         ("solver:\n  betas: [0.9]\n", "solver.betas: must hold 2 values, not 1"),
         ("solver:\n  optim: adam\n", "solver.optim: must be one of adamw, sgd, not 'adam'; did you mean adamw?"),
         ("solver:\n  epochs: 3\n", "solver.lr_warmup_step: 4 epochs of warm-up do not fit"),
+        ("solver:\n  evaluate: true\n", "solver.evaluate: needs pretrain or resume"),
+        ("solver:\n  mixup: true\ndata:\n", "data is given twice"),
         ("solver: 3\n", "solver: must be a section of keys, not 3"),
         ("network:\n  DA_ratio: 1/0\n", "network.DA_ratio: '1/0' is neither a number nor a fraction"),
         ("network:\n  sample_mode: cnn\n", "network.sample_mode: must be one of FC, CNN"),
@@ -149,6 +151,17 @@ def test_ratio():
     for bad in ("x", "0", -1, "1/0", "", None):
         with pytest.raises(ValueError):
             parse_ratio(bad)
+
+
+def test_a_resumed_run_is_the_same_run(write):
+    former = load_config(write(SMALL)).to_dict()
+    check_same_run(
+        former, load_config(write(SMALL), ["data.workers=0", "logging.print_freq=3", "data.val_root=x"]), "a.pt"
+    )
+    with pytest.raises(ConfigError, match=r"a\.pt: solver\.lr was 0\.001 in this run and is now 0\.007; .* pretrain"):
+        check_same_run(former, load_config(write(SMALL), ["solver.lr=7e-3"]), "a.pt")
+    with pytest.warns(UserWarning, match="solver.epochs was 30 and is now 40"):
+        check_same_run(former, load_config(write(SMALL), ["solver.epochs=40"]), "a.pt")
 
 
 def test_config_is_frozen():
