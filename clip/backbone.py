@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -127,14 +128,14 @@ def build_tower(arch: str, image_size: int, source: str | None = None) -> Vision
     extra["patch_dropout"] = 0.0
     return _build(
         options.width, options.layers, options.width // options.head_width, options.mlp_ratio, options.patch_size,
-        image_size, model.get("quick_gelu", False), source, name, arch in OPENAI, extra,
+        image_size, model.get("quick_gelu", False), source, name, extra,
     )  # fmt: skip
 
 
 def build_custom_tower(width: int, layers: int, heads: int, patch_size: int, image_size: int, mlp_ratio: float = 4.0,
                        quick_gelu: bool = True, source: str | None = None) -> VisionTower:  # fmt: skip
     """A tower from plain sizes, for tests and small experiments. Arguments, result and errors as `build_tower`."""
-    return _build(width, layers, heads, mlp_ratio, patch_size, image_size, quick_gelu, source, "custom", False, {})
+    return _build(width, layers, heads, mlp_ratio, patch_size, image_size, quick_gelu, source, "custom", {})
 
 
 def find_weights(arch: str, weights: str | None, folder: str | Path = "clip_pretrain") -> str:
@@ -162,8 +163,8 @@ def find_weights(arch: str, weights: str | None, folder: str | Path = "clip_pret
 def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
     """The vision tower's weights in a file, under open_clip's names without `visual.`, in float32.
 
-    Reads safetensors, a torch file (open_clip's or Hugging Face's `.bin`/`.pt`, bare or under `state_dict`, with or
-    without `module.`), and OpenAI's own TorchScript archives in half precision.
+    Reads safetensors and torch files (`.bin`, `.pt`; bare or under `state_dict`, with or without `module.`) in the
+    layouts of open_clip and of Hugging Face's transformers, and OpenAI's own TorchScript archives in half precision.
 
     Raises:
         BackboneError: unreadable file, a pickle with code, or a file without a vision tower.
@@ -186,6 +187,8 @@ def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
         raise BackboneError(f"{path}: holds no state_dict")
     values = {key.removeprefix("module."): value for key, value in values.items()}
+    if "vision_model.embeddings.class_embedding" in values:
+        values = _from_transformers(values)
     visual = {key.removeprefix("visual."): value.float() for key, value in values.items() if key.startswith("visual.")}
     if not visual and "conv1.weight" in values:
         visual = {key: value.float() for key, value in values.items()}
@@ -195,7 +198,7 @@ def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: int, image_size: int, quick_gelu: bool,
-           source: str | None, name: str, openai: bool, extra: dict) -> VisionTower:  # fmt: skip
+           source: str | None, name: str, extra: dict) -> VisionTower:  # fmt: skip
     if image_size % patch_size:
         raise BackboneError(f"data.input_size: {image_size} is not divisible by the patch size {patch_size} of {name}")
     visual = VisionTransformer(
@@ -210,7 +213,7 @@ def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: in
 
 
 def _load(tower: VisionTower, source: str, name: str) -> None:
-    """Fetch, check and load weights; only ln_post's absence and the unused projection are tolerated."""
+    """Fetch, check and load weights; the projection to the text space, which nothing here uses, is left out."""
     path, gelu = Path(source), None
     if path.is_file():
         gelu = _stated_activation(path)
@@ -222,8 +225,10 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
                 f"network.weights: {source!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
             )
         gelu = bool(tag.get("quick_gelu", False))
-    if gelu is not None and gelu != tower.quick_gelu:
-        names = {True: "QuickGELU", False: "GELU"}
+    names = {True: "QuickGELU", False: "GELU"}
+    if gelu is None:
+        logger.warning("%s does not say its activation: make sure that it is %s", source, names[tower.quick_gelu])
+    elif gelu != tower.quick_gelu:
         raise BackboneError(
             f"network.arch: {name} is built with {names[tower.quick_gelu]}, but the weights {source} were trained with {names[gelu]}; choose the {'-quickgelu' if gelu else 'plain'} variant"
         )
@@ -253,6 +258,35 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
     tower.visual.load_state_dict(values)
 
 
+def _from_transformers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tower of Hugging Face's CLIPModel under open_clip's names."""
+    names = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",  # their spelling
+        "post_layernorm": "ln_post",
+        "encoder.layers": "transformer.resblocks",
+        "self_attn.out_proj": "attn.out_proj",
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    renamed = {}
+    for key, value in values.items():
+        if not key.startswith("vision_model.") or key.endswith("position_ids") or re.search(r"\.[kv]_proj\.", key):
+            continue  # keys and values are taken together with their queries
+        new = key.removeprefix("vision_model.")
+        for theirs, ours in names.items():
+            new = new.replace(theirs, ours)
+        if ".q_proj." in key:
+            value = torch.cat([values[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            new = re.sub(r"self_attn\.q_proj\.(weight|bias)", r"attn.in_proj_\1", new)
+        renamed[f"visual.{new}"] = value
+    return renamed
+
+
 def _is_torchscript(path: Path) -> bool:
     """Whether a torch file is a TorchScript archive: those hold code and constants beside the tensors."""
     if not zipfile.is_zipfile(path):
@@ -262,11 +296,14 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _stated_activation(path: Path) -> bool | None:
-    """QuickGELU or not, where the file says it: OpenAI's archives and a folder with open_clip_config.json do."""
-    config = path.parent / "open_clip_config.json"
+    """QuickGELU or not, where it is said: OpenAI's archives, open_clip_config.json or transformers' config.json beside."""
     if path.suffix != ".safetensors" and _is_torchscript(path):
         return True
-    if config.is_file():
-        values = json.loads(config.read_text())
+    ours, theirs = path.with_name("open_clip_config.json"), path.with_name("config.json")
+    if ours.is_file():
+        values = json.loads(ours.read_text())
         return bool(values.get("model_cfg", values).get("quick_gelu", False))
+    if theirs.is_file():
+        activation = json.loads(theirs.read_text()).get("vision_config", {}).get("hidden_act")
+        return None if activation is None else activation == "quick_gelu"
     return None

@@ -476,7 +476,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text) if text.strip() else None
     except yaml.YAMLError:
-        raise ConfigError(f"{'.'.join(parts)}: cannot read the value {text!r}") from None
+        value = text  # such as {:05d}.jpg, which opens like a mapping; the type is checked with the rest
     section = values
     for part in parts[:-1]:
         if section.get(part) is None:

@@ -164,7 +164,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo]) -> dict[str, Any]:
 
     Returns:
         video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
-            float32. None where no video of the batch could be read: the loop passes over such a batch.
+            float32. None where no video of the batch could be read: evaluation passes over such a batch, training ends.
         label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list.
         skipped: one sentence for each video that was left out.
         error: None, or the sentence that must end the run; its reader raises it.

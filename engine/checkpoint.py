@@ -4,6 +4,7 @@ Lives here: the file and its content, which is plain values and tensors under th
     epoch              epochs finished, so also the number of the next one
     step               optimizer steps so far
     best               best top-1 so far, in percent
+    pending            the record of an epoch that was trained, but not evaluated yet, or None
     model_state_dict   names as in the model alone, without DistributedDataParallel's "module."
     optimizer_state_dict, scheduler, scaler
     rng                one entry a process: the states of Python's, NumPy's, torch's and the GPU's generators
@@ -32,7 +33,17 @@ from engine.distributed import EngineError, Process, gather, unwrap
 
 logger = logging.getLogger("td4v")
 
-_RESUMABLE = ("epoch", "step", "best", "model_state_dict", "optimizer_state_dict", "scheduler", "scaler", "rng")
+_RESUMABLE = (
+    "epoch",
+    "step",
+    "best",
+    "pending",
+    "model_state_dict",
+    "optimizer_state_dict",
+    "scheduler",
+    "scaler",
+    "rng",
+)
 
 
 class CheckpointError(EngineError):
@@ -96,12 +107,16 @@ def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor
     """
     found = next((checkpoint[key] for key in ("model_state_dict", "state_dict", "model") if key in checkpoint), None)
     weights = checkpoint if found is None else found
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not weights or not _is_state_dict(weights):
         keys = ", ".join(map(str, list(checkpoint)[:5]))
         raise CheckpointError(f"{path}: no model weights in this checkpoint, which holds {keys or 'nothing'}")
     if all(name.startswith("module.") for name in weights):
         return {name.removeprefix("module."): value for name, value in weights.items()}
     return dict(weights)
+
+
+def _is_state_dict(weights: dict[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())
 
 
 def put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) -> None:
@@ -137,6 +152,7 @@ def collect(
     epoch: int,
     step: int,
     best: float,
+    pending: dict[str, Any] | None,
     config: dict[str, Any],
     meta: dict[str, Any],
 ) -> dict[str, Any]:
@@ -145,6 +161,7 @@ def collect(
         "epoch": epoch,
         "step": step,
         "best": best,
+        "pending": pending,
         "model_state_dict": unwrap(model).state_dict(),
         "optimizer_state_dict": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),

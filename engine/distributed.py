@@ -14,7 +14,9 @@ import contextlib
 import logging
 import os
 import random
+import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +109,14 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
         logger.error("interrupted: last_model.pt, if there is one, holds the last finished epoch")
         status = 130
     except Exception as error:
-        logger.error("%s", error) if isinstance(error, errors) else logger.exception("%s", type(error).__name__)
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)  # where rank 0 failed alike it has said so, and torchrun ends this process meanwhile
+        if isinstance(error, errors):
+            logger.error("%s", error)
+        elif dist.is_initialized() and re.search("closed by peer|reset by peer|broken pipe", str(error), re.IGNORECASE):
+            logger.warning("this process ends because another one has")
+        else:
+            logger.exception("%s", type(error).__name__)
         status = 1
     leave(status)
 

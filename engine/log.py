@@ -165,16 +165,23 @@ class RunFolder:
         try:
             taken = [name for name in _RUN_FILES if (self.path / name).exists()]
             if taken and not resume:
-                return f"{self.path}: already holds a run ({taken[0]}); resume it or choose another folder"
+                way = "resume it" if taken[0] == "last_model.pt" else "it made no checkpoint: delete it"
+                return f"{self.path}: already holds a run ({taken[0]}); {way} or choose another folder"
             self.path.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                self._describe()
+        except (OSError, ValueError) as error:
+            return f"{self.path}: cannot be used as a run folder ({error})"
+        return None
+
+    def _describe(self) -> None:
+        """Write config.yaml, and add this start to run.json."""
+        if self.process.is_main:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             (self.path / "config.yaml").write_text(text, encoding="utf-8")
             record = self.path / "run.json"
             starts = json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
             record.write_text(json.dumps([*starts, self.meta], indent=2) + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            return f"{self.path}: cannot be used as a run folder ({error})"
-        return None
 
     def __enter__(self) -> RunFolder:
         return self
@@ -198,7 +205,8 @@ class RunFolder:
         return self._writer
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Drop what was written after the checkpoint that is resumed: lines from `epoch` on, points from `step` on."""
+        """Go on from a checkpoint that fits: note this start, drop lines from `epoch` on and points from `step` on."""
+        self._describe()
         self._purge_step = step + 1
         lines = self.path / "metrics.jsonl"
         if self.process.is_main and lines.exists():

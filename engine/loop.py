@@ -41,11 +41,15 @@ class TrainingError(EngineError):
 
 @dataclass
 class TrainState:
-    """How far training is: finished epochs, optimizer steps (those left out included), best top-1 in percent (-1: none yet)."""
+    """How far training is: finished epochs, optimizer steps (those left out included), best top-1 in percent (-1: none yet).
+
+    `pending` is the record of an epoch that was trained, but not evaluated and written down yet.
+    """
 
     epoch: int = 0
     step: int = 0
     best: float = -1.0
+    pending: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def fit(
     if resume is not None:
         parts = (trainee.model, trainee.optimizer, trainee.scheduler, trainee.scaler)
         content = checkpoint.restore(resume, *parts, process)
-        state = TrainState(content["epoch"], content["step"], content["best"])
+        state = TrainState(content["epoch"], content["step"], content["best"], content["pending"])
         if state.step != state.epoch * steps:
             raise checkpoint.CheckpointError(
                 f"{resume}: made {state.step} steps in {state.epoch} epochs, where an epoch now has {steps}: "
@@ -118,22 +122,38 @@ def fit(
             )
         run.rewind(state.epoch, state.step)
     eta = Eta(done=state.step, total=steps * settings.epochs)
+    if state.pending is not None:
+        _finish_epoch(trainee, val_loader, expected, process, state, settings, run)
     for epoch in range(state.epoch, settings.epochs):
         row = train_one_epoch(trainee, train_loader, process, state, settings, run, eta)
         sync_buffers(trainee.model)
-        accuracy = None
+        state.epoch, state.pending = epoch + 1, row
         if settings.evaluates(epoch):
-            accuracy = evaluate(trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq)
-            log_accuracy(f"epoch {epoch}", accuracy)
-        improved = accuracy is not None and accuracy.top1 > state.best
-        state.best = accuracy.top1 if improved else state.best
-        state.epoch = epoch + 1
-        _save(trainee, process, state, run, improved)
-        for name in ("top1", "top5", "mean_class"):
-            row[name] = getattr(accuracy, name, None)
-        run.record_epoch(row, state.step)
+            _save(trainee, process, state, run, improved=False)  # a failing evaluation must not cost the epoch
+        _finish_epoch(trainee, val_loader, expected, process, state, settings, run)
     barrier()
     return state
+
+
+def _finish_epoch(
+    trainee: Trainee,
+    val_loader: DataLoader,
+    expected: int,
+    process: Process,
+    state: TrainState,
+    settings: LoopSettings,
+    run: RunFolder,
+) -> None:
+    """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
+    row, accuracy = state.pending, None
+    if settings.evaluates(row["epoch"]):
+        accuracy = evaluate(trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq)
+        log_accuracy(f"epoch {row['epoch']}", accuracy)
+    improved = accuracy is not None and accuracy.top1 > state.best
+    state.best = accuracy.top1 if improved else state.best
+    state.pending = None
+    _save(trainee, process, state, run, improved)
+    run.record_epoch(row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}, state.step)
 
 
 def train_one_epoch(
@@ -194,7 +214,7 @@ def _optimizer_step(trainee: Trainee, clip_grad: float | None) -> bool:
     if clip_grad is not None:
         parameters = [p for group in trainee.optimizer.param_groups for p in group["params"]]
         nn.utils.clip_grad_norm_(parameters, clip_grad)
-    scale = trainee.scaler.get_scale()
+    scale = trainee.scaler.get_scale()  # 1 where nothing is scaled, without a look at the device
     trainee.scaler.step(trainee.optimizer)
     trainee.scaler.update()
     trainee.optimizer.zero_grad(set_to_none=True)

@@ -118,7 +118,7 @@ def _check(index: Tensor, score: Tensor, label: Tensor, expected: int, skipped: 
         )
     bad = index[~score.isfinite().all(dim=1)]
     if len(bad):
-        raise MetricsError(f"the model's output for video {int(bad[0])} is not finite")
+        raise MetricsError(f"the model's output for video {int(bad[0])} is not finite: it has diverged")
     wrong = label[(label < 0) | (label >= score.shape[1])]
     if len(wrong):
         raise MetricsError(f"a video has label {int(wrong[0])}, but the model gives {score.shape[1]} classes")

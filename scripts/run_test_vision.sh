@@ -5,10 +5,10 @@
 #
 # Environment: NPROC (processes; default all GPUs, else 1), PORT (default: a free one), PYTHON (default python).
 set -euo pipefail
-cd "$(dirname "$0")/.."
 if [ $# -lt 2 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_test_vision.sh CONFIG WEIGHTS [--test_crops 1|3|5|10] [--test_clips N] [--dense]: no configuration file ${1:-given}, or no weights" >&2
     exit 2
 fi
-config=$1; weights=$2; shift 2
+config=$(realpath "$1"); weights=$(realpath -m "$2"); shift 2
+cd "$(dirname "$0")/.."
 exec bash scripts/launch.sh test_vision.py --config "$config" --weights "$weights" "$@"

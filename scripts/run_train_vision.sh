@@ -5,10 +5,10 @@
 #
 # Environment: NPROC (processes; default all GPUs, else 1), PORT (default: a free one), PYTHON (default python).
 set -euo pipefail
-cd "$(dirname "$0")/.."
 if [ $# -lt 1 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_train_vision.sh CONFIG [--set section.key=value ...]: no configuration file ${1:-given}" >&2
     exit 2
 fi
-config=$1; shift
+config=$(realpath "$1"); shift
+cd "$(dirname "$0")/.."
 exec bash scripts/launch.sh train_vision.py --config "$config" "$@"

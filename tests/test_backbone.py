@@ -61,6 +61,39 @@ def write(folder, kind, values):
     return path
 
 
+def transformers_layout(values):
+    """Hugging Face's names, written from the structure of their CLIPVisionModel, for open_clip's."""
+    named = {}
+    for key, value in values.items():
+        key = key.removeprefix("visual.").replace("transformer.resblocks", "encoder.layers")
+        if "in_proj" in key:
+            leaf = key.rpartition("_")[2]
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                named[f"vision_model.{key.replace(f'attn.in_proj_{leaf}', f'self_attn.{part}_proj.{leaf}')}"] = piece
+            continue
+        for ours, theirs in (
+            ("conv1.weight", "embeddings.patch_embedding.weight"), ("ln_pre", "pre_layrnorm"), ("c_proj", "fc2"),
+            ("positional_embedding", "embeddings.position_embedding.weight"), ("ln_post", "post_layernorm"),
+            ("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"), ("c_fc", "fc1"),
+        ):  # fmt: skip
+            key = key.replace(ours, theirs)
+        named[f"vision_model.{'embeddings.' if key == 'class_embedding' else ''}{key}"] = value
+    return {**named, "vision_model.embeddings.position_ids": torch.arange(17), "text_model.x": torch.ones(1)}
+
+
+def test_weights_of_transformers(tmp_path):
+    values = visual_weights(build_custom_tower(**SMALL))
+    kept = {key: value for key, value in values.items() if key.startswith("visual.") and key != "visual.proj"}
+    path = tmp_path / "model.safetensors"
+    save_file({key: value.contiguous() for key, value in transformers_layout(kept).items()}, path)
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "quick_gelu"}}))
+    tower = build_custom_tower(**SMALL, source=str(path))
+    for key, value in tower.visual.state_dict().items():
+        assert torch.equal(value, kept[f"visual.{key}"]), key
+    with pytest.raises(BackboneError, match="built with GELU.*trained with QuickGELU"):
+        build_custom_tower(**SMALL, quick_gelu=False, source=str(path))
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "wrapped", "visual only", "torchscript"])
 def test_weights_of_every_format(tmp_path, kind):
     values = visual_weights(build_custom_tower(**SMALL))

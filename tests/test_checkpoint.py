@@ -28,7 +28,14 @@ def _parts(width: int = 3) -> tuple:
 
 def _content(parts: tuple, epoch: int = 1) -> dict:
     return checkpoint.collect(
-        *parts, Process(), epoch=epoch, step=4, best=12.5, config={"solver": {"lr": 0.1}}, meta={"torch": "x"}
+        *parts,
+        Process(),
+        epoch=epoch,
+        step=4,
+        best=12.5,
+        pending=None,
+        config={"solver": {"lr": 0.1}},
+        meta={"torch": "x"},
     )
 
 

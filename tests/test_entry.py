@@ -25,6 +25,7 @@ import torch
 import yaml
 
 import engine.checkpoint
+import engine.loop
 from clip.build import build_model
 from configs.schema import load_config
 from datasets.build import val_loader
@@ -198,7 +199,7 @@ def test_what_a_run_leaves(config: Path, tmp_path: Path, method: str):
     saved = content(folder / "last_model.pt")
     assert set(saved) == {
         "epoch", "step", "best", "model_state_dict", "optimizer_state_dict", "scheduler", "scaler", "rng", "config",
-        "meta",
+        "meta", "pending",
     }  # fmt: skip
     assert (saved["epoch"], saved["step"], saved["best"]) == (1, 8, row["top1"])
     assert not any(name.startswith("module.") for name in saved["model_state_dict"])
@@ -245,6 +246,25 @@ def test_interrupted_and_resumed_is_as_one_go(config: Path, tmp_path: Path, monk
     rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)] for folder in (whole, parts)]
     assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [0, 1]
     assert len(json.loads((parts / "run.json").read_text())) == 2
+
+
+def test_a_failing_evaluation_does_not_cost_the_epoch(config: Path, trained: Path, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def broken(*arguments, **options):
+        raise engine.loop.DataError("a validation video is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.loop, "evaluate", broken)
+        assert training_refusal(config, folder, "solver.epochs=1") == "a validation video is broken"
+    assert content(folder / "last_model.pt")["pending"]["epoch"] == 0 and not (folder / "metrics.jsonl").exists()
+    status, _ = command(
+        "train_vision.py", "--config", config, *settings((f"resume={folder / 'last_model.pt'}", "solver.epochs=1"))
+    )
+    assert status == 0 and [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
+    ours, theirs = (content(place / "last_model.pt") for place in (folder, trained))
+    for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "pending"):
+        assert_same(ours[key], theirs[key])
 
 
 def test_a_taken_folder_is_left_alone(config: Path, trained: Path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.backbone import VisionTower
-from configs.schema import Config, NetworkConfig, Ratio
+from configs.schema import Config, ConfigError, NetworkConfig, Ratio
 
 logger = logging.getLogger("td4v")
 
@@ -42,7 +42,8 @@ class TD4VFinetune(nn.Module):
 
     Args:
         tower: frozen CLIP. num_classes: K. frames: T.
-        placement: before each block's attention, its MLP, or both. mode, ratio, zero_init: see TD4V.
+        placement: before each block's attention, its MLP, or both (patch tokens behind the last attention do not
+            reach the class token, so with that feature the last module before an MLP gets no gradient). mode, ratio, zero_init: see TD4V.
         feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
         temporal_embedding: (T, D), added to every token of a frame before the first block.
         dropout: before the classifier.
@@ -89,6 +90,8 @@ class TD4VFinetune(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
         B, T = video.shape[:2]
+        if T != self.frames:
+            raise ValueError(f"the model was built for {self.frames} frames and got {T}")
         x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
         if self.temporal_embedding is not None:
             x = (x.unflatten(0, (B, T)) + self.temporal_embedding.to(x.dtype)[:, None]).flatten(0, 1)
@@ -108,7 +111,10 @@ def build(config: Config, tower: VisionTower, options: Options) -> TD4VFinetune:
     for key, own in (("DA_ratio", "ratio"), ("sample_mode", "mode")):
         if getattr(config.network, key) != getattr(usual, key):
             logger.warning("network.%s describes side-tuning: fine-tuning reads network.options.%s", key, own)
-    return TD4VFinetune(
-        tower, config.data.num_classes, config.data.num_segments, options.placement, options.mode, options.ratio,
-        options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc,
-    )  # fmt: skip
+    try:
+        return TD4VFinetune(
+            tower, config.data.num_classes, config.data.num_segments, options.placement, options.mode, options.ratio,
+            options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"network.options.ratio: {error}") from None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clip.backbone import VisionTower
 from clip.side_network import SideNetwork
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TD4VSide(nn.Module):
     Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
 
     Raises:
-        ValueError: as many widths as tower blocks are needed; a training batch of one clip (the last BatchNorm
+        ValueError: not as many widths as tower blocks; clips of another length than T; a training batch of one clip (the last BatchNorm
             followed by the mean would be constant) without synchronised BatchNorm over several processes.
 
     Source: paper section on side-tuning; owlholy/TD4V clip/VisualTransformer.py, VisualTransformer.
@@ -51,9 +51,7 @@ class TD4VSide(nn.Module):
                  stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True):  # fmt: skip
         super().__init__()
         if len(widths) != len(tower.blocks):
-            raise ValueError(
-                f"network.pyramid.n_embs: {len(widths)} side widths for {len(tower.blocks)} blocks of the tower"
-            )
+            raise ValueError(f"{len(widths)} side widths for {len(tower.blocks)} blocks of the tower")
         self.frames = frames
         self.tower = tower
         self.side = SideNetwork(tower.width, tower.patch_size, frames, widths, mlp_ratio, ratio, mode, td4v,
@@ -68,6 +66,8 @@ class TD4VSide(nn.Module):
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, n of the last level)."""
         B, T = video.shape[:2]
+        if T != self.frames:
+            raise ValueError(f"the model was built for {self.frames} frames and got {T}")
         if self.training and B == 1 and type(self.side.norm) is nn.BatchNorm1d:
             raise ValueError(
                 "side-tuning needs at least two clips a process in training (data.batch_size), or network.sync_bn over several processes: the features of one clip are constant behind the last BatchNorm"
@@ -86,10 +86,14 @@ class TD4VSide(nn.Module):
 
 
 def build(config: Config, tower: VisionTower, options: Options) -> TD4VSide:
-    """The method as a configuration describes it."""
+    """The method as a configuration describes it. Raises ConfigError for sizes that do not fit."""
     network = config.network
-    return TD4VSide(
-        tower, config.data.num_classes, config.data.num_segments, network.pyramid.n_embs, network.pyramid.mlp_ratio,
-        network.DA_ratio, network.sample_mode, network.drop_fc, options.td4v, options.stem_kernel, options.token_shift,
-        options.temporal_embedding,
-    )  # fmt: skip
+    try:
+        return TD4VSide(
+            tower, config.data.num_classes, config.data.num_segments, network.pyramid.n_embs,
+            network.pyramid.mlp_ratio, network.DA_ratio, network.sample_mode, network.drop_fc, options.td4v,
+            options.stem_kernel, options.token_shift, options.temporal_embedding,
+        )  # fmt: skip
+    except ValueError as error:
+        key = "network.DA_ratio" if "ratio" in str(error) else "network.pyramid.n_embs"
+        raise ConfigError(f"{key}: {error}") from None
