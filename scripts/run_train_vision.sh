@@ -9,6 +9,8 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_train_vision.sh CONFIG [--set section.key=value ...]: no configuration file ${1:-given}" >&2
     exit 2
 fi
-config=$(realpath "$1"); shift
+# the path is meant from where the user stands
+case $1 in /*) config=$1 ;; *) config=$PWD/$1 ;; esac
+shift
 cd "$(dirname "$0")/.."
 exec bash scripts/launch.sh train_vision.py --config "$config" "$@"
