@@ -224,7 +224,7 @@ def draw(output: Path, data: Path, variants: list[Variant], seeds: list[int], re
         ylim=(0, 103),
         title=f"Learning curves, mean and each of {len(seeds)} seeds",
     )
-    curves.legend(fontsize=8, loc="center right")
+    curves.legend(fontsize=8, loc="lower right", ncols=2)
 
     names = [line.split(",", 1)[1] for line in (data / "labels.csv").read_text().splitlines()[1:]]
     shown = results["side", seeds[0]]
