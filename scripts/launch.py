@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 
 def main() -> None:
-    """Run the processes; exit with the status of the first that failed."""
+    """Run the processes; exit with the status of the first that failed, or as a signal asks."""
     try:
         run(parse_args(sys.argv[1:]))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
+    except SignalException as stopped:
+        raise SystemExit(128 + stopped.sigval) from None
 
 
 if __name__ == "__main__":
