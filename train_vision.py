@@ -45,8 +45,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_folder(config: Config, arguments: argparse.Namespace, resumable: bool) -> tuple[Path, bool]:
-    """Where the run goes, the same on every process, and whether it goes on with what is there."""
-    home = Path(config.resume).parent if resumable else None
+    """Where the run goes, the same on every process, and whether it goes on with what is there.
+
+    Only last_model.pt goes on in its own folder: an older checkpoint would overwrite what came after it.
+    """
+    home = Path(config.resume).parent if resumable and Path(config.resume).name == "last_model.pt" else None
     name = arguments.log_time or gather(datetime.now().strftime("%Y%m%d_%H%M%S"))[0]
     default = home or Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"), name)
     folder = Path(arguments.output) if arguments.output else default

@@ -155,6 +155,7 @@ class RunFolder:
         self.meta = run_meta()
         self._writer: Any = None
         self._purge_step: int | None = None
+        self._described = False
         problem = gather(self._prepare(resume) if process.is_main else None)[0]
         if problem is not None:
             raise RunFolderError(problem)
@@ -175,8 +176,9 @@ class RunFolder:
         return None
 
     def _describe(self) -> None:
-        """Write config.yaml, and add this start to run.json."""
-        if self.process.is_main:
+        """Write config.yaml, and add this start to run.json; once."""
+        if self.process.is_main and not self._described:
+            self._described = True
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             (self.path / "config.yaml").write_text(text, encoding="utf-8")
             record = self.path / "run.json"

@@ -381,6 +381,15 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(config: Path, traine
     assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
 
 
+def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(config: Path, trained: Path, tmp_path: Path):
+    before = files(trained)
+    said = training_refusal(config, trained, f"resume={trained / 'model_best.pt'}")
+    assert "already holds a run" in said and files(trained) == before
+    folder = train(config, tmp_path / "run", f"resume={trained / 'model_best.pt'}")
+    assert files(trained) == before and content(folder / "last_model.pt")["epoch"] == 2
+    assert len(json.loads((folder / "run.json").read_text())) == 1
+
+
 @pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
 def test_another_run_is_not_resumed(config: Path, trained: Path, override: str):
     before = files(trained)

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
             run.record_epoch({"epoch": epoch, "train_loss": 1.0}, step=10 * (epoch + 1))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "tra')  # power went off here
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names
     with RunFolder(tmp_path, CONFIG, Process(), resume=True) as run:
         run.rewind(epoch=1, step=10)
         run.record_epoch({"epoch": 1, "train_loss": 0.5}, step=20)
