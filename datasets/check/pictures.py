@@ -1,0 +1,238 @@
+"""Two pictures: what the model will see of some videos, and how many videos the classes have.
+
+Lives here: choosing videos, turning items of the loaders' datasets back into pixels, captions and layout.
+Does not live here: any transform; the items come from the datasets of the training and evaluation loaders.
+
+T frames make a row; S is the side of a frame in pixels, V the number of views of a video.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import Dataset
+
+from configs.schema import DataConfig
+from datasets.build import test_loader, train_loader, val_loader
+from datasets.check.lists import CheckedList, class_counts
+from datasets.video_dataset import BadVideo
+
+WIDEST = 2900  # pixels of a picture
+SIDES = (96, 176)  # smallest and largest side of a frame on the sheet, pixels
+TRIES = 30  # videos that are tried for each one shown
+CROP_NAMES = {
+    1: ("centre",),
+    3: ("left / top", "right / bottom", "centre"),
+    5: ("top left", "top right", "bottom left", "bottom right", "centre"),
+}
+INK, PALE, PAPER, BAND = (20, 20, 20), (105, 105, 105), (255, 255, 255), (228, 234, 242)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Frames (T, S, S, 3) uint8, the name of the row, and the number of each frame from 1."""
+
+    frames: np.ndarray
+    name: str
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is shown of one video."""
+
+    title: str
+    strips: tuple[Strip, ...]
+
+
+def contact_sheet(
+    data: DataConfig, seed: int, names: Sequence[str] | None, path: Path, videos: int, crops: int, clips: int
+) -> int:
+    """Draw `videos` training videos (all draws), as many of validation, and one of testing (clips * crops views).
+
+    Returns:
+        Videos shown; broken ones are passed over.
+    Raises:
+        ConfigError, AnnotationError, ValueError: as the loaders of datasets.build. OSError: `path` cannot be written.
+    """
+    train = train_loader(replace(data, workers=0, batch_size=1), seed).dataset
+    val = val_loader(replace(data, workers=0), seed).dataset
+    test = test_loader(replace(data, workers=0), seed, crops=crops, clips=clips).dataset
+    drawn = [f"draw {draw + 1}" for draw in range(data.num_sample)]
+    mirrored = CROP_NAMES.get(crops) or (*CROP_NAMES[5], *(f"{name}, mirrored" for name in CROP_NAMES[5]))
+    views = [f"clip {clip + 1}: {crop}" for clip in range(clips) for crop in mirrored]
+    blocks = [
+        *_blocks(train, "training", drawn, data, names, videos, seed),
+        *_blocks(val, "validation", ["centre"], data, names, videos, seed),
+        *_blocks(test, "testing", views, data, names, 1, seed + 1),
+    ]
+    if blocks:
+        _draw(blocks, data).save(path)
+    return len(blocks)
+
+
+def to_pixels(video: torch.Tensor, data: DataConfig) -> np.ndarray:
+    """(..., 3, S, S) uint8 pixels, or float normalised by data.mean and data.std -> (..., S, S, 3) uint8."""
+    if video.is_floating_point():
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        video = ((video.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return video.movedim(-3, -1).numpy()
+
+
+def _blocks(
+    dataset: Dataset,
+    what: str,
+    rows: Sequence[str],
+    data: DataConfig,
+    names: Sequence[str] | None,
+    count: int,
+    seed: int,
+) -> list[Block]:
+    """`count` videos of different classes, as far as there are, in an order that depends on `seed` alone."""
+    records = dataset.source.records
+    order = np.random.default_rng(seed).permutation(len(records)).tolist()
+    first_of_class = {records[index].label: index for index in reversed(order)}
+    order.sort(key=lambda index: first_of_class[records[index].label] != index)  # stable: new classes before others
+    blocks = []
+    for index in order[: count * TRIES]:
+        if len(blocks) == count:
+            break
+        item = dataset[(0, index)]
+        if isinstance(item, BadVideo):
+            continue
+        record = records[index]
+        numbers = frame_numbers(dataset, index)
+        videos = to_pixels(item["video"], data)  # (V, T, S, S, 3)
+        labels = item["label"].reshape(-1).tolist()
+        labels = labels if len(labels) == len(rows) else labels * len(rows)
+        strips = []
+        for view, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            changed = "" if label == record.label else f"\nnow class {label}"
+            clip = view * len(numbers) // len(rows)  # training draws share one clip, views of testing are clip by clip
+            strips.append(Strip(videos[view], row + changed, numbers[clip]))
+        name = f" ({names[record.label]})" if names and record.label < len(names) else ""
+        title = f"{what}: {record.path}, class {record.label}{name}, line {record.line}"
+        blocks.append(Block(title, tuple(strips)))
+    return blocks
+
+
+def frame_numbers(dataset: Dataset, index: int) -> list[tuple[int, ...]]:
+    """The frames, from 1, that each clip of item (0, index) of a dataset of the loaders holds."""
+    source = dataset.source
+    record = source.records[index]
+    num_frames = source.reader.open(os.path.join(source.root, record.path), record.num_frames).num_frames
+    clips = dataset._indices(num_frames, 0, index).reshape(-1, dataset.T)  # (clips, T)
+    return [tuple((clip + 1).tolist()) for clip in clips]
+
+
+def _draw(blocks: Sequence[Block], data: DataConfig) -> Image.Image:
+    gap, margin = 4, 12
+    small, large = _font(13), _font(17)
+    label_width = 20 + max(_width(line, small) for b in blocks for s in b.strips for line in s.name.split("\n"))
+    T = data.num_segments
+    fitting = (WIDEST - 2 * margin - label_width) // T - gap
+    side = max(1, min(max(SIDES[0], min(data.input_size, SIDES[1])), fitting))
+    numbered = side >= 2 + max(_width(str(n), small) for b in blocks for s in b.strips for n in s.numbers)
+    caption, title_height = 18 if numbered else 0, 30
+    width = max(2 * margin + label_width + T * (side + gap), 900)
+    heading = f"{data.dataset}: what the model sees, T = {T}, {data.input_size} x {data.input_size} pixels"
+    heading += "; below each frame its number, from 1" if numbered else ""
+    height = 2 * margin + title_height + sum(title_height + 8 + len(b.strips) * (side + caption + gap) for b in blocks)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((margin, margin), heading, PALE, large)
+    y = margin + title_height
+    for block in blocks:
+        pen.rectangle((0, y, width, y + title_height - 6), fill=BAND)
+        pen.text((margin, y + 2), _shorten(block.title, large, width - 2 * margin), INK, large)
+        y += title_height
+        for strip in block.strips:
+            pen.multiline_text((margin, y + side // 2 - 8), strip.name, INK, small, spacing=3)
+            for place, frame in enumerate(strip.frames):
+                x = margin + label_width + place * (side + gap)
+                image = Image.fromarray(frame)
+                if image.size != (side, side):
+                    image = image.resize((side, side), Image.Resampling.BICUBIC)
+                sheet.paste(image, (x, y))
+                if numbered:
+                    pen.text((x + side // 2, y + side + 1), str(strip.numbers[place]), PALE, small, anchor="ma")
+            y += side + caption + gap
+        y += 8
+    return sheet
+
+
+def balance_picture(lists: Sequence[CheckedList], data: DataConfig, names: Sequence[str] | None, path: Path) -> None:
+    """Videos of each class, the most frequent of the first list at the top, and the lengths of the videos."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    named = data.num_classes <= 60
+    height = max(4.0, 0.19 * data.num_classes + 1) if named else 5.0
+    figure = Figure(figsize=(13, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    classes, lengths = figure.subplots(1, 2, width_ratios=(3, 2))
+    counts = [class_counts(checked, data.num_classes) for checked in lists]
+    order = sorted(range(data.num_classes), key=lambda label: (-counts[0][label], label))
+    thickness = 0.8 / len(lists)
+    longest = max((result.frames or 0 for checked in lists for result in checked.results), default=0)
+    bins = np.arange(0, longest + 2, max(1, math.ceil((longest + 1) / 60))).tolist()  # whole frames
+    bins.append(bins[-1] + longest // 60 + 1)
+    for number, (checked, of_class) in enumerate(zip(lists, counts, strict=True)):
+        colour = f"C{number}"
+        values = [of_class[label] for label in order]
+        if named:
+            places = [place + number * thickness for place in range(len(order))]
+            classes.barh(places, values, height=thickness, align="edge", color=colour)
+        else:
+            classes.step(range(len(order)), values, where="mid", color=colour)
+        frames = [result.frames for result in checked.results if result.frames]
+        lengths.hist(frames, bins=bins, histtype="step", linewidth=1.6, color=colour, label=checked.split)
+    if named:
+        texts = [f"{label} {names[label]}" if names else str(label) for label in order]
+        classes.set_yticks([place + 0.4 for place in range(len(order))], [_cut(t, 34) for t in texts], fontsize=8)
+        classes.set_ylim(len(order), 0)
+        classes.set_xlabel("videos")
+        classes.xaxis.get_major_locator().set_params(integer=True)
+    else:
+        classes.set_xlabel(f"classes, the most frequent of {lists[0].split} first")
+        classes.set_ylabel("videos")
+        classes.set_ylim(bottom=0)
+    classes.set_title("Videos a class")
+    lengths.set_title("Length of the videos")
+    lengths.set_xlabel("frames")
+    lengths.set_ylabel("videos")
+    lengths.axvline(data.num_segments, color="0.4", linestyle=":", label=f"T = {data.num_segments}")
+    figure.legend(*lengths.get_legend_handles_labels(), loc="outside lower center", ncols=len(lists) + 1)
+    figure.savefig(path, dpi=100)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    return math.ceil(font.getlength(text))
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Leave out the middle of a text that is too long."""
+    keep = len(text)
+    shown = text
+    while _width(shown, font) > width and keep > 10:
+        keep -= 4
+        shown = f"{text[: keep // 2]} ... {text[-(keep // 2) :]}"
+    return shown
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -1,0 +1,193 @@
+"""One row of a list against disk, and all rows of a list in parallel.
+
+Lives here: what is looked at in a folder of frames and in a file, the pool of processes, and surviving a decoder that
+takes its process down.
+Does not live here: what rows mean together (lists.py).
+
+What is opened and decoded goes through the reader of the loaders, so that a row which passes here can be trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from datasets.annotation import VideoRecord
+from datasets.readers import Clip, FrameFolderReader, ReadError, VideoReader
+from datasets.video_dataset import VideoSource
+
+CHUNK = 8  # rows that a process takes at a time
+DECODED_AT_ONCE = 2**28  # bytes of pixels, where everything is decoded
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What disk says of a row. `frames` and `size` (width, height; pixels) are None where they could not be found out.
+
+    `problems` and `notes` are (kind, sentence) pairs; `num_bytes` counts the files of the row.
+    """
+
+    record: VideoRecord
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    num_bytes: int = 0
+    problems: tuple[tuple[str, str], ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class RowChecker:
+    """Checks a row of `source`.
+
+    Args:
+        full: decode every frame, instead of the first and last of a folder, the middle and last of a file or in a pack.
+    """
+
+    source: VideoSource
+    full: bool = False
+
+    def __call__(self, record: VideoRecord) -> RowResult:
+        path = os.path.join(self.source.root, record.path)
+        reader = self.source.reader
+        if isinstance(reader, FrameFolderReader | VideoReader) and not os.path.exists(path):
+            kind = "folder missing" if isinstance(reader, FrameFolderReader) else "file missing"
+            return RowResult(record, problems=((kind, f"{path}: is not there"),))
+        try:
+            if isinstance(reader, FrameFolderReader):
+                return self._folder(record, path, reader)
+            return self._video(record, path)
+        except ReadError as error:
+            num_bytes = os.path.getsize(path) if os.path.isfile(path) else 0
+            return RowResult(record, num_bytes=num_bytes, problems=(("unreadable", str(error)),))
+        except OSError as error:
+            return RowResult(record, problems=(("unreadable", f"{path}: {error.strerror or error}"),))
+        except Exception as error:  # no reader should, but one broken video must not cost the check of all others
+            text = f"{path}: reading it failed with {type(error).__name__}: {error}"
+            return RowResult(record, problems=(("unreadable", text),))
+
+    def _folder(self, record: VideoRecord, path: str, reader: FrameFolderReader) -> RowResult:
+        def name(index: int) -> str:
+            return os.path.basename(reader.image_tmpl.format(index + reader.index_base))
+
+        declared = record.num_frames or 0
+        # a template may name a folder, too
+        sizes = _file_sizes(os.path.dirname(os.path.join(path, reader.image_tmpl.format(reader.index_base))))
+        names = [name(index) for index in range(declared)]
+        missing = [name for name in names if name not in sizes]
+        present = [name for name in names if name in sizes]
+        found = {"frames": declared - len(missing), "num_bytes": sum(sizes[name] for name in present)}
+        if missing:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            text = f"{path}: {len(missing)} of {declared} declared frames are missing ({shown})"
+            return RowResult(record, problems=(("frames missing", text),), **found)
+        if empty := [name for name in names if sizes[name] == 0]:
+            text = f"{path}: {len(empty)} of {declared} frames are empty files, first {empty[0]}"
+            return RowResult(record, problems=(("unreadable", text),), **found)
+        further = declared
+        while name(further) in sizes:
+            further += 1
+        notes = (("more frames", f"{path}: holds {further} frames, the list declares {declared}"),)
+        clip = reader.open(path, declared)
+        frames = decode_frames(clip, np.array([0, declared - 1]))
+        if self.full:
+            _decode_all(clip, frames[0].nbytes)
+        height, width = frames.shape[1:3]
+        return RowResult(record, size=(width, height), notes=notes[: further > declared], **found)
+
+    def _video(self, record: VideoRecord, path: str) -> RowResult:
+        clip = self.source.reader.open(path, record.num_frames)
+        declared, frames = record.num_frames, clip.num_frames
+        notes = (("more frames", f"{path}: holds {frames} frames, the list declares {declared}"),)
+        pixels = decode_frames(clip, np.array([frames // 2, frames - 1]))
+        if self.full:
+            _decode_all(clip, pixels[0].nbytes)
+        height, width = pixels.shape[1:3]
+        num_bytes = os.path.getsize(path) if os.path.isfile(path) else 0
+        more = declared is not None and frames > declared
+        return RowResult(record, frames, (width, height), num_bytes, notes=notes[:more])
+
+
+def decode_frames(clip: Clip, indices: np.ndarray) -> np.ndarray:
+    """Whole frames of an opened video, as they are stored: (n, H, W, 3) uint8. Raises ReadError."""
+    return clip.read(indices)
+
+
+def check_rows(checker: RowChecker, records: Sequence[VideoRecord], jobs: int) -> Iterator[RowResult]:
+    """The result of every record, in no particular order, from `jobs` processes.
+
+    A process that dies (a crash in a decoder, or no memory left) costs the row it was reading, not the check: the rows
+    that were under way are repeated one by one, and the one that dies again is reported.
+    """
+    checker = replace(checker, source=replace(checker.source, records=()))  # it goes along with every chunk
+    waiting = deque(records[start : start + CHUNK] for start in range(0, len(records), CHUNK))
+    while waiting:
+        pool = _pool(jobs)
+        under_way: dict[Future[list[RowResult]], Sequence[VideoRecord]] = {}
+        try:
+            yield from _run(pool, checker, waiting, under_way, 3 * jobs)
+        except BrokenProcessPool:
+            yield from _one_by_one(checker, [record for chunk in under_way.values() for record in chunk])
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run(
+    pool: ProcessPoolExecutor,
+    checker: RowChecker,
+    waiting: deque[Sequence[VideoRecord]],
+    under_way: dict[Future[list[RowResult]], Sequence[VideoRecord]],
+    at_once: int,
+) -> Iterator[RowResult]:
+    """Results until nothing is waiting; `under_way` holds the chunks that were handed out and have no result yet."""
+    while waiting or under_way:
+        while waiting and len(under_way) < at_once:
+            future = pool.submit(_check_chunk, checker, waiting[0])
+            under_way[future] = waiting.popleft()
+        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+            results = future.result()
+            del under_way[future]
+            yield from results
+
+
+def _one_by_one(checker: RowChecker, records: Sequence[VideoRecord]) -> Iterator[RowResult]:
+    pool = _pool(1)
+    try:
+        for record in records:
+            try:
+                yield from pool.submit(_check_chunk, checker, [record]).result()
+            except BrokenProcessPool:
+                path = os.path.join(checker.source.root, record.path)
+                text = f"{path}: the process that read it died: its decoder crashed, or memory ran out"
+                yield RowResult(record, problems=(("crash", text),))
+                pool.shutdown(wait=False)
+                pool = _pool(1)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
+    )  # Ctrl-C: silent
+
+
+def _check_chunk(checker: RowChecker, records: Sequence[VideoRecord]) -> list[RowResult]:
+    return [checker(record) for record in records]
+
+
+def _file_sizes(folder: str) -> dict[str, int]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries}
+
+
+def _decode_all(clip: Clip, frame_bytes: int) -> None:
+    step = max(1, DECODED_AT_ONCE // frame_bytes)
+    for start in range(0, clip.num_frames, step):
+        decode_frames(clip, np.arange(start, min(start + step, clip.num_frames)))
