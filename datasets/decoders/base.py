@@ -1,0 +1,89 @@
+"""What every decoder offers: the interface of an opened video, its errors and what the libraries' modules share.
+
+Lives here: VideoFile, DecodeError, DecoderMissing. Does not live here: anything that knows a library.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+Decoder = Literal["decord", "pyav"]
+
+EMPTY_MPEG4 = 16  # bytes: an MPEG-4 packet up to this size may hold no frame ("not coded"), a larger one holds one
+KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded whole are kept for reading up to this size
+
+
+class DecodeError(RuntimeError):
+    """A video file that cannot be decoded as asked; one sentence that names the file."""
+
+
+class DecoderMissing(RuntimeError):
+    """The library that is asked for is not installed: the setup is wrong, not the file."""
+
+
+class VideoFile(ABC):
+    """An opened video of frames numbered from 0 in the order of presentation; H and W are those of the display.
+
+    Attributes:
+        path: the file.
+        num_frames: frames that can be read. Known without decoding where a file's packets can be trusted to hold one
+            frame each, otherwise counted by decoding the file once.
+        declared_frames: frames that the file says it holds, as far as the library tells; damaged files decode fewer.
+    """
+
+    path: str
+    num_frames: int
+    declared_frames: int
+
+    @abstractmethod
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Frames in any order, repeated ones too, each decoded once: (T,) -> (T, H, W, 3) uint8 RGB. DecodeError."""
+
+    @abstractmethod
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame from the first on, (H, W, 3) uint8 RGB, up to the last that decodes; not to be mixed with read.
+
+        Raises DecodeError if not even the first one decodes; damage further on ends the frames early.
+        """
+
+    @cached_property
+    def _size(self) -> tuple[int, int]:
+        return self.read(np.zeros(1, dtype=np.int64)).shape[1:3]
+
+    @property
+    def height(self) -> int:
+        """Pixels, after rotation; decodes the first frame."""
+        return self._size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels, after rotation; decodes the first frame."""
+        return self._size[1]
+
+    def _wanted(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) indices -> the distinct ones in rising order (U,), and the place of each index among them (T,)."""
+        wanted, places = np.unique(indices, return_inverse=True)
+        if wanted[0] < 0 or wanted[-1] >= self.num_frames:
+            asked = wanted[0] if wanted[0] < 0 else wanted[-1]
+            raise DecodeError(f"{self.path}: frame {asked} is asked for, the file holds {self.num_frames} frames")
+        return wanted, places
+
+    def _short(self, found: int) -> DecodeError:
+        return DecodeError(f"{self.path}: only {found} of {self.declared_frames} frames can be decoded")
+
+
+@contextmanager
+def decoding(path: str) -> Iterator[None]:
+    """Turn whatever a library raises, several kinds with texts of many lines, into a DecodeError of one sentence."""
+    try:
+        yield
+    except (DecodeError, DecoderMissing):
+        raise
+    except Exception as error:
+        raise DecodeError(f"{path}: cannot be decoded ({type(error).__name__})") from error
