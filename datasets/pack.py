@@ -31,7 +31,7 @@ import os
 import posixpath
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,17 +154,28 @@ class Pack:
         Raises:
             PackError: no such video or frame, or the shard cannot be read or ends early.
         """
-        shard, first, frames, _ = self.videos[self._row(path)].item()
-        if not 0 <= index < frames:
-            raise PackError(f"{self.root}: {path} holds {frames} frames, there is no frame {index} (from 0)")
-        offset, length = self.frames[first + index].item()
+        shard, offset, length = self._place(path, index)
         try:
-            data = os.pread(self._descriptor(self._shards[shard]).number, length, offset)
+            descriptor = self._descriptor(shard)  # held until the bytes are here
+            data = os.pread(descriptor.number, length, offset)
         except OSError as error:
             raise PackError(f"{self.where(path, index)} cannot be read ({error.strerror})") from None
         if len(data) != length:
             raise PackError(f"{self.where(path, index)} ends after {len(data)} of {length} bytes: the shard is damaged")
         return data
+
+    def prefetch(self, path: str, indices: Iterable[int]) -> None:
+        """Let the system load these frames at once while the caller goes on; `read` then waits about once, not T times.
+
+        A hint that costs about a microsecond a frame. Raises PackError: no such video, frame or shard.
+        """
+        for index in indices:
+            shard, offset, length = self._place(path, index)
+            try:
+                descriptor = self._descriptor(shard)
+                os.posix_fadvise(descriptor.number, offset, max(length, 1), os.POSIX_FADV_WILLNEED)  # 0: all of it
+            except OSError as error:
+                raise PackError(f"{self.where(path, index)} cannot be read ({error.strerror})") from None
 
     def where(self, path: str, index: int) -> str:
         """Shard and member of frame `index`, from 0, of the video at `path`, for messages."""
@@ -186,6 +197,13 @@ class Pack:
     def close(self) -> None:
         """Close this process's descriptors of shards; the next read opens what it needs."""
         self._descriptor.cache_clear()
+
+    def _place(self, path: str, index: int) -> tuple[str, int, int]:
+        """Shard, offset and length of a frame."""
+        shard, first, frames, _ = self.videos[self._row(path)].item()
+        if not 0 <= index < frames:
+            raise PackError(f"{self.root}: {path} holds {frames} frames, there is no frame {index} (from 0)")
+        return self._shards[shard], *self.frames[first + index].item()
 
     def _row(self, path: str) -> int:
         row = self._find(path)

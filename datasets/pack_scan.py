@@ -22,7 +22,7 @@ from datasets.annotation import read_list
 from datasets.pack import PackError, Settings
 from datasets.pack_workers import Work, progress_bar, raise_problems, run_tasks
 
-CHUNK = 500  # folders that one process scans
+CHUNK = 2000  # folders that one process scans at most
 ANY_LABEL = 1 << 62
 MAX_BYTES = 1 << 30  # far from where zip needs a longer header for a member
 Declared = tuple[int, str]  # number of frames, and the row that says so; 0 and "" without a list
@@ -48,7 +48,8 @@ def scan(frames: Path, lists: Sequence[str], settings: Settings, jobs: int) -> l
     names = sorted(declared)
     if not names:
         raise PackError(f"{frames}: holds no frame folders")
-    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    size = min(CHUNK, -(-len(names) // jobs))
+    chunks = [names[start : start + size] for start in range(0, len(names), size)]
     with progress_bar("scan", " videos", len(names)) as bar:
         found = run_tasks(_scan_chunk, [(frames, chunk, settings) for chunk in chunks], jobs, bar)
     videos, problems = [], []

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error)
         return 1
     except OSError as error:
-        logger.error("%s: %s", error.filename or "the pack", error.strerror or error)
+        pack = arguments.out or arguments.verify or arguments.reindex
+        logger.error("%s: %s", error.filename or pack, error.strerror or error)
         return 1
     except KeyboardInterrupt:
         logger.error("interrupted; what is finished is kept, the same command goes on from there")

@@ -184,8 +184,12 @@ def _write_shards(frames: Path, out: Path, shards: Sequence[Shard], settings: Se
     done_bytes, todo_bytes = (sum(shard.frame_bytes for shard in group) for group in (done, todo))
     if done:
         logger.info("%s: going on, %d of %d shards are done", out, len(done), len(shards))
-    with progress_bar("pack", "B", done_bytes + todo_bytes, done_bytes) as bar:
-        run_tasks(_write_shard, [(frames, out, shard, settings) for shard in todo], jobs, bar)
+    try:
+        with progress_bar("pack", "B", done_bytes + todo_bytes, done_bytes) as bar:
+            run_tasks(_write_shard, [(frames, out, shard, settings) for shard in todo], jobs, bar)
+    finally:
+        for file in work.glob("*.zip"):  # of processes that were stopped: a full disk should not stay full
+            file.unlink(missing_ok=True)
 
 
 def _check_space(out: Path, todo: Sequence[Shard], settings: Settings) -> None:
