@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +223,19 @@ def test_what_cannot_be_used_is_one_sentence(dataset, caplog):
     assert code == 1 and "is this the right folder?" in told(report, "problem")[-1][2]
     code, report = run(dataset, "--set", "data.batch_size=9", "--seconds", "0.2")
     assert code == 1 and "fewer than one batch" in told(report, "problem")[0][2]
+
+
+def test_ctrl_c_is_one_sentence(dataset, caplog, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("datasets.check.__main__.measure", interrupted)
+    try:
+        assert main([str(dataset / "config.yaml"), "--out", str(dataset / "out"), "--jobs", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caplog.messages[-1] == "interrupted: no report was written"
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")

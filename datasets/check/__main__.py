@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -173,8 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error)
         return 1
     except KeyboardInterrupt:
-        logger.error("interrupted: no report was written")
-        return 130
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C has nothing left to end
+    for process in multiprocessing.active_children():
+        process.terminate()
+    logger.error("interrupted: no report was written")
+    return 130
 
 
 if __name__ == "__main__":

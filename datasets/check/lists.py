@@ -89,7 +89,7 @@ def findings_of(checked: CheckedList, data: DataConfig, names: Sequence[str] | N
         rows_of[checked.path(index)].append(record)
     repeated = {path: rows for path, rows in rows_of.items() if len(rows) > 1}
     if repeated:
-        rows = [f"{rows[0].path} (lines {', '.join(str(row.line) for row in rows)})" for rows in repeated.values()]
+        rows = [f"{rows[0].path} (lines {_examples([str(row.line) for row in rows])})" for rows in repeated.values()]
         yield Finding("warning", "duplicates", f"{_videos(len(rows))} more than once: {_examples(rows)}", file)
     torn = [rows[0].path for rows in repeated.values() if len({row.label for row in rows}) > 1]
     if torn:

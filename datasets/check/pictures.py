@@ -203,6 +203,8 @@ def balance_picture(lists: Sequence[CheckedList], data: DataConfig, names: Seque
     else:
         classes.set_xlabel(f"classes, the most frequent of {lists[0].split} first")
         classes.set_ylabel("videos")
+        classes.set_yscale("symlog", linthresh=1)  # shows a class of thousands beside one of none
+        classes.yaxis.set_major_formatter("{x:g}")
         classes.set_ylim(bottom=0)
     classes.set_title("Videos a class")
     lengths.set_title("Length of the videos")

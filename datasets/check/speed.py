@@ -173,7 +173,7 @@ def advice(rates: list[Rate], need: float | None, cores: int) -> tuple[str, dict
     if configured.workers > cores:
         text.append(f"More workers than the {cores} cores of this machine gain little.")
     if need is None:
-        text.append(f"All {cores} cores together would feed about {most:.0f} clips/s, divided by the processes. "
+        text.append(f"All {cores} cores together would feed about {most:.0f} clips/s, shared by its processes. "
                     "Compare with --need CLIPS_PER_S, or with --run RUNFOLDER of a former run.")  # fmt: skip
         return " ".join(text), numbers
     workers = math.ceil(need * HEADROOM / per_worker)
