@@ -79,11 +79,11 @@ class VideoFile(ABC):
 
 
 @contextmanager
-def decoding(path: str) -> Iterator[None]:
-    """Turn whatever a library raises, several kinds with texts of many lines, into a DecodeError of one sentence."""
+def decoding(path: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn the errors of a library, its own `kinds` and usual ones, into a DecodeError of one sentence."""
     try:
         yield
     except (DecodeError, DecoderMissing):
         raise
-    except Exception as error:
+    except (*kinds, RuntimeError, ValueError, OSError, StopIteration) as error:
         raise DecodeError(f"{path}: cannot be decoded ({type(error).__name__})") from error

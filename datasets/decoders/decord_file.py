@@ -11,6 +11,9 @@ Seen on HMDB51, UCF101 and Kinetics files and on small files of the common encod
   frames off. Decoding from the first frame on is right.
 - It takes the place of a key frame in the file for its place in the order of presentation. With open GOPs (H.264) that
   is up to 16 frames too early: frames from there to the key frame come out wrong after a seek to it, others are right.
+- It starts an MPEG transport stream several frames late. Containers other than AVI, MP4, Matroska and FLV are therefore
+  decoded whole, and refused if frames are missing.
+- Frames narrower than 64 pixels may come with their row padding taken for a fourth channel.
 - A file that is no video prints one line to stderr from native code; everything of FFmpeg's own is silenced here.
 - Its worker thread decodes ahead of what is asked for: half of the time of eight frames of a UCF101 clip is that and
   the start of threads at each seek, and no option of decord's changes it.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -28,21 +32,26 @@ import numpy as np
 from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, DecoderMissing, VideoFile, decoding
 
 NO_SUBSTITUTES = 1e-9  # decord's fault_tol: the share of frames that it may replace by others
+KNOWN_STARTS = {b"RIFF", b"\x1aE\xdf\xa3", b"FLV\x01", b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
 MAX_REORDER = 17  # an open GOP's key frame stands at most 16 frames (H.264's largest buffer) before its place in time
 
 
 class DecordFile(VideoFile):
     def __init__(self, path: str):
         self.path = path
-        with decoding(path):
+        with _decoding(path):
             self._video = _open(path)
             self.declared_frames = len(self._video)
+            if self.declared_frames == 0:
+                raise self._short(0)
             starts = self._video.get_frame_timestamp(range(self.declared_frames))[:, 0]  # (packets,) seconds
             keys = self._video.get_key_indices()
         # a missing time stamp is about -1e17; one below 0 is that of a packet which is not to be shown
-        dated = len(starts) > 0 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
+        dated = starts[0] >= 0 and bool((np.diff(starts) > 0).all())
         chunks = _avi_chunk_sizes(path)  # None for what is no AVI
-        self._seekable = dated and (chunks is None or (len(chunks) > 0 and chunks.min() > EMPTY_MPEG4))
+        full = chunks is None or (len(chunks) > 0 and chunks.min() > EMPTY_MPEG4)
+        known = _is_known(path)
+        self._seekable = known and dated and full
         self._unsafe = (
             MAX_REORDER if chunks is None else 0
         )  # AVIs with time stamps have no B-frames, hence no open GOPs
@@ -50,12 +59,14 @@ class DecordFile(VideoFile):
         self._position = 0  # the frame that `next` gives
         self._kept: list[np.ndarray] | None = None
         self.num_frames = self.declared_frames if self._seekable else self._count()
+        if not known and self.num_frames < self.declared_frames:
+            raise self._short(self.num_frames)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         import decord
 
         wanted, places = self._wanted(indices)
-        with decoding(self.path):
+        with _decoding(self.path):
             frames = None
             if self._seekable:
                 try:
@@ -72,11 +83,11 @@ class DecordFile(VideoFile):
             return
         import decord
 
-        with decoding(self.path):
+        with _decoding(self.path):
             video = _open(self.path)
         for index in range(self.num_frames):
             try:
-                frame = video.next().asnumpy()
+                frame = _pixels(video.next())
             except (decord.DECORDError, decord.DECORDLimitReachedError, StopIteration) as error:
                 if index == 0:
                     raise self._short(0) from error
@@ -91,7 +102,7 @@ class DecordFile(VideoFile):
             for _ in range(start, index):
                 self._video.next()
         self._position = index + 1
-        return self._video.next().asnumpy()
+        return _pixels(self._video.next())
 
     def _safe_start(self, index: int) -> int:
         """The last frame up to `index` that decord can go to without ending up among those around an open GOP."""
@@ -115,7 +126,7 @@ class DecordFile(VideoFile):
             except (decord.DECORDLimitReachedError, StopIteration) as error:
                 raise self._short(index) from error
             if index in keep:
-                frames.append(frame.asnumpy())
+                frames.append(_pixels(frame))
         return frames
 
     def _count(self) -> int:
@@ -124,7 +135,7 @@ class DecordFile(VideoFile):
 
         kept: list[np.ndarray] | None = []
         count = 0
-        with decoding(self.path):
+        with _decoding(self.path):
             video = _open(self.path)
             while count < self.declared_frames:
                 try:
@@ -133,7 +144,7 @@ class DecordFile(VideoFile):
                     break
                 count += 1
                 if kept is not None:
-                    kept.append(frame.asnumpy())
+                    kept.append(_pixels(frame))
                     if count * kept[0].nbytes > KEEP_BYTES:
                         kept = None
         if count == 0:
@@ -143,12 +154,32 @@ class DecordFile(VideoFile):
 
 
 def _open(path: str) -> Any:
-    try:
-        import decord
-    except ImportError:
-        raise DecoderMissing("data.decoder: decord needs the package decord: pip install decord") from None
+    import decord
+
     decord.logging.set_level(decord.logging.QUIET)
     return decord.VideoReader(path, num_threads=1, fault_tol=NO_SUBSTITUTES)
+
+
+def _decoding(path: str) -> AbstractContextManager[None]:
+    try:
+        from decord import DECORDError, DECORDLimitReachedError
+    except ImportError:
+        raise DecoderMissing("data.decoder: decord needs the package decord: pip install decord") from None
+    return decoding(path, DECORDError, DECORDLimitReachedError)
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """decord's array -> (H, W, 3) uint8, without the padding that it may take for a channel."""
+    array = frame.asnumpy()  # (H, W, C)
+    height, width, channels = array.shape
+    return array if channels == 3 else array.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+
+def _is_known(path: str) -> bool:
+    """Whether the file is of a kind that decord reads from its first frame on."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    return head[:4] in KNOWN_STARTS or head[4:] in KNOWN_STARTS
 
 
 def _avi_chunk_sizes(path: str) -> np.ndarray | None:

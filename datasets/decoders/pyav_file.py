@@ -34,7 +34,7 @@ class PyAVFile(VideoFile):
     def __init__(self, path: str):
         av = _library()
         self.path = path
-        with decoding(path):
+        with decoding(path, av.FFmpegError):
             self._container = av.open(path, metadata_errors="ignore")
             if not self._container.streams.video:
                 raise DecodeError(f"{path}: holds no video stream")
@@ -52,7 +52,7 @@ class PyAVFile(VideoFile):
     def read(self, indices: np.ndarray) -> np.ndarray:
         wanted, places = self._wanted(indices)
         frames: dict[int, np.ndarray] = {}
-        with decoding(self.path):
+        with decoding(self.path, _library().FFmpegError):
             if self._order is not None:
                 frames = {index: self._rgb(frame) for index, frame in self._by_time(wanted)}
                 if len(frames) < len(wanted):
@@ -79,6 +79,8 @@ class PyAVFile(VideoFile):
         codec, container = self._context.name, self._container.format.name
         known = container in DATED_CONTAINERS and codec in ONE_FRAME_A_PACKET and None not in stamps
         if not known or len(set(stamps)) < len(stamps):
+            return None
+        if any(packet.is_corrupt for packet in self._packets):  # cut off: what is patched in depends on the way there
             return None
         if min(stamps) < stamps[0]:  # the file starts with an open GOP that lacks what its first pictures depend on
             return None
@@ -138,7 +140,7 @@ class PyAVFile(VideoFile):
         """Frames that decode, found by decoding them, and kept, unconverted, if they are not too many."""
         kept: list[Any] | None = []
         count = 0
-        with decoding(self.path):
+        with decoding(self.path, _library().FFmpegError):
             for frame in self._decoded():
                 count += 1
                 if kept is not None:
@@ -153,7 +155,7 @@ class PyAVFile(VideoFile):
     def _rgb(self, frame: Any) -> np.ndarray:
         pixels = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
         turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
-        return np.rot90(pixels, turns)
+        return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
 def _library() -> ModuleType:
