@@ -278,6 +278,27 @@ def test_made_files(name, tmp_path, capfd):
 
 
 @needs_pyav
+@pytest.mark.parametrize("name", ["uneven.mp4", "pyramid.mp4", "open.mkv", "hevc.mp4", "vp9.webm", "plain.avi"])
+def test_usual_files_are_not_decoded_whole(name, tmp_path):
+    path = make(tmp_path / name, **MADE[name])
+    for decoder, decoded_whole in (("decord", "_from_start"), ("pyav", "_by_count")):
+        video = open_video(str(path), decoder)
+        setattr(video, decoded_whole, None)
+        video.read(np.arange(0, video.num_frames, 7))
+        assert video._kept is None
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_container_without_a_packet(decoder, tmp_path):
+    with av.open(str(tmp_path / "hollow.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    assert "can" in sentence(tmp_path / "hollow.mkv", decoder)
+
+
+@needs_pyav
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("rotation", [90, 180, 270])
 def test_rotation(rotation, decoder, tmp_path):

@@ -77,8 +77,8 @@ class PyAVFile(VideoFile):
         """Time stamps of the frames that are shown, in order; None where they do not tell which frame is which."""
         stamps = [packet.pts for packet in self._packets]
         codec, container = self._context.name, self._container.format.name
-        known = container in DATED_CONTAINERS and codec in ONE_FRAME_A_PACKET and None not in stamps
-        if not known or len(set(stamps)) < len(stamps):
+        known = container in DATED_CONTAINERS and codec in ONE_FRAME_A_PACKET
+        if not stamps or not known or None in stamps or len(set(stamps)) < len(stamps):
             return None
         if any(packet.is_corrupt for packet in self._packets):  # cut off: what is patched in depends on the way there
             return None
