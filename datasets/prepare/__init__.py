@@ -1,10 +1,17 @@
-"""Raw downloads -> frame folders and lists: one maker a file, each run as `python -m datasets.prepare.<name> --out DIR`.
+"""Raw downloads -> frame folders and lists.
 
-frame_order.py    makes a small dataset whose four classes differ only in the order of frames; needs no download
-ucf101_groups.py  UCF101's class folders -> lists split by whole groups and, on request, extracted frames
-lists.py          what the makers share: writing list files and labels, and the error a user can cause
+    python -m datasets.prepare ucf101|hmdb51|ssv2|ssv1|k400|diving48|folder --videos DIR --annotations DIR --out DIR
+    python -m datasets.prepare.frame_order --out DIR    a small dataset that is drawn, not downloaded
+
+__main__.py    the command line
+run.py         the order of the steps: below, from left to right
+formats/       owners' annotations -> plan.py's Plan, one file a dataset; owners.py finds and reads the files
+archives.py    unpacks what was downloaded (pieces.py: files cut in pieces)
+catalogue.py   which videos are there, and which are the plan's (walk.py: the way through a folder)
+extract.py     frames of all videos; decode.py of one; workers.py the processes; space.py room on the disk
+report.py, lists.py, snippet.py, workplace.py    what is left in the output folder
 
 Does not live here: reading lists or frames for training (datasets/annotation.py, datasets/readers.py). Nothing outside
-this room imports a maker; what crosses its door are files: list rows `path num_frames label` for frame folders or
+this room imports from it; what crosses its door are files: list rows `path num_frames label` for frame folders or
 `path label` for videos, labels as csv with the header `id,name`, frames numbered from 1 as `{:06d}.jpg`.
 """

@@ -1,0 +1,168 @@
+"""One video in, frames out: what a worker process does. Frame folders are whole or absent.
+
+Lives here: decoding a video from its start, encoding JPEGs (`write_jpeg`, the only place), and the record of a finished
+folder. Does not live here: which videos, how many processes (extract.py), and reading for training (datasets/readers.py).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import decord
+import numpy as np
+from PIL import Image
+
+# A share of frames that rounds to none: decord then raises at the first frame it would replace by the one before.
+NO_REPLACED_FRAME = 1e-9
+SAMPLED_FRAMES = 8
+DECODE_ERRORS = (RuntimeError, ValueError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one video gave: frames its header declares, frames that decode (or are there), their bytes, or an error."""
+
+    declared: int = 0
+    frames: int = 0
+    bytes: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to extract, and how."""
+
+    video: str  # relative path, the key in the records
+    source: Path
+    folder: Path
+    partial: Path  # folder for unfinished work, on the same disk
+    records: Path
+    short_side: int  # pixels; 0 keeps the video's size
+    quality: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a video's first frames tell: frames declared and mean bytes of a JPEG."""
+
+    declared: int
+    frame_bytes: float
+
+
+def write_jpeg(path: Path, frame: np.ndarray, short_side: int, quality: int) -> int:
+    """Writes uint8 (H, W, 3) as a JPEG and returns its bytes. The short side becomes `short_side` pixels, unless 0.
+
+    Every row of blocks starts with a restart marker, so that a reader can decode only the rows it needs. The file is
+    encoded in memory first: a full disk then is an OSError that says so.
+    """
+    data = encode_jpeg(frame, short_side, quality)
+    path.write_bytes(data)
+    return len(data)
+
+
+def encode_jpeg(frame: np.ndarray, short_side: int, quality: int) -> bytes:
+    """The bytes that `write_jpeg` writes."""
+    image = Image.fromarray(frame)
+    if short_side and short_side != min(image.size):
+        scale = short_side / min(image.size)
+        size = (math.floor(image.width * scale + 0.5), math.floor(image.height * scale + 0.5))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, restart_marker_rows=1)
+    return buffer.getvalue()
+
+
+def extract(job: Job) -> Outcome:
+    """Extracts one video to its folder. A video that cannot be read is an outcome; OSError where it cannot be written."""
+    partial = Path(tempfile.mkdtemp(dir=job.partial))
+    partial.chmod(0o755)
+    declared = frames = size = 0
+    try:
+        reader = _open(job.source)
+        declared = len(reader)
+        for frames, frame in enumerate(_frames(reader), 1):
+            size += write_jpeg(partial / f"{frames:06d}.jpg", frame, job.short_side, job.quality)
+        if frames == 0:
+            return Outcome(declared, error="no frame decodes")
+        outcome = Outcome(declared, frames, size)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(job.folder, ignore_errors=True)  # of a video that has changed since
+        append_record(job.records, job.video, job.source.stat().st_size, outcome)
+        os.replace(partial, job.folder)  # last: a folder in place is whole, and there is a record of it
+        return outcome
+    except DECODE_ERRORS as error:
+        return Outcome(declared, error=_first_line(error))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def probe(source: Path) -> Outcome:
+    """Opens a video and decodes its first frame; `frames` is what its header declares."""
+    try:
+        reader = _open(source)
+        reader.next()
+        return Outcome(len(reader), len(reader), source.stat().st_size)
+    except DECODE_ERRORS as error:
+        return Outcome(error=_first_line(error))
+
+
+def count_frames(folder: Path) -> Outcome:
+    """Looks at a published frame folder, which must hold 00001.jpg ... without a gap."""
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".jpg")}
+    absent = next((name for name in map("{:05d}.jpg".format, range(1, len(sizes) + 1)) if not sizes.get(name)), None)
+    if absent or not sizes:
+        return Outcome(error=f"{absent or '00001.jpg'} is missing or empty, the folder holds {len(sizes)} .jpg files")
+    return Outcome(len(sizes), len(sizes), sum(sizes.values()))
+
+
+def sample(job: Job) -> Sample | None:
+    """Encodes a video's first frames without writing them; None where it cannot be read."""
+    try:
+        reader = _open(job.source)
+        sizes = [
+            len(encode_jpeg(frame, job.short_side, job.quality))
+            for frame, _ in zip(_frames(reader), range(SAMPLED_FRAMES), strict=False)
+        ]
+    except DECODE_ERRORS:
+        return None
+    return Sample(len(reader), sum(sizes) / len(sizes)) if sizes else None
+
+
+def append_record(records: Path, video: str, source_bytes: int, outcome: Outcome) -> None:
+    """Notes a finished video in one write, which the system appends whole even where several processes write."""
+    record = {"video": video, "source_bytes": source_bytes, "declared": outcome.declared}
+    line = json.dumps({**record, "frames": outcome.frames, "bytes": outcome.bytes}) + "\n"
+    handle = os.open(records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def _open(source: Path) -> decord.VideoReader:
+    decord.logging.set_level(decord.logging.QUIET)
+    if source.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    return decord.VideoReader(str(source), num_threads=1, fault_tol=NO_REPLACED_FRAME)
+
+
+def _frames(reader: decord.VideoReader) -> Iterator[np.ndarray]:
+    """Yields uint8 (H, W, 3) frames in order, up to the first that does not decode."""
+    for _ in range(len(reader)):
+        try:
+            yield reader.next().asnumpy()
+        except (StopIteration, decord.DECORDLimitReachedError):
+            return
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error, without decord's C++ stack."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,87 @@
+"""Something-Something (Goyal et al. 2017), versions 2 (.webm videos) and 1 (folders of 00001.jpg ...).
+
+Version 2, in the names of the current release or the former `something-something-v2-` ones:
+    labels.json       {"Putting something onto something": "108", ...}
+    train.json        [{"id": "78687", "template": "Putting [something] onto [something]", ...}, ...]
+    validation.json   the same
+    test.json         [{"id": "1420"}, ...]; test-answers.csv `id;template` where given
+    A template without its brackets is a name of labels.json.
+Version 1, all `something-something-v1-` .csv with `;`:
+    labels            one template a line, numbered from 0 in that order
+    train, validation `id;template`; test: ids only
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets.prepare.lists import PrepareError
+from datasets.prepare.owners import Owners, class_names, json_field, read_json, read_lines, read_table, whole_number
+from datasets.prepare.plan import Entry, Plan
+
+V1, V2 = "something-something-v1-", "something-something-v2-"
+
+logger = logging.getLogger("td4v")
+
+
+def read_v2(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+    """Version 2; the test split only where its answers are given."""
+    label_file = owners.need("labels.json", f"{V2}labels.json")
+    ids = {
+        name: whole_number(number, "the id", f"{label_file}: {name!r}")
+        for name, number in read_json(label_file, dict).items()
+    }
+    files = owners.split_files(
+        {
+            "train": ("train.json", f"{V2}train.json"),
+            "val": ("validation.json", f"{V2}validation.json"),
+            "test": ("test-answers.csv", f"{V2}test-answers.csv"),
+        },
+        wanted,
+    )
+    if "test" not in files and owners.find("test.json", f"{V2}test.json"):
+        logger.warning("%s: test.json has no labels and test-answers.csv is not there: no test.txt", owners.root)
+    entries: list[Entry] = []
+    for side, path in files.items():
+        rows = _csv_rows(path) if side == "test" else _json_rows(path)
+        entries += _entries(rows, side, ids, label_file)
+    return Plan("Something-Something v2", "ssv2", class_names(ids, label_file), tuple(entries))
+
+
+def read_v1(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+    """Version 1; its test split has no published labels."""
+    label_file = owners.need(f"{V1}labels.csv")
+    names = [line for _, line in read_lines(label_file)]
+    ids = {name: label for label, name in enumerate(names)}
+    if len(ids) < len(names):
+        raise PrepareError(f"{label_file}: names a template twice")
+    files = owners.split_files({"train": (f"{V1}train.csv",), "val": (f"{V1}validation.csv",)}, wanted)
+    entries: list[Entry] = []
+    for side, path in files.items():
+        entries += _entries(_csv_rows(path), side, ids, label_file)
+    return Plan("Something-Something v1", "ssv1", tuple(names), tuple(entries), published_frames=True)
+
+
+def _entries(rows: Iterable[tuple[str, str, str]], side: str, ids: dict[str, int], label_file: Path) -> Iterable[Entry]:
+    """(where, video id, template) -> entries."""
+    for where, video, template in rows:
+        name = template.replace("[", "").replace("]", "")
+        if name not in ids:
+            raise PrepareError(f"{where}: template {template!r} is not in {label_file}; are both of one version?")
+        yield Entry((video,), side, ids[name], where)
+
+
+def _json_rows(path: Path) -> Iterable[tuple[str, str, str]]:
+    for number, item in enumerate(read_json(path, list), 1):
+        where = f"{path}, entry {number}"
+        video = str(json_field(item, "id", where))
+        yield f"{where} (id {video})", video, str(json_field(item, "template", where))
+
+
+def _csv_rows(path: Path) -> Iterable[tuple[str, str, str]]:
+    for where, fields in read_table(path, delimiter=";"):
+        if len(fields) != 2 or not all(fields):
+            raise PrepareError(f"{where}: must be `id;template`, not {';'.join(fields)!r}")
+        yield where, fields[0], fields[1]

@@ -1,0 +1,168 @@
+"""One preparation from start to end: annotations, archives, videos, frames, report, lists.
+
+Lives here: the order of the steps, and when a run may not end in lists. Does not live here: any of the steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets.prepare.archives import unpacked
+from datasets.prepare.catalogue import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Catalogue, match, scan
+from datasets.prepare.decode import Outcome
+from datasets.prepare.extract import FrameStore, extract_all, look_at_all
+from datasets.prepare.formats import FORMATS
+from datasets.prepare.formats.folder import Grouping, identical_across_sides
+from datasets.prepare.formats.folder import read as read_folder
+from datasets.prepare.lists import PrepareError, write_labels, write_rows
+from datasets.prepare.owners import Owners
+from datasets.prepare.plan import Entry, Plan
+from datasets.prepare.report import Report, make_report
+from datasets.prepare.snippet import write_snippet
+from datasets.prepare.workplace import workplace
+
+ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
+
+logger = logging.getLogger("td4v")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to prepare. `frames`: extract JPEGs; otherwise the videos stay as they are. Sizes in pixels."""
+
+    dataset: str  # a name of FORMATS, or `folder`
+    videos: Path
+    out: Path
+    annotations: Path | None = None
+    split: int = 1
+    splits: tuple[str, ...] | None = None  # None: all that the owners publish with labels
+    frames: bool = True
+    short_side: int = 256  # 0: as in the video
+    quality: int = 90
+    jobs: int = 2
+    allow_missing: bool = False
+    grouping: Grouping = field(default_factory=Grouping)
+
+    def check(self) -> None:
+        """Raises PrepareError for values that no run could use."""
+        if self.jobs < 1 or self.short_side < 0 or not 1 <= self.quality <= 100:
+            raise PrepareError("--jobs must be positive, --short-side not negative, --quality between 1 and 100")
+        if self.dataset == "folder":
+            self.grouping.check()
+            return
+        form = FORMATS[self.dataset]
+        if not 1 <= self.split <= form.numbered_splits:
+            has = f"splits 1 to {form.numbered_splits}" if form.numbered_splits > 1 else "one split"
+            raise PrepareError(f"--split {self.split}: {form.title} has {has}")
+        if self.annotations is None:
+            raise PrepareError(f"{self.dataset} needs --annotations, the folder of {form.title}'s annotation files")
+
+
+def prepare(options: Options) -> Report:
+    """Prepares a dataset; see the module for the files.
+
+    Raises:
+        PrepareError: anything that a user can mend; what is finished stays, and no list is written.
+        OSError: the disk is full or fails.
+    """
+    options.check()
+    settings = {"short_side": options.short_side, "quality": options.quality} if options.frames else None
+    with workplace(options.out, options.dataset, settings):
+        plan, catalogue = _survey(options)
+        plan.check()
+        found, missing = match(plan, catalogue)
+        report = make_report(plan, found, missing, {})
+        if missing and not options.allow_missing:
+            report.write(options.out)
+            raise PrepareError(
+                f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {catalogue.root}, such "
+                f"as {missing[0].names[0]}: nothing was extracted; {options.out / 'report.txt'} names them, "
+                "--allow-missing goes on without them"
+            )
+        if missing:
+            logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
+        store = FrameStore(options.out, options.short_side, options.quality)
+        paths = sorted(found.values())
+        extracted_before = 0
+        if options.frames and not plan.published_frames:
+            outcomes, extracted_before = extract_all(store, catalogue.root, paths, options.jobs)
+        else:
+            store = None
+            outcomes = look_at_all(catalogue.root, paths, plan.published_frames, options.jobs)
+        report = make_report(plan, found, missing, outcomes)
+        report.extracted_before = extracted_before
+        if options.dataset == "folder":
+            sides = ([p for e, p in found.items() if e.split == side] for side in ("train", "val"))
+            report.identical_across_sides = identical_across_sides(catalogue.root, *sides)
+        report.write(options.out)
+        logger.info("%s", report.table())
+        _require_complete(report, options)
+        _write_lists(options.out, plan, catalogue.root, found, outcomes, store)
+    return report
+
+
+def _survey(options: Options) -> tuple[Plan, Catalogue]:
+    """Reads the annotations before any archive of videos is unpacked, then lists the videos."""
+    if options.dataset == "folder":
+        if options.annotations is not None:
+            logger.warning("--annotations %s: folder reads none", options.annotations)
+        catalogue = _scan(options, frame_folders=False)
+        return read_folder(catalogue, options.grouping, options.out.absolute().name), catalogue
+    form = FORMATS[options.dataset]
+    folder = unpacked(options.annotations, options.out, "annotations", ANNOTATION_SUFFIXES)
+    plan = form.read(Owners(folder, form.title), options.split, options.splits)
+    if plan.published_frames and not options.frames:
+        raise PrepareError(f"--videos-only: {plan.title} is published as frames, not as videos")
+    return plan, _scan(options, plan.published_frames)
+
+
+def _scan(options: Options, frame_folders: bool) -> Catalogue:
+    root = unpacked(options.videos, options.out, "videos", IMAGE_SUFFIXES if frame_folders else VIDEO_SUFFIXES)
+    return scan(root, frame_folders, skip=options.out if root == options.videos else None)
+
+
+def _require_complete(report: Report, options: Options) -> None:
+    """Warns of empty splits; raises PrepareError where all are, or videos are left out that nobody agreed to leave out."""
+    if report.unreadable and not options.allow_missing:
+        name, reason = report.unreadable[0]
+        raise PrepareError(
+            f"{len(report.unreadable)} videos cannot be read, such as {name} ({reason}), so no list is written; "
+            f"{options.out / 'report.txt'} names them, --allow-missing leaves them out"
+        )
+    empty = [split for split, counts in report.splits.items() if counts.found == counts.unreadable]
+    for split in empty:
+        logger.warning("%s: none of its %d videos can be read: no %s.txt", split, report.splits[split].listed, split)
+    if len(empty) == len(report.splits):
+        raise PrepareError(f"no video of {report.dataset} can be read; {options.out / 'report.txt'} says why")
+
+
+def _write_lists(
+    out: Path,
+    plan: Plan,
+    videos: Path,
+    found: Mapping[Entry, str],
+    outcomes: Mapping[str, Outcome],
+    store: FrameStore | None,
+) -> None:
+    """Writes labels, lists that have rows and, last, the snippet; `store` has the frames, None: the videos themselves."""
+    write_labels(out / "labels.csv", plan.classes)
+    written = []
+    for split in plan.splits:
+        rows: list[Sequence[object]] = []
+        for entry, path in found.items():
+            outcome = outcomes[path]
+            if entry.split != split or outcome.error:
+                continue
+            if store is not None:
+                rows.append((store.folder_of(path), outcome.frames, entry.label))
+            else:
+                rows.append((path, outcome.frames, entry.label) if plan.published_frames else (path, entry.label))
+        if rows:
+            write_rows(out / f"{split}.txt", rows)
+            written.append(split)
+    text = write_snippet(out, plan, written, os.path.abspath(store.root if store else videos), store is not None)
+    logger.info("%s", text)

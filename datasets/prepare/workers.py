@@ -1,0 +1,104 @@
+"""A pool of processes that outlives its tasks' crashes, and its progress on the screen or in a log.
+
+A task that kills its process (native decoders can) costs that task alone. Workers end with the process that started them,
+even where that is killed. Does not live here: what the tasks do (decode.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+LOG_SECONDS = 5.0
+
+logger = logging.getLogger("td4v")
+
+
+class Workers:
+    """`jobs` processes; use as a context, which on leaving drops waiting tasks and lets running ones end."""
+
+    def __init__(self, jobs: int):
+        self.jobs = jobs
+        self._pool = _new_pool(jobs)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | None]]:
+        """Yields (task, result) as they end; the result is None where the task killed its process, twice.
+
+        What `function` raises is raised here.
+        """
+        waiting = deque(tasks)
+        running: dict[Future[Result], Task] = {}
+        while waiting or running:
+            try:
+                while waiting and len(running) < 2 * self.jobs:
+                    future = self._pool.submit(function, waiting[0])
+                    running[future] = waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    yield running.pop(future), result
+            except BrokenProcessPool:
+                suspects = list(running.values())
+                running.clear()
+                self._pool.shutdown()
+                for task in suspects:
+                    yield task, _alone(function, task)
+                self._pool = _new_pool(self.jobs)
+
+
+def _new_pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def _alone(function: Callable[[Task], Result], task: Task) -> Result | None:
+    with _new_pool(1) as pool:
+        try:
+            return pool.submit(function, task).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _begin() -> None:
+    """Ctrl-C is the parent's to handle; its death is the worker's end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def progress(items: Iterable[Task], total: int, what: str) -> Iterator[Task]:
+    """Passes items on and shows how many there were and the time left: a bar on a terminal, else a line now and then."""
+    terminal = sys.stderr.isatty()
+    start = reported = time.monotonic()
+    with tqdm(total=total, desc=what, unit="video", disable=not terminal) as bar:
+        for done, item in enumerate(items, 1):
+            yield item
+            bar.update()
+            now = time.monotonic()
+            if not terminal and (now - reported >= LOG_SECONDS or done == total):
+                left = (now - start) / done * (total - done)
+                logger.info("%s: %d of %d videos, about %.0f s left", what, done, total, left)
+                reported = now
