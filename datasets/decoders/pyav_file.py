@@ -8,7 +8,7 @@ found by time stamp. What is exact, and where that ends:
   GOP shows before its key frame start at the key frame before. A wanted frame that does not come out, or a "key frame"
   that turns out to be none, sends the whole read back to the file's start.
 - H.264 pictures that the stream marks as being no reference are not decoded unless wanted: the standard forbids others
-  to depend on them. It saves a fifth on Kinetics. HEVC's mark means less than that, so only H.264 does so.
+  to depend on them. It saves a fifth of the time on Kinetics. HEVC's mark means less than that, so only H.264 does so.
 - AVI stores no time stamps of presentation: with B-frames those of FFmpeg are guesses. Packets of MPEG-4 may hold no
   frame, or two. VP8 has frames that are never shown, MPEG streams split frames in two packets. Such files are decoded
   whole: HMDB51, an eighth of UCF101, and every container or codec that is not listed below.
