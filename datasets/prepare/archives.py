@@ -41,7 +41,7 @@ EXTRACTORS = {  # command -> arguments for (archive, folder); tried in this orde
     "7zz": lambda file, folder: ["x", "-y", "-bd", f"-o{folder}", file],
     "7z": lambda file, folder: ["x", "-y", "-bd", f"-o{folder}", file],
 }
-PACKAGES = "unrar, unar, libarchive-tools (bsdtar) or 7zip"
+PACKAGES = "unrar, unar or libarchive-tools"  # not 7zip, which some systems ship without its rar part
 DONE = ".unpacked"  # in the target folder: `size name` of each finished archive, one a line
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError)
 
@@ -232,4 +232,7 @@ def _run_extractor(archive: Archive, folder: Path) -> None:
         if result.returncode == 0 and any(folder.iterdir()):
             return
         lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
-    raise RuntimeError(f"{name} says: {lines[-1] if lines else f'exit code {result.returncode}'}")
+    raise PrepareError(
+        f"{archive}: {name} cannot unpack it ({lines[-1] if lines else f'exit code {result.returncode}'}); download it "
+        f"again, or install another of {PACKAGES}"
+    )
