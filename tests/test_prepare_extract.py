@@ -156,7 +156,7 @@ def test_half_written_folders_and_changed_videos_are_not_trusted(videos, tmp_pat
     (out / "frames/class 0/clip 0/000002.jpg").unlink()  # a folder that lost a file
     write_avi(videos / "class 1/clip 1.avi", frames=9)  # a video that was downloaded again
     with (out / "frames.jsonl").open("a") as file:
-        file.write('{"video": "class 0/cl')  # a line that the end of power cut off
+        file.write('\n{"video": "class 0/cl')  # a line that the end of power cut off
     (out / "partial" / "x").mkdir(parents=True)
     assert folder(videos, out) == 0
     after = state(out)

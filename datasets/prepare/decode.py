@@ -6,6 +6,7 @@ folder. Does not live here: which videos, how many processes (extract.py), and r
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -137,12 +138,16 @@ def sample(job: Job) -> Sample | None:
 
 
 def append_record(records: Path, video: str, source_bytes: int, outcome: Outcome) -> None:
-    """Notes a finished video in one write, which the system appends whole even where several processes write."""
+    """Notes a finished video in one write, which the system appends as a whole even where several processes write.
+
+    The line break comes first, so that a record that a full disk cut off spoils no other.
+    """
     record = {"video": video, "source_bytes": source_bytes, "declared": outcome.declared}
-    line = json.dumps({**record, "frames": outcome.frames, "bytes": outcome.bytes}) + "\n"
+    data = ("\n" + json.dumps({**record, "frames": outcome.frames, "bytes": outcome.bytes})).encode()
     handle = os.open(records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, line.encode())
+        if os.write(handle, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(records))
     finally:
         os.close(handle)
 

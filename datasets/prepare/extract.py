@@ -54,7 +54,9 @@ class FrameStore:
         """Video -> (bytes of its source, outcome), the last line of each; a line that was cut off is passed over."""
         records: dict[str, tuple[int, Outcome]] = {}
         file = self.out / "frames.jsonl"
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+            if not line:
+                continue
             try:
                 row = json.loads(line)
                 outcome = Outcome(row["declared"], row["frames"], row["bytes"])

@@ -75,9 +75,9 @@ def _entries(rows: Iterable[tuple[str, str, str]], side: str, ids: dict[str, int
 
 def _json_rows(path: Path) -> Iterable[tuple[str, str, str]]:
     for number, item in enumerate(read_json(path, list), 1):
-        where = f"{path}, entry {number}"
-        video = str(json_field(item, "id", where))
-        yield f"{where} (id {video})", video, str(json_field(item, "template", where))
+        video = str(json_field(item, "id", f"{path}, entry {number}"))
+        where = f"{path}, entry {number} (id {video})"
+        yield where, video, str(json_field(item, "template", where))
 
 
 def _csv_rows(path: Path) -> Iterable[tuple[str, str, str]]:

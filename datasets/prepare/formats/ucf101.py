@@ -25,6 +25,7 @@ def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
     """The videos of one of the three splits."""
     class_file = owners.need("classInd.txt")
     ids = _read_classes(class_file)
+    classes = class_names(ids, class_file)
     lists = owners.split_files({"train": (f"trainlist0{split}.txt",), "val": (f"testlist0{split}.txt",)}, wanted)
     entries = []
     for side, path in lists.items():
@@ -40,7 +41,7 @@ def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
                 raise PrepareError(f"{where}: gives {row['folder']} the id {row['id']}, {class_file} {label + 1}")
             names = dict.fromkeys((row["stem"], f"v_{row['folder']}{row['cut']}"))
             entries.append(Entry(tuple(names), side, label, where))
-    return Plan("UCF101", "ucf101", class_names(ids, class_file), tuple(entries))
+    return Plan("UCF101", "ucf101", classes, tuple(entries))
 
 
 def _read_classes(path: Path) -> dict[str, int]:
