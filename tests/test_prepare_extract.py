@@ -208,7 +208,7 @@ def test_unreadable_videos(videos, tmp_path, caplog, mode):
     cut = write_avi(videos / "class 1" / "cut.avi", frames=8)
     cut.write_bytes(cut.read_bytes()[:300])
     assert folder(videos, out, mode) == 1
-    assert "3 videos cannot be read, such as class 0/broken.avi" in caplog.text
+    assert "3 of 9 videos cannot be read, such as class 0/broken.avi" in caplog.text
     assert "class 0/empty.mp4: the file is empty" in (out / "report.txt").read_text()
     assert not (out / "train.txt").exists() and not (out / "config_snippet.yaml").exists()
     assert folder(videos, out, mode, "--allow-missing") == 0

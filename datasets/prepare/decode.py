@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from PIL import Image
 # A share of frames that rounds to none: decord then raises at the first frame it would replace by the one before.
 NO_REPLACED_FRAME = 1e-9
 SAMPLED_FRAMES = 8
+CPP_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
 DECODE_ERRORS = (RuntimeError, ValueError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
 
 
@@ -169,5 +171,5 @@ def _frames(reader: decord.VideoReader) -> Iterator[np.ndarray]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error, without decord's C++ stack."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error, without the times, source lines and stack of decord's C++."""
+    return CPP_PLACE.sub("", (str(error).splitlines() or [type(error).__name__])[0])

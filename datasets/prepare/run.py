@@ -129,8 +129,9 @@ def _require_complete(report: Report, options: Options) -> None:
     """Warns of empty splits; raises PrepareError where all are, or videos are left out that nobody agreed to leave out."""
     if report.unreadable and not options.allow_missing:
         name, reason = report.unreadable[0]
+        found = sum(counts.found for counts in report.splits.values())
         raise PrepareError(
-            f"{len(report.unreadable)} videos cannot be read, such as {name} ({reason}), so no list is written; "
+            f"{len(report.unreadable)} of {found} videos cannot be read, such as {name} ({reason}), so no list is written; "
             f"{options.out / 'report.txt'} names them, --allow-missing leaves them out"
         )
     empty = [split for split, counts in report.splits.items() if counts.found == counts.unreadable]
