@@ -20,6 +20,7 @@ from engine.distributed import EngineError, run, start
 from engine.log import run_meta, setup_logging
 from engine.loop import evaluate, log_accuracy
 from engine.optim import resolve_precision
+from engine.pixels import Normalizer
 
 logger = logging.getLogger("td4v")
 
@@ -71,7 +72,9 @@ def main() -> None:
         len(loader.dataset),
         arguments.test_crops * arguments.test_clips,
     )
-    accuracy = evaluate(model, loader, process, precision, len(loader.dataset), config.logging.print_freq)
+    expected, every = len(loader.dataset), config.logging.print_freq
+    normalizer = Normalizer(config.data.mean, config.data.std)
+    accuracy = evaluate(model, loader, process, precision, expected, every, normalizer)
     log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)
     if process.is_main:
         epoch = content.get("epoch")

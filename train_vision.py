@@ -28,6 +28,7 @@ from engine.optim import (
     resolve_precision,
     warmup_cosine,
 )
+from engine.pixels import Normalizer
 
 logger = logging.getLogger("td4v")
 
@@ -81,6 +82,7 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     data, solver = config.data, config.solver
     precision = resolve_precision(solver.precision, process.device)
+    normalizer = Normalizer(data.mean, data.std)
 
     torch.manual_seed(config.seed)  # the same start on every process
     model = build_model(config, pretrained=not (config.resume or config.pretrain))
@@ -92,7 +94,8 @@ def main() -> None:
     if solver.evaluate:
         logger.info("%s", report)
         model.to(process.device)
-        log_accuracy("validation", evaluate(model, validation, process, precision, len(validation.dataset)))
+        expected, every = len(validation.dataset), config.logging.print_freq
+        log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
         return
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
     model = wrap(model, process, config.network.sync_bn)
@@ -110,6 +113,7 @@ def main() -> None:
         scaler=precision.scaler(process.device),
         precision=precision,
         mixup=ClipMixup(*mixing) if solver.mixup else None,
+        normalizer=normalizer,
     )
     settings = LoopSettings(
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,

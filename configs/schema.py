@@ -81,6 +81,7 @@ class DataConfig:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     on_error: Literal["raise", "skip"] = "raise"
+    decoder: Literal["decord", "pyav"] = "decord"  # of video files; pyav is twice as fast on .avi, the frames the same
 
     def check(self) -> None:
         _positive(self, "data", "num_classes", "batch_size", "input_size", "scale_size", "num_sample", "shot")

@@ -4,7 +4,7 @@ Lives here: which list, root, reader, transform and sampler a loader gets, and t
 Does not live here: the steps themselves.
 
     loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1)
-    loader.sampler.set_epoch(epoch)
+    loader.set_epoch(epoch)
     for batch in loader: ...   # what a batch holds: video_dataset.collate
 """
 
@@ -15,11 +15,13 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
-from datasets.readers import FrameFolderReader, VideoReader
+from datasets.loader import VideoLoader
+from datasets.pack import is_pack
+from datasets.readers import FrameFolderReader, PackReader, Reader, VideoReader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.traits import traits_of
 from datasets.transforms import EvalTransform, TrainTransform
@@ -28,8 +30,8 @@ from datasets.video_dataset import EvalDataset, TrainDataset, VideoSource, colla
 
 def train_loader(
     data: DataConfig, seed: int, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
-) -> DataLoader:
-    """Shuffled full batches of data.batch_size videos; call `loader.sampler.set_epoch(epoch)` before each epoch.
+) -> VideoLoader:
+    """Shuffled full batches of data.batch_size videos; call `loader.set_epoch(epoch)` before each epoch.
 
     Args:
         seed: the same in every process; processes differ by `rank`.
@@ -67,10 +69,10 @@ def train_loader(
         random_frames=data.random_shift,
     )
     sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
-    return _loader(data, dataset, sampler, data.batch_size, seed)
+    return _loader(data, dataset, sampler, data.batch_size, data.num_sample, seed)
 
 
-def val_loader(data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+def val_loader(data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
     return _eval_loader(data, "val", seed, rank, world_size, crops=1, clips=None, dense=data.dense)
 
@@ -83,7 +85,7 @@ def test_loader(
     crops: int = 1,
     clips: int = 1,
     dense: bool = False,
-) -> DataLoader:
+) -> VideoLoader:
     """Every video of data.test_list (else data.val_list) once over all processes, as clips * crops views.
 
     A batch holds about data.batch_size views, so that many views need no more memory than few.
@@ -113,12 +115,13 @@ def _eval_loader(
     crops: int,
     clips: int | None,
     dense: bool,
-) -> DataLoader:
+) -> VideoLoader:
     scale_size = traits_of(data).scale_size
-    transform = EvalTransform(data.input_size, scale_size, crops, mean=data.mean, std=data.std)
+    transform = EvalTransform(data.input_size, scale_size, crops)
     dataset = EvalDataset(_source(data, split), data.num_segments, data.sampling_style, dense, transform, clips)
-    batch_size = max(1, data.batch_size // (crops * (clips or 1)))
-    return _loader(data, dataset, StridedSampler(len(dataset), rank, world_size), batch_size, seed)
+    views = crops * (clips or 1)
+    batch_size = max(1, data.batch_size // views)
+    return _loader(data, dataset, StridedSampler(len(dataset), rank, world_size), batch_size, views, seed)
 
 
 def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
@@ -131,10 +134,16 @@ def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSo
     return VideoSource(
         records=read_list(list_file, data.modality, data.num_classes, f"data.{list_key}"),
         root=root,
-        reader=FrameFolderReader(data.image_tmpl) if data.modality == "RGB" else VideoReader(),
+        reader=_reader(data, root),
         list_file=list_file,
         skip_errors=data.on_error == "skip",
     )
+
+
+def _reader(data: DataConfig, root: str) -> Reader:
+    if data.modality == "video":
+        return VideoReader(data.decoder)
+    return PackReader(root) if is_pack(root) else FrameFolderReader(data.image_tmpl)
 
 
 def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:
@@ -147,14 +156,18 @@ def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tup
 
 
 def _loader(
-    data: DataConfig, dataset: Dataset, sampler: Sampler[tuple[int, int]], batch_size: int, seed: int
-) -> DataLoader:
-    return DataLoader(
+    data: DataConfig, dataset: Dataset, sampler: Sampler[tuple[int, int]], batch_size: int, views: int, seed: int
+) -> VideoLoader:
+    """`views` of each video are clips of their own; with erasing, pixels are float32."""
+    pixels = data.num_segments * 3 * data.input_size**2
+    bytes_each = 4 if data.rand_erase and isinstance(dataset, TrainDataset) else 1
+    return VideoLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=data.workers,  # each on one thread, which is torch's own rule for workers
-        collate_fn=collate,
+        sampler,
+        batch_size,
+        item_bytes=views * pixels * bytes_each,
+        collate=collate,
+        workers=data.workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # for the workers' seeds, or torch's global one is drawn from
+        seed=seed,
     )

@@ -1,43 +1,64 @@
-"""Frame folder or video file -> uint8 frames: how pixels are stored, and every way in which they can be broken.
+"""Frame folder, pack or video file -> uint8 frames: how pixels are stored, and every way in which they can be broken.
 
-Lives here: one reader for each kind of storage behind one small protocol, `Reader.open(...) -> Clip.read(indices)`.
-Does not live here: which frames are wanted (sampling.py) or what happens to them (transforms.py).
+Lives here: one reader for each kind of storage behind one small protocol,
+`Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(top, bottom) -> pixels`.
+Frames know their size before they are decoded, so that a crop can be drawn first and only its rows are decoded.
+Does not live here: which frames are wanted (sampling.py), what happens to them (transforms.py), how a JPEG or a video
+is decoded (jpeg.py, decoders/) and how packs are made (pack.py).
 
-What decord 0.6.0 does, seen on HMDB51, UCF101 and Kinetics files and on small files of the common encoders:
-- It turns rotated phone videos upright, and reads .webm, .mkv and files with metadata in any encoding.
-- It counts packets. MPEG-4 AVIs with packed B-frames (many of HMDB51) hold one packet more than frames, and where a
-  frame is missing it silently returns another one. With a `fault_tol` close to 0 it raises instead.
-- Where packets carry no time stamps (the same AVIs, and a tenth of UCF101) a seek may land elsewhere: in HMDB51 files
-  up to 20 frames off, depending on which other frames are asked for. Decoding from the first frame on is right.
-- H.264 with open GOPs reads a few frames off after a seek; nothing in the file shows that beforehand.
-- A file that is no video prints one line to stderr from native code; everything of FFmpeg's own is silenced here.
+T frames of H x W pixels.
 """
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-NO_SUBSTITUTES = 1e-9  # decord's fault_tol: the share of frames that it may replace by others
+from datasets import jpeg
+from datasets.decoders import DecodeError, Decoder, open_video
+from datasets.pack import Pack, PackError
 
 
 class ReadError(RuntimeError):
     """A video that cannot be read as the list promises; the message names the file or folder."""
 
 
-class Clip(Protocol):
+class Frames(Protocol):
+    """T frames of one size, fetched but not necessarily decoded."""
+
+    height: int
+    width: int
+
+    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
+        """Rows top..bottom-1 of all frames: (T, bottom - top, W, 3) uint8 RGB. Raises ReadError.
+
+        `fast` allows what is faster and hardly visible (jpeg.decode says what); without it pixels are exact.
+        """
+        ...
+
+    def reduced(self, least_height: int, least_width: int) -> Frames:
+        """The same frames at 1/2, 1/4 or 1/8 of their size where that costs nothing, but not below these sides."""
+        ...
+
+
+class Clip(ABC):
     """An opened video of `num_frames` frames."""
 
     num_frames: int
 
+    @abstractmethod
+    def fetch(self, indices: np.ndarray) -> Frames:
+        """The frames at `indices`, from 0, in that order, repeated ones too. Raises ReadError."""
+
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The frames at `indices`, from 0, in that order, repeated ones too: (T, H, W, 3) uint8 RGB. ReadError."""
-        ...
+        """The same as whole pixels: (T, H, W, 3) uint8 RGB."""
+        return self.fetch(indices).decode()
 
 
 class Reader(Protocol):
@@ -62,122 +83,203 @@ class FrameFolderReader:
         if not os.path.isdir(path):
             raise ReadError(f"{path}: no such folder")
         clip = _FrameFolder(path, self.image_tmpl, self.index_base, declared_frames)
-        if not os.path.isfile(clip.file(declared_frames - 1)):
+        if not os.path.isfile(clip.name(declared_frames - 1)):
             raise clip.missing(declared_frames - 1)
         return clip
 
 
-class _FrameFolder:
-    def __init__(self, folder: str, image_tmpl: str, index_base: int, num_frames: int):
-        self.folder, self.image_tmpl, self.index_base, self.num_frames = folder, image_tmpl, index_base, num_frames
+class PackReader:
+    """The frame folders of a pack (pack.py); `path` begins with the pack's own.
 
-    def file(self, index: int) -> str:
-        return os.path.join(self.folder, self.image_tmpl.format(index + self.index_base))
+    A list's number of frames is a promise: a pack with fewer is an error, of one with more the first ones count.
+    """
 
-    def missing(self, index: int) -> ReadError:
-        name = os.path.basename(self.file(index))
-        return ReadError(
-            f"{self.folder}: {name} is missing; the folder holds {len(os.listdir(self.folder))} files, "
-            f"the list declares {self.num_frames} frames"
-        )
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        wanted, places = np.unique(indices, return_inverse=True)
-        frames = [self._frame(int(index)) for index in wanted]
-        for index, frame in zip(wanted, frames, strict=True):
-            if frame.shape != frames[0].shape:
-                (h0, w0, _), (h, w, _) = frames[0].shape, frame.shape
-                raise ReadError(
-                    f"{self.file(int(index))}: is {w}x{h} pixels, but {self.file(int(wanted[0]))} is {w0}x{h0}"
-                )
-        return np.stack(frames)[places]  # (T, H, W, 3)
-
-    def _frame(self, index: int) -> np.ndarray:
-        file = self.file(index)
+    def __init__(self, root: str):
         try:
-            with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))
-        except FileNotFoundError:
-            raise self.missing(index) from None
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged images
-            raise ReadError(f"{file}: is not a readable image ({type(error).__name__})") from error
+            self.pack = Pack(root)
+        except PackError as error:
+            raise ReadError(str(error)) from None
+        self.root = os.path.join(root, "")
+
+    def open(self, path: str, declared_frames: int | None) -> Clip:
+        video = path.removeprefix(self.root)
+        try:
+            frames = self.pack.num_frames(video)
+        except PackError as error:
+            raise ReadError(str(error)) from None
+        if declared_frames is not None and frames < declared_frames:
+            raise ReadError(f"{path}: the pack holds {frames} frames, the list declares {declared_frames}")
+        return _PackedClip(self.pack, video, path, declared_frames or frames)
 
 
 class VideoReader:
-    """Any file that decord can decode, on one thread; only the wanted frames are decoded where seeking is exact.
+    """Any file that the decoder can decode, on one thread.
 
     A list's number of frames is a promise only: a file with fewer is an error, a file with more is used whole.
     """
 
+    def __init__(self, decoder: Decoder = "decord"):
+        self.decoder = decoder
+
     def open(self, path: str, declared_frames: int | None) -> Clip:
-        if not os.path.isfile(path):
-            raise ReadError(f"{path}: no such file")
-        if os.path.getsize(path) == 0:
-            raise ReadError(f"{path}: is empty")
-        clip = _VideoFile(path)
+        clip = _VideoClip(path, self.decoder)
         if declared_frames is not None and clip.num_frames < declared_frames:
             raise ReadError(f"{path}: holds {clip.num_frames} frames, the list declares {declared_frames}")
         return clip
 
 
-class _VideoFile:
-    def __init__(self, path: str):
-        self.path = path
-        with _decoding(path):
-            self._video = _decord_open(path)
-            packets = len(self._video)
-            starts = self._video.get_frame_timestamp(range(packets))[:, 0]  # (packets,) seconds
-        self._seekable = bool((np.diff(starts) > 0).all()) and starts[0] > -1e9  # a missing time stamp is about -1e17
-        self.num_frames = packets if self._seekable else self._count(packets)
+class _ImageClip(Clip):
+    """A video whose frames are image files, wherever these are."""
 
-    def _count(self, packets: int) -> int:
-        """Frames that decode, found by decoding them; packed B-frames leave one or two packets without a frame."""
-        import decord
+    @abstractmethod
+    def load(self, index: int) -> tuple[str, bytes]:
+        """The name of a frame, for messages, and its file, whole. Raises ReadError."""
 
-        with _decoding(self.path):
-            for frames in range(packets):
-                try:
-                    self._video.next()
-                except decord.DECORDLimitReachedError as error:
-                    if frames < max(1, packets - 2):
-                        raise ReadError(f"{self.path}: only {frames} of {packets} frames can be decoded") from error
-                    return frames
-        return packets
-
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        import decord
-
+    def fetch(self, indices: np.ndarray) -> Frames:
         wanted, places = np.unique(indices, return_inverse=True)
-        with _decoding(self.path):
-            frames = None
-            if self._seekable:
-                try:
-                    frames = self._video.get_batch(wanted).asnumpy()
-                except decord.DECORDLimitReachedError:
-                    self._seekable = False  # a frame was not where the key frames promise it: open GOPs, or damage
-            if frames is None:
-                frames = self._read_from_start(wanted)
-        return frames[places]  # (T, H, W, 3)
-
-    def _read_from_start(self, wanted: np.ndarray) -> np.ndarray:
-        video, keep = _decord_open(self.path), set(wanted.tolist())
-        frames = ((index, video.next()) for index in range(int(wanted[-1]) + 1))
-        return np.stack([frame.asnumpy() for index, frame in frames if index in keep])  # (unique, H, W, 3)
+        frames = [_image(*self.load(index)) for index in wanted.tolist()]
+        first = frames[0]
+        for frame in frames:
+            if (frame.height, frame.width) != (first.height, first.width):
+                raise ReadError(
+                    f"{frame.name}: is {frame.width}x{frame.height} pixels, "
+                    f"but {first.name} is {first.width}x{first.height}"
+                )
+        return _ImageFrames(frames, places)
 
 
-def _decord_open(path: str) -> Any:
-    import decord
+class _FrameFolder(_ImageClip):
+    def __init__(self, folder: str, image_tmpl: str, index_base: int, num_frames: int):
+        self.folder, self.image_tmpl, self.index_base, self.num_frames = folder, image_tmpl, index_base, num_frames
 
-    decord.logging.set_level(decord.logging.QUIET)
-    return decord.VideoReader(path, num_threads=1, fault_tol=NO_SUBSTITUTES)
+    def name(self, index: int) -> str:
+        return f"{self.folder}{os.sep}{self.image_tmpl.format(index + self.index_base)}"
+
+    def load(self, index: int) -> tuple[str, bytes]:
+        name = self.name(index)
+        try:
+            with open(name, "rb", buffering=0) as file:
+                return name, file.read()
+        except FileNotFoundError:
+            raise self.missing(index) from None
+        except OSError as error:
+            raise ReadError(f"{name}: cannot be read ({error.strerror})") from error
+
+    def missing(self, index: int) -> ReadError:
+        name = os.path.basename(self.name(index))
+        return ReadError(
+            f"{self.folder}: {name} is missing; the folder holds {len(os.listdir(self.folder))} files, "
+            f"the list declares {self.num_frames} frames"
+        )
 
 
-@contextmanager
-def _decoding(path: str) -> Iterator[None]:
-    """Turn whatever decord raises, several kinds with texts of many lines, into a ReadError that names the file."""
+class _PackedClip(_ImageClip):
+    def __init__(self, pack: Pack, video: str, path: str, num_frames: int):
+        self.pack, self.video, self.path, self.num_frames = pack, video, path, num_frames
+
+    def fetch(self, indices: np.ndarray) -> Frames:
+        try:
+            self.pack.prefetch(self.video, indices.tolist())
+        except PackError as error:
+            raise ReadError(str(error)) from None
+        return super().fetch(indices)
+
+    def load(self, index: int) -> tuple[str, bytes]:
+        try:
+            return self.pack.where(self.video, index), self.pack.read(self.video, index)
+        except PackError as error:
+            raise ReadError(str(error)) from None
+
+
+class _Jpeg:
+    """A JPEG that is not decoded yet, perhaps to be decoded at a fraction of its size."""
+
+    def __init__(self, name: str, data: bytes, factor: int = 1):
+        self.name, self.data, self.factor = name, data, factor
+        height, width = jpeg.size(data)
+        self.height, self.width = -(-height // factor), -(-width // factor)
+
+    def decode(self, top: int, bottom: int | None, fast: bool) -> np.ndarray:
+        try:
+            if self.factor > 1:
+                return jpeg.decode_reduced(self.data, self.factor)[top:bottom]
+            return jpeg.decode(self.data, top, bottom, fast)
+        except jpeg.JpegError as error:
+            raise _not_readable(self.name, error) from error
+
+    def reduced(self, least_height: int, least_width: int) -> _Jpeg:
+        factor = jpeg.reduction(self.height, self.width, least_height, least_width)
+        return self if factor == 1 else _Jpeg(self.name, self.data, factor)
+
+
+class _Pixels:
+    """An image that is decoded already."""
+
+    def __init__(self, name: str, pixels: np.ndarray):
+        self.name, self.pixels = name, pixels  # (H, W, 3)
+        self.height, self.width, _ = pixels.shape
+
+    def decode(self, top: int, bottom: int | None, fast: bool) -> np.ndarray:
+        return self.pixels[top:bottom]
+
+    def reduced(self, least_height: int, least_width: int) -> _Pixels:
+        return self
+
+
+def _image(name: str, data: bytes) -> _Jpeg | _Pixels:
+    """JPEGs wait to be decoded; whatever else Pillow reads is decoded at once. Raises ReadError."""
     try:
-        yield
-    except (ReadError, ImportError):
-        raise
-    except Exception as error:
-        raise ReadError(f"{path}: cannot be decoded ({type(error).__name__})") from error
+        if jpeg.is_jpeg(data):
+            return _Jpeg(name, data)
+        with Image.open(io.BytesIO(data)) as image:
+            return _Pixels(name, np.asarray(image.convert("RGB")))
+    except (jpeg.JpegError, OSError, SyntaxError, ValueError) as error:  # the last three from Pillow
+        raise _not_readable(name, error) from error
+
+
+def _not_readable(name: str, error: Exception) -> ReadError:
+    return ReadError(f"{name}: is not a readable image ({type(error).__name__})")
+
+
+class _ImageFrames:
+    """Images, each of which may be shown several times."""
+
+    def __init__(self, images: Sequence[_Jpeg | _Pixels], places: np.ndarray):
+        self.images, self.places = images, places
+        self.height, self.width = images[0].height, images[0].width
+
+    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
+        frames = np.stack([image.decode(top, bottom, fast) for image in self.images])  # (unique, h, W, 3)
+        return frames if len(frames) == len(self.places) else frames[self.places]
+
+    def reduced(self, least_height: int, least_width: int) -> Frames:
+        return _ImageFrames([image.reduced(least_height, least_width) for image in self.images], self.places)
+
+
+class _VideoClip(Clip):
+    def __init__(self, path: str, decoder: Decoder):
+        try:
+            self._video = open_video(path, decoder)
+        except DecodeError as error:
+            raise ReadError(str(error)) from error
+        self.num_frames = self._video.num_frames
+
+    def fetch(self, indices: np.ndarray) -> Frames:
+        try:
+            return DecodedFrames(self._video.read(indices))
+        except DecodeError as error:
+            raise ReadError(str(error)) from error
+
+
+class DecodedFrames:
+    """Frames that are pixels already: (T, H, W, 3) uint8 RGB."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels  # (T, H, W, 3)
+        _, self.height, self.width, _ = pixels.shape
+
+    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
+        return self.pixels[:, top:bottom]
+
+    def reduced(self, least_height: int, least_width: int) -> Frames:
+        return self

@@ -31,19 +31,22 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
             )
         self.length, self.seed, self.rank, self.world_size = length, seed, rank, world_size
         self.share = batches * batch_size
-        self.epoch = 0
+        self.epoch, self.first = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0) -> None:
+        """From now on give the videos of `epoch`, without the `first` ones of this process, which were seen already."""
+        if not 0 <= first <= self.share:
+            raise ValueError(f"an epoch has {self.share} videos a process, so {first} of them cannot have been seen")
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
-        """Videos of this process in an epoch."""
-        return self.share
+        """Videos of this process in what is left of the epoch."""
+        return self.share - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         order = order[: self.share * self.world_size]
-        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size].tolist()])
+        return iter([(self.epoch, index) for index in order[self.rank :: self.world_size][self.first :].tolist()])
 
 
 class StridedSampler(Sampler[tuple[int, int]]):

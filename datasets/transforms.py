@@ -1,11 +1,15 @@
-"""Frames of a clip -> normalised tensor, with one random draw for all of them.
+"""Frames of a clip -> the square that a model sees, as uint8 pixels, with one random draw for all frames.
 
 Lives here: what training and evaluation do to pixels, with plain arguments.
-Does not live here: which dataset flips or turns grey (traits.py) and who seeds the draws (video_dataset.py): the
-transforms draw from Python's, NumPy's and torch's global generators.
+Does not live here: RandAugment's operations (rand_augment.py), normalising, which is done on the model's device (the
+engine's part), which dataset flips or turns grey (traits.py), and who seeds the draws (video_dataset.py): they come
+from Python's global generator, erasing from torch's too.
 
 T is the number of frames, H and W their height and width in pixels, S the side of the square that a model sees.
-Source of the recipe: HJYao00/Side4Video, Recognition/utils/Augmentation.py; the operations are torchvision's and timm's.
+Source of the recipe: HJYao00/Side4Video, Recognition/utils/Augmentation.py; the operations are torchvision's, timm's
+and, for RandAugment, OpenCV's. A training crop is cut out of the frame as stored and resized once, where the recipe
+resizes the whole frame to `scale_size` before it crops. Frames of that size give the recipe's pixels (within 1 of 255);
+of other sizes they differ by one resampling instead of two, and the edges of the crop by up to half a stored pixel.
 """
 
 from __future__ import annotations
@@ -13,36 +17,63 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode
 
+from datasets.rand_augment import Box, RandAugment, Step
+from datasets.readers import Frames
+from datasets.seeding import seeded
+
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
-RAND_AUGMENT_SIDE = 256  # the image side that RandAugment's translations are measured by
 ERASE_PROBABILITY = 0.25
 ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a training crop
 CROPS = (1, 3, 5, 10)  # the views a frame that EvalTransform knows
 
 
+@dataclass(frozen=True)
+class Draw:
+    """All that is random about one training view of frames (H, W): made before a pixel is decoded.
+
+    Attributes:
+        boxes: what each step of RandAugment needs, then the crop, in pixels of the frames.
+        steps: of RandAugment, maybe none.
+        erase: seeds erasing.
+    """
+
+    height: int
+    width: int
+    boxes: tuple[Box, ...]
+    steps: tuple[Step, ...]
+    flip: bool
+    gray: bool
+    erase: int
+
+    @property
+    def needs(self) -> Box:
+        """The part of the frames that must be decoded."""
+        return self.boxes[0]
+
+
 class TrainTransform:
-    """RandAugment, resize, random crop, flip, grayscale, normalise, erase: each drawn once a clip.
+    """RandAugment, random crop, flip, grayscale, erase: each drawn once a clip.
 
     Args:
         input_size: S, pixels.
-        scale_size: before cropping, the short side in pixels, or the exact (height, width).
+        scale_size: the size of the frame that the crop is drawn in: its short side, or exactly (height, width).
         rand_aug: RandAugment "rand-m7-n4-mstd0.5-inc1" on the frames as read, before anything else.
         rand_erase: with probability 0.25, noise in a box of 2 % to a third of the area. The frames are seen as
-            channels of one image: the box is the same in all of them, the noise is not.
+            channels of one image: the box is the same in all of them, the noise is not. Its noise is of normalised
+            pixels, so clips come out normalised, as float32.
         flip: flip left and right with probability 1/2.
         flip_pairs: labels that a flip exchanges, e.g. "pushing left to right" and "pushing right to left".
         gray_prob: probability of turning the clip grey.
         crop_scale: smallest and largest share of the area that a crop covers.
-        mean, std: of each channel, for pixels in 0..1.
+        mean, std: of each channel, for pixels in 0..1; the mean fills what RandAugment's warps bring in.
     """
 
     def __init__(
@@ -63,55 +94,67 @@ class TrainTransform:
         self.flip, self.gray_prob, self.crop_scale = flip, gray_prob, crop_scale
         self.mirrored = {a: b for pair in flip_pairs for a, b in (pair, pair[::-1])}
         self.mean, self.std = mean, std
-        hparams = {
-            "translate_const": int(RAND_AUGMENT_SIDE * 0.45),
-            "img_mean": tuple(round(255 * value) for value in mean),
-            "interpolation": Image.Resampling.BICUBIC,
-        }
-        self.rand_augment = rand_augment_transform(RAND_AUGMENT, hparams) if rand_aug else None
+        red, green, blue = (round(255 * value) for value in mean)
+        self.rand_augment = RandAugment(RAND_AUGMENT, (red, green, blue)) if rand_aug else None
         self.erase = RandomErasing(ERASE_PROBABILITY, mode="pixel", max_count=1, device="cpu") if rand_erase else None
 
-    def __call__(self, frames: np.ndarray, label: int) -> tuple[torch.Tensor, int]:
-        """(T, H, W, 3) uint8 and its label -> (T, 3, S, S) float32 and the label after a possible flip."""
+    def shrink(self, frames: Frames) -> Frames:
+        """The frames at a fraction of their size where they are stored much larger than `scale_size`."""
+        return frames.reduced(*scaled(frames.height, frames.width, self.scale_size))
+
+    def draw(self, height: int, width: int) -> Draw:
+        """Decide everything about one view of frames (H, W)."""
+        steps = self.rand_augment.draw() if self.rand_augment is not None else ()
+        crop = self._random_crop(height, width)
+        boxes = self.rand_augment.boxes(steps, crop, height, width) if self.rand_augment is not None else [crop]
+        flip = self.flip and random.random() < 0.5
+        gray = random.random() < self.gray_prob
+        return Draw(height, width, tuple(boxes), steps, flip, gray, erase=random.getrandbits(32))
+
+    def __call__(self, frames: np.ndarray, origin: Box, draw: Draw, label: int) -> tuple[torch.Tensor, int]:
+        """Make the view.
+
+        Args:
+            frames: (T, h, w, 3) uint8, the box `origin` of the frames; it holds `draw.needs`.
+            label: of the video.
+        Returns:
+            (T, S, S, 3) uint8, or float32 and normalised with `rand_erase`; the label after a possible flip.
+        """
+        frames = draw.needs.cut(frames, origin)
         if self.rand_augment is not None:
-            frames = self._rand_augment(frames)
-        video = _to_video(frames)
-        video = _resize(video, self.scale_size)
-        video = self._random_crop(video)
-        if self.flip and random.random() < 0.5:
+            frames = self.rand_augment(frames, draw.steps, draw.boxes, draw.height, draw.width)
+        size = [self.input_size, self.input_size]
+        video = F.resize(_channels_first(frames), size, InterpolationMode.BILINEAR, antialias=True)  # (T, 3, S, S)
+        if draw.flip:
             video, label = F.horizontal_flip(video), self.mirrored.get(label, label)
-        if random.random() < self.gray_prob:
+        if draw.gray:
             video = F.rgb_to_grayscale(video, num_output_channels=3)
-        video = _normalize(video, self.mean, self.std)
         if self.erase is not None:
-            self.erase(video.flatten(0, 1))  # in place, on a view of (T * 3, S, S)
-        return video, label
+            video = F.normalize(F.to_dtype(video.contiguous(), torch.float32, scale=True), self.mean, self.std)
+            with seeded(draw.erase):
+                self.erase(video.flatten(0, 1))  # in place, on a view of (T * 3, S, S)
+        return video.permute(0, 2, 3, 1).contiguous(), label  # (T, S, S, 3)
 
-    def _rand_augment(self, frames: np.ndarray) -> np.ndarray:
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        augmented = []
-        for frame in frames:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            augmented.append(np.asarray(self.rand_augment(Image.fromarray(frame))))
-        return np.stack(augmented)
+    def _random_crop(self, height: int, width: int) -> Box:
+        """A box of the frames (H, W), drawn in whole pixels of the scaled frame.
 
-    def _random_crop(self, video: torch.Tensor) -> torch.Tensor:
-        """Area and aspect ratio uniform, sides swapped half the time; where none of ten fits, a plain random crop."""
-        height, width = video.shape[-2:]
+        Area and aspect ratio uniform, sides swapped half the time; where none of ten fits, a plain random crop.
+        """
+        scaled_height, scaled_width = scaled(height, width, self.scale_size)
         for _ in range(10):
-            area = random.uniform(*self.crop_scale) * height * width
+            area = random.uniform(*self.crop_scale) * scaled_height * scaled_width
             ratio = random.uniform(*ASPECT_RATIO)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if random.random() < 0.5:
                 w, h = h, w
-            if 0 < w <= width and 0 < h <= height:
+            if 0 < w <= scaled_width and 0 < h <= scaled_height:
                 break
         else:
-            w = h = min(height, width)
-        top, left = random.randint(0, height - h), random.randint(0, width - w)
-        size = [self.input_size, self.input_size]
-        return F.resized_crop(video, top, left, h, w, size, InterpolationMode.BILINEAR, antialias=True)
+            w = h = min(scaled_height, scaled_width)
+        top, left = random.randint(0, scaled_height - h), random.randint(0, scaled_width - w)
+        down, across = height / scaled_height, width / scaled_width
+        box = Box(round(top * down), round(left * across), round((top + h) * down), round((left + w) * across))
+        return box.clipped(height, width)
 
 
 class EvalTransform:
@@ -122,37 +165,34 @@ class EvalTransform:
         scale_size: the short side in pixels, or the exact (height, width); not smaller than `input_size`.
         crops: 1 centre; 3 both ends of the long side and its centre (left, right, centre); 5 the corners
             (top left, top right, bottom left, bottom right) and the centre; 10 those five, then their mirror images.
-        mean, std: of each channel, for pixels in 0..1.
 
     Raises:
         ValueError: another number of crops, or a scale_size that is smaller than input_size.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        scale_size: int | tuple[int, int],
-        crops: int,
-        *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-    ):
+    def __init__(self, input_size: int, scale_size: int | tuple[int, int], crops: int):
         if crops not in CROPS:
             raise ValueError(f"crops must be one of {', '.join(map(str, CROPS))}, not {crops}")
         if input_size > (scale_size if isinstance(scale_size, int) else min(scale_size)):
             raise ValueError(f"scale_size {scale_size} is smaller than input_size {input_size}")
         self.input_size, self.scale_size, self.crops = input_size, scale_size, crops
-        self.mean, self.std = mean, std
 
-    def __call__(self, frames: np.ndarray) -> torch.Tensor:
-        """(T, H, W, 3) uint8 -> (crops, T, 3, S, S) float32."""
-        video = _resize(_to_video(frames), self.scale_size)
-        size = self.input_size
-        corners = self._corners(*video.shape[-2:])
-        views = [video[..., top : top + size, left : left + size] for top, left in corners]
+    def __call__(self, frames: Frames) -> torch.Tensor:
+        """T frames -> (crops, T, S, S, 3) uint8."""
+        size = scaled(frames.height, frames.width, self.scale_size)
+        corners, side = self._corners(*size), self.input_size
+        first = 0
+        if size == (frames.height, frames.width):  # no resize: only the rows that are looked at
+            first = min(top for top, _ in corners)
+            pixels = frames.decode(first, max(top for top, _ in corners) + side)
+        else:
+            video = _channels_first(frames.decode())
+            video = F.resize(video, list(size), InterpolationMode.BICUBIC, antialias=True)
+            pixels = video.permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
+        views = [pixels[:, top - first : top - first + side, left : left + side] for top, left in corners]
         if self.crops == 10:
-            views += [F.horizontal_flip(view) for view in views]
-        return _normalize(torch.stack(views), self.mean, self.std)
+            views += [view[:, :, ::-1] for view in views]
+        return torch.from_numpy(np.stack(views))
 
     def _corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """(top, left) of each crop that is not mirrored."""
@@ -166,17 +206,15 @@ class EvalTransform:
         return [(0, 0), (0, right), (bottom, 0), (bottom, right), centre]
 
 
-def _to_video(frames: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)  # (T, 3, H, W) uint8
+def scaled(height: int, width: int, scale_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width after a resize to a short side of `scale_size`, or to exactly (height, width)."""
+    if not isinstance(scale_size, int):
+        return scale_size
+    short, long = min(height, width), max(height, width)
+    sides = scale_size, int(scale_size * long / short)
+    return sides if height <= width else sides[::-1]
 
 
-def _resize(video: torch.Tensor, scale_size: int | tuple[int, int]) -> torch.Tensor:
-    """(T, 3, H, W) uint8 to a short side of `scale_size`, or to exactly (height, width); bicubic."""
-    size = [scale_size] if isinstance(scale_size, int) else list(scale_size)
-    return F.resize(video, size, InterpolationMode.BICUBIC, antialias=True)
-
-
-def _normalize(video: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(..., 3, S, S) uint8 -> float32, zero mean and unit variance."""
-    video = F.to_dtype(video.contiguous(), torch.float32, scale=True)
-    return F.normalize(video, list(mean), list(std), inplace=True)
+def _channels_first(frames: np.ndarray) -> torch.Tensor:
+    """(T, h, w, 3) uint8 -> (T, 3, h, w), the same bytes where they lie together."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)

@@ -1,18 +1,18 @@
 """Record -> indices -> frames -> clip: the map-style datasets, and how their items become a batch.
 
-Lives here: the two datasets (training, evaluation), the seeding that makes an item depend on (seed, epoch, index)
-alone, what happens to a video that cannot be read, and `collate`.
-Does not live here: the steps themselves (sampling.py, readers.py, transforms.py), the order of videos (sampler.py).
+Lives here: the two datasets (training, evaluation), the keys that make an item depend on (seed, epoch, index) alone,
+what happens to a video that cannot be read, and `collate`.
+Does not live here: the steps themselves (sampling.py, readers.py, transforms.py), the order of videos (sampler.py), and
+normalising: pixels stay uint8, a quarter of the bytes, until they are on the model's device.
 
-B is the number of videos in a batch, V of views of a video, T of frames, S the side of a frame in pixels.
+B is the number of videos in a batch, V of views of a video, T of frames, S the side of a frame in pixels. Videos are
+(..., T, 3, S, S) as everywhere; in memory the three colours of a pixel lie together, which is how they were decoded.
 """
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,11 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.annotation import VideoRecord
-from datasets.readers import Reader, ReadError
+from datasets.loader import Claim, Ring
+from datasets.rand_augment import Box
+from datasets.readers import Frames, Reader, ReadError
 from datasets.sampling import Style, test_indices, train_indices, val_indices
+from datasets.seeding import seeded
 from datasets.transforms import EvalTransform, TrainTransform
 
 
@@ -70,16 +73,21 @@ class _VideoDataset(Dataset):
         record = self.source.records[index]
         try:
             clip = self.source.reader.open(os.path.join(self.source.root, record.path), record.num_frames)
-            frames = clip.read(self._indices(clip.num_frames, epoch, index))
+            frames = clip.fetch(self._indices(clip.num_frames, epoch, index))
+            views = self._views(frames, record.label, epoch, index)
         except ReadError as error:
             where = f"{self.source.list_file}, line {record.line}"
             return BadVideo(f"{error} ({where})", index, self.source.skip_errors)
-        return {**self._views(frames, record.label, epoch, index), "path": record.path}
+        return {**views, "path": record.path}
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
+        """The items of a batch; what comes before the keys is passed on to `collate`."""
+        return [key if isinstance(key, Claim) else self[key] for key in keys]
 
     def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         raise NotImplementedError
 
-    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+    def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
 
@@ -89,7 +97,7 @@ class TrainDataset(_VideoDataset):
     Everything random depends on (seed, epoch, index, draw) alone: not on the number of workers or processes, and the
     generators of the calling process are left as they were.
 
-    Item: video (num_sample, T, 3, S, S) float32, label and index (num_sample,) int64, path str; or BadVideo.
+    Item: video (num_sample, T, 3, S, S) uint8 (float32 with erasing), label and index (num_sample,) int64, path str; or BadVideo.
 
     Args:
         random_frames: False takes the frames of validation.
@@ -116,21 +124,23 @@ class TrainDataset(_VideoDataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         return train_indices(num_frames, self.T, self.style, self.dense, rng)
 
-    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        videos, labels = [], []
+    def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        frames, draws = self.transform.shrink(frames), []
         for draw in range(self.num_sample):
             with seeded(self.seed, epoch, index, draw):
-                video, new_label = self.transform(frames, label)
-            videos.append(video)
-            labels.append(new_label)
+                draws.append(self.transform.draw(frames.height, frames.width))
+        top, bottom = min(draw.needs.top for draw in draws), max(draw.needs.bottom for draw in draws)
+        origin = Box(top, 0, bottom, frames.width)
+        pixels = frames.decode(top, bottom, fast=True)
+        videos, labels = zip(*(self.transform(pixels, origin, draw, label) for draw in draws), strict=True)
         indices = torch.full((self.num_sample,), index)
-        return {"video": torch.stack(videos), "label": torch.tensor(labels), "index": indices}
+        return {"video": _colours_third(torch.stack(videos)), "label": torch.tensor(labels), "index": indices}
 
 
 class EvalDataset(_VideoDataset):
     """The same views of a video every time: V = clips * crops, the crops of the first clip first.
 
-    Item: video (V, T, 3, S, S) float32, label and index () int64, path str; or BadVideo.
+    Item: video (V, T, 3, S, S) uint8, label and index () int64, path str; or BadVideo.
 
     Args:
         clips: None for validation's one clip, a number for that many clips of testing.
@@ -153,48 +163,46 @@ class EvalDataset(_VideoDataset):
             return val_indices(num_frames, self.T, self.style, self.dense)
         return test_indices(num_frames, self.T, self.clips, self.style, self.dense).reshape(-1)  # (clips * T,)
 
-    def _views(self, frames: np.ndarray, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        video = self.transform(frames)  # (crops, clips * T, 3, S, S)
-        video = video.unflatten(1, (-1, self.T)).transpose(0, 1).flatten(0, 1)  # (clips * crops, T, 3, S, S)
-        return {"video": video, "label": torch.tensor(label), "index": torch.tensor(index)}
+    def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        video = self.transform(frames)  # (crops, clips * T, S, S, 3)
+        video = video.unflatten(1, (-1, self.T)).transpose(0, 1).flatten(0, 1)  # (clips * crops, T, S, S, 3)
+        return {"video": _colours_third(video), "label": torch.tensor(label), "index": torch.tensor(index)}
 
 
-def collate(items: Sequence[dict[str, Any] | BadVideo]) -> dict[str, Any]:
+def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | None = None) -> dict[str, Any]:
     """Items -> batch.
 
+    Args:
+        items: those of a dataset; before them maybe a claim on a buffer.
+        ring: where the buffer is.
     Returns:
         video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
-            float32. None where no video of the batch could be read: evaluation passes over such a batch, training ends.
+            pixels as uint8, or float32 where the transform normalised them. None where no video of the batch could be
+            read: evaluation passes over such a batch, training ends. With a claim, a Parcel: (..., S, S, 3) in memory.
         label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list.
         skipped: one sentence for each video that was left out.
         error: None, or the sentence that must end the run; its reader raises it.
+        claim: the claim, or None.
     """
+    claim = next((item for item in items if isinstance(item, Claim)), None)
     bad = [item for item in items if isinstance(item, BadVideo)]
-    good = [item for item in items if not isinstance(item, BadVideo)]
+    good = [item for item in items if isinstance(item, dict)]
     batch: dict[str, Any] = {
         "video": None,
         "label": torch.empty(0, dtype=torch.int64),
         "index": torch.empty(0, dtype=torch.int64),
         "skipped": [item.message for item in bad if item.skip],
         "error": next((item.message for item in bad if not item.skip), None),
+        "claim": claim,
     }
     if good and batch["error"] is None:
         join = torch.cat if good[0]["label"].ndim else torch.stack
-        batch |= {key: join([item[key] for item in good]) for key in ("video", "label", "index")}
+        batch |= {key: join([item[key] for item in good]) for key in ("label", "index")}
+        videos = [item["video"].movedim(-3, -1) for item in good]  # (..., S, S, 3), as they lie in memory
+        batch["video"] = ring.put(claim, videos, join) if claim and ring else _colours_third(join(videos))
     return batch
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Inside, Python's, NumPy's and torch's CPU generators start from `key`; afterwards they are as before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = [int(word) for word in np.random.SeedSequence(key).generate_state(3)]
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(words[2])  # torch.manual_seed would reseed the GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+def _colours_third(video: torch.Tensor) -> torch.Tensor:
+    """(..., S, S, 3) -> (..., 3, S, S), a view of the same bytes."""
+    return video.movedim(-1, -3)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from engine.distributed import EngineError, Process, gather
+from engine.pixels import Normalizer
 
 logger = logging.getLogger("td4v")
 
@@ -132,7 +133,7 @@ class RunFolder:
         path: made if it is not there.
         config: the resolved configuration as plain values, written to config.yaml.
         resume: go on in a folder that holds a run.
-        mean, std: three numbers each, with which input clips were normalised.
+        mean, std: three numbers each, with which input clips are normalised.
         clips: how many input clips to show in TensorBoard.
 
     Raises:
@@ -151,7 +152,7 @@ class RunFolder:
         clips: int = 2,
     ) -> None:
         self.path, self.config, self.process, self.clips = Path(path), config, process, clips
-        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)  # (C, 1, 1)
+        self.normalizer = Normalizer(mean, std)
         self.meta = run_meta()
         self._writer: Any = None
         self._purge_step: int | None = None
@@ -230,8 +231,7 @@ class RunFolder:
     def show_clips(self, video: Tensor) -> None:
         """Show the first clips of a batch (B, T, C, H, W) in TensorBoard, one row of frames each."""
         if self.writer is not None:
-            for number, clip in enumerate(video[: self.clips].float().cpu()):
-                frames = (clip * self.std + self.mean).clamp(0, 1)  # (T, C, H, W)
+            for number, frames in enumerate(self.normalizer.undo(video[: self.clips])):  # (T, C, H, W)
                 self.writer.add_image(f"input/{number}", make_grid(frames, nrow=len(frames)), 0)
 
 

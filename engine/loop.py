@@ -4,8 +4,9 @@ Lives here: epochs, steps, accumulation, what is checked, measured, saved and wh
 Does not live here: how a step, a checkpoint, an accuracy or a log line is made; any model or dataset.
 
 Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `skipped` (names of videos that could not be read)
-and `error` (a sentence that stops the run, or None). `video` is (B, T, C, H, W) float32 in training and
-(B, V, T, C, H, W), V views a video, in evaluation, or None where all of the batch was skipped. Epochs count from 0.
+and `error` (a sentence that stops the run, or None). `video` is (B, T, C, H, W) in training and (B, V, T, C, H, W), V
+views a video, in evaluation, or None where all of the batch was skipped: pixels as uint8, which are normalised here on
+the model's device, or float32, which are so already. Epochs count from 0.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.distributed import EngineError, Process, barrier, gather, gradient_s
 from engine.log import Eta, RunFolder, progress_line
 from engine.metrics import Accuracy, Scores
 from engine.optim import Precision
+from engine.pixels import Normalizer
 
 logger = logging.getLogger("td4v")
 
@@ -54,7 +56,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Trainee:
-    """A model (as wrapped for the processes) and all that changes it. `mixup` maps (video, label) to (video, target)."""
+    """A model (as wrapped for the processes), all that changes it, and what its input goes through on the device.
+
+    `mixup` maps (video, label) to (video, target).
+    """
 
     model: nn.Module
     criterion: nn.Module
@@ -63,6 +68,7 @@ class Trainee:
     scaler: torch.amp.GradScaler
     precision: Precision
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    normalizer: Normalizer = field(default_factory=Normalizer)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,9 @@ def _finish_epoch(
     """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
     row, accuracy = state.pending, None
     if settings.evaluates(row["epoch"]):
-        accuracy = evaluate(trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq)
+        accuracy = evaluate(
+            trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq, trainee.normalizer
+        )
         log_accuracy(f"epoch {row['epoch']}", accuracy)
     improved = accuracy is not None and accuracy.top1 > state.best
     state.best = accuracy.top1 if improved else state.best
@@ -173,8 +181,10 @@ def train_one_epoch(
         What metrics.jsonl tells of an epoch: loss, learning rate, clips a second, share of time spent waiting for
         data, GPU memory in GiB (None on a CPU), skipped videos and steps left out for overflowing gradients.
     """
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(state.epoch)
+    for part in (loader, loader.sampler):  # the first of them that knows of epochs
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(state.epoch)
+            break
     trainee.model.train()
     steps = steps_per_epoch(loader, settings.accumulation)
     meter = _Meter(process.device)
@@ -184,7 +194,7 @@ def train_one_epoch(
         clips = sum(len(batch["label"]) for batch in group)
         loss = torch.zeros((), device=process.device)
         for place, batch in enumerate(group, start=1):
-            video = batch["video"].to(process.device, non_blocking=True)  # (B, T, C, H, W)
+            video = trainee.normalizer(batch["video"], process.device)  # (B, T, C, H, W)
             target = batch["label"].to(process.device, non_blocking=True)  # (B,)
             if trainee.mixup is not None:
                 video, target = trainee.mixup(video, target)  # (B, T, C, H, W), (B, K)
@@ -234,6 +244,7 @@ def evaluate(
     precision: Precision,
     expected: int,
     print_freq: int | None = None,
+    normalizer: Normalizer | None = None,
     max_clips: int = 32,
 ) -> Accuracy:
     """Accuracy over the videos of all processes, each of which gives its own part; the same result on each.
@@ -241,6 +252,7 @@ def evaluate(
     Args:
         expected: videos in the list (see metrics.Scores.accuracy).
         print_freq: batches between lines of progress; None for none.
+        normalizer: of uint8 pixels; None scales them to 0..1.
         max_clips: clips in one forward pass at most; views beyond that wait on the CPU.
 
     Raises:
@@ -249,6 +261,7 @@ def evaluate(
     model = unwrap(model)  # processes may have different numbers of batches, so nothing may wait for the others
     was_training = model.training
     model.eval()
+    normalizer = normalizer or Normalizer()
     scores = Scores()
     eta = Eta(done=0, total=len(loader))
     try:
@@ -262,7 +275,7 @@ def evaluate(
             views = batch["video"].shape[1]
             clips = batch["video"].flatten(0, 1)  # (B*V, T, C, H, W)
             with precision.autocast(process.device):
-                parts = [model(part.to(process.device, non_blocking=True)) for part in clips.split(max_clips)]
+                parts = [model(normalizer(part, process.device)) for part in clips.split(max_clips)]
             logits = torch.cat(parts).unflatten(0, (-1, views))  # (B, V, K)
             scores.add(batch["index"], logits, batch["label"])
     finally:

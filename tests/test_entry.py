@@ -31,6 +31,7 @@ from configs.schema import load_config
 from datasets.build import val_loader
 from datasets.prepare.frame_order import CLASSES, make
 from engine.log import close_logging
+from engine.pixels import Normalizer
 from tests.test_authors import authors_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,9 @@ def varied(config: Path, trained: Path) -> Path:
     model = build_model(chosen, pretrained=False).eval()
     model.load_state_dict(saved["model_state_dict"])
     with torch.inference_mode():
-        features = torch.cat([model.features(batch["video"].flatten(0, 1)) for batch in val_loader(chosen.data)])
+        normalizer = Normalizer(chosen.data.mean, chosen.data.std)
+        videos = [normalizer(batch["video"]).flatten(0, 1) for batch in val_loader(chosen.data)]
+        features = torch.cat([model.features(video) for video in videos])
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)) / features.std()
     saved["model_state_dict"] |= {"head.weight": weight, "head.bias": -weight @ features.mean(0)}
     path = config.parent / "varied.pt"

@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.readers import FrameFolderReader, ReadError, VideoReader
+from datasets import jpeg
+from datasets.pack_writer import write_pack
+from datasets.readers import FrameFolderReader, PackReader, ReadError, VideoReader
 
 SAMPLES = Path(__file__).parents[2] / "shared/data/samples"
-UCF101 = Path(__file__).parents[2] / "shared/data/ucf101_10/UCF-101"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
-
-# name: frames that a full decode by another FFmpeg binding (PyAV) gives, height, width
-SIZES = {
-    "R6llTwEh07w.mp4": (303, 256, 340),
-    "RATRACE_wave_f_nm_np1_fr_goo_37.avi": (72, 240, 560),
-    "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi": (74, 240, 320),
-    "TrumanShow_wave_f_nm_np1_fr_med_26.avi": (48, 240, 432),
-    "flipping_a_pancake.mkv": (310, 240, 426),
-    "rotated_90.mov": (3, 568, 320),
-    "something_like.webm": (58, 240, 427),
-    "v_SoccerJuggling_g23_c01.avi": (240, 240, 320),
-}
 
 
 @pytest.fixture
@@ -64,11 +53,11 @@ def test_grey_images_become_rgb(tmp_path):
 
 
 def test_repeated_frames_are_decoded_once(folder, monkeypatch):
-    opened = []
-    real = Image.open
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or real(file))
+    decoded = []
+    real = jpeg.decode
+    monkeypatch.setattr(jpeg, "decode", lambda *arguments: decoded.append(1) or real(*arguments))
     FrameFolderReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
-    assert len(opened) == 2
+    assert len(decoded) == 2
 
 
 def test_fewer_frames_than_declared_even_if_not_asked_for(folder):
@@ -101,41 +90,6 @@ def test_frames_of_different_sizes(folder):
 
 
 @needs_samples
-@pytest.mark.parametrize("name", SIZES)
-def test_real_videos_any_subset_equals_the_full_decode(name, capfd):
-    num_frames, height, width = SIZES[name]
-    clip = VideoReader().open(str(SAMPLES / name), None)
-    assert clip.num_frames == num_frames
-    whole = clip.read(np.arange(num_frames))
-    assert whole.shape == (num_frames, height, width, 3) and whole.dtype == np.uint8
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        indices = np.append(rng.integers(num_frames, size=6), num_frames - 1)
-        assert (VideoReader().open(str(SAMPLES / name), None).read(indices) == whole[indices]).all()
-        assert (clip.read(indices) == whole[indices]).all()  # a second read of the same handle
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(not UCF101.is_dir(), reason="the UCF101 clips are not here")
-def test_videos_without_time_stamps_are_read_from_the_start():
-    path = str(UCF101 / "WallPushups/v_WallPushups_g10_c02.avi")
-    clip = VideoReader().open(path, 69)
-    whole = clip.read(np.arange(69))
-    for index in (68, 40, 13):
-        assert (VideoReader().open(path, None).read(np.array([index]))[0] == whole[index]).all()
-
-
-@needs_samples
-def test_repeated_video_frames_are_decoded_once(monkeypatch):
-    clip = VideoReader().open(str(SAMPLES / "something_like.webm"), None)
-    asked = []
-    real = clip._video.get_batch
-    monkeypatch.setattr(clip._video, "get_batch", lambda wanted: asked.append(wanted.tolist()) or real(wanted))
-    frames = clip.read(np.array([7, 3, 7, 7]))
-    assert asked == [[3, 7]] and (frames[0] == frames[2]).all() and (frames[0] != frames[1]).any()
-
-
-@needs_samples
 def test_video_with_fewer_frames_than_declared():
     message = failure(VideoReader(), SAMPLES / "rotated_90.mov", 4)
     assert "holds 3 frames" in message and "declares 4" in message
@@ -159,3 +113,41 @@ def test_no_video_at_all(tmp_path):
     assert "cannot be decoded" in failure(VideoReader(), tmp_path / "text.avi", None)
     assert "no such file" in failure(VideoReader(), tmp_path / "none.avi", None)
     assert "no such file" in failure(VideoReader(), tmp_path, None)
+
+
+def test_a_pack_reads_as_its_folders_do(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(1, 7):
+        (tmp_path / "frames/a class/clip").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((90, 60)).save(tmp_path / f"frames/a class/clip/{number:06d}.jpg")
+    write_pack(tmp_path / "frames", tmp_path / "frames.pack")
+    packed = PackReader(str(tmp_path / "frames.pack"))
+    inside = str(tmp_path / "frames.pack/a class/clip")
+    indices = np.array([5, 0, 2, 2])
+    clip = packed.open(inside, 6)
+    folder = FrameFolderReader("{:06d}.jpg").open(str(tmp_path / "frames/a class/clip"), 6)
+    assert clip.num_frames == 6 and packed.open(inside, None).num_frames == 6 and packed.open(inside, 4).num_frames == 4
+    assert (clip.read(indices) == folder.read(indices)).all()
+    assert (clip.fetch(indices).decode(3, 20) == folder.read(indices)[:, 3:20]).all()
+    assert "holds 6 frames, the list declares 7" in failure(packed, inside, 7)
+    with pytest.raises(ReadError, match=r"frames\.pack: the pack holds no video a class/clip2"):
+        packed.open(f"{inside}2", 6)
+
+
+def test_large_images_are_decoded_small_and_never_too_small(tmp_path):
+    Image.linear_gradient("L").convert("RGB").resize((200, 120)).save(tmp_path / "1.jpg", quality=95)
+    frames = FrameFolderReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
+    whole = frames.decode()
+    for least, expected in (
+        ((60, 100), (60, 100)),
+        ((61, 100), (120, 200)),
+        ((20, 20), (30, 50)),
+        ((15, 25), (15, 25)),
+    ):
+        small = frames.reduced(*least)
+        assert (small.height, small.width) == expected
+        pixels = small.decode()
+        assert pixels.shape == (2, *expected, 3)
+        smooth = np.asarray(Image.fromarray(whole[0]).resize(expected[::-1], Image.Resampling.BOX), int)
+        assert np.abs(pixels[0] - smooth).mean() < 3

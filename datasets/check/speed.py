@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-
-from torch.utils.data import DataLoader
+from typing import Any
 
 from configs.schema import ConfigError, DataConfig
 from datasets.build import train_loader
+from datasets.loader import VideoLoader
 
 HEADROOM = 1.15  # workers are suggested for so much more than is needed
 ROUGH = 8  # batches below which a rate is called rough
@@ -48,16 +48,11 @@ class Rate:
         return self.batches < ROUGH
 
 
-class _Endless:
-    """The batches of epoch 0, 1, 2, ... of a loader, so that a short list measures reading and not its epochs' ends."""
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch in count():
-            self.loader.sampler.set_epoch(epoch)
-            yield from self.loader.batch_sampler
+def _endless(loader: VideoLoader) -> Iterator[dict[str, Any]]:
+    """The batches of epoch 0, 1, 2, ..., so that a short list measures more than one epoch's beginning."""
+    for epoch in count():
+        loader.set_epoch(epoch)
+        yield from loader
 
 
 def measure(data: DataConfig, seed: int, workers: int, seconds: float) -> Rate:
@@ -73,26 +68,14 @@ def measure(data: DataConfig, seed: int, workers: int, seconds: float) -> Rate:
     ahead = workers * (loader.prefetch_factor or 0)
     others = set(multiprocessing.active_children())
     started = time.perf_counter()
-    batches = iter(
-        DataLoader(
-            loader.dataset,
-            batch_sampler=_Endless(loader),
-            num_workers=workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-        )
-    )
+    batches = _endless(loader)
+    next(batches)
+    first_batch = time.perf_counter() - started
     own = [process.pid for process in multiprocessing.active_children() if process not in others]
     clips = measured = 0
-    first_batch = warm = cpu_before = None
+    warm = cpu_before = None
     for number, batch in enumerate(batches):
         now = time.perf_counter()
-        if first_batch is None:
-            first_batch = now - started
         if warm is None:
             if now - started >= seconds or (number > ahead and now - started >= seconds / 4):
                 warm, cpu_before = now, _cpu_seconds(own)
@@ -102,7 +85,8 @@ def measure(data: DataConfig, seed: int, workers: int, seconds: float) -> Rate:
         if now - warm >= seconds * 3 / 4:
             break
     cpu = _cpu_seconds(own)
-    del batches  # ends the workers
+    batches.close()
+    del loader, batches  # ends the workers
     if clips == 0:
         raise ValueError("not one of the training videos could be read: there is nothing to measure")
     span = now - warm

@@ -1,0 +1,184 @@
+"""A DataLoader whose workers write videos into shared memory that is used again for later batches.
+
+Lives here: the ring of such memory, and how a batch travels through it. Does not live here: what an item is and how
+items become a batch (video_dataset.py), nor the order of videos (sampler.py).
+
+A usual worker puts each batch into newly made shared memory, and the kernel has to find, clear and map every page of
+it, twice: for pixels that costs about as much as resizing them. Here the main process keeps a ring of shared buffers.
+With the keys of a batch it sends a claim on a free one, the worker joins the items right in it, and what comes back is
+a parcel: which buffer, which shape. A buffer is free again when the last tensor that looks at it is gone, so a batch
+may be kept as long as one likes: while no buffer is free, batches travel the usual way.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+PREFETCH = 2  # batches that each worker works ahead
+SPARE = 2  # buffers beyond those of batches on their way: the batch in use, and the one that has just arrived
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Comes before the keys of a batch, and before its items: the buffer that its videos go to."""
+
+    buffer: int
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Stands for videos that lie in a buffer."""
+
+    buffer: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Ring:
+    """Buffers of shared memory, handed out by number.
+
+    Args:
+        buffers: how many.
+        size: of each, bytes.
+    Raises:
+        ValueError: the machine has not enough shared memory.
+    """
+
+    def __init__(self, buffers: int, size: int):
+        needed = buffers * size
+        if SHARED_MEMORY.is_dir() and (there := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+            raise ValueError(
+                f"the loader's workers need {needed >> 20} MiB of shared memory, {SHARED_MEMORY} has {there >> 20}: "
+                "lower data.workers or data.batch_size, or enlarge it (docker: --shm-size)"
+            )
+        self.memory = torch.empty(buffers, size, dtype=torch.uint8).share_memory_()
+        self.free = deque(range(buffers))  # lives in the main process; threads may append to it
+
+    def put(self, claim: Claim, videos: Sequence[torch.Tensor], join: Callable[..., torch.Tensor]) -> Parcel:
+        """In a worker: join videos (torch.cat or torch.stack) in a buffer."""
+        first = videos[0]
+        shape = (len(videos), *first.shape)
+        if join is torch.cat:
+            shape = (sum(len(video) for video in videos), *first.shape[1:])
+        parcel = Parcel(claim.buffer, first.dtype, shape)
+        join(videos, out=self._tensor(parcel, self.memory[claim.buffer]))
+        return parcel
+
+    def open(self, parcel: Parcel) -> torch.Tensor:
+        """In the main process: the videos of a parcel, (..., S, S, 3). The buffer is free again when nothing looks at them any more."""
+        owner = self.memory[parcel.buffer].numpy()
+        weakref.finalize(owner, self.free.append, parcel.buffer)
+        return self._tensor(parcel, torch.from_numpy(owner))  # its storage, shared by all views, keeps `owner`
+
+    @staticmethod
+    def _tensor(parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
+        size = math.prod(parcel.shape) * parcel.dtype.itemsize
+        return buffer[:size].view(parcel.dtype).view(parcel.shape)
+
+
+class _Claims(BatchSampler):
+    """The batches of a sampler, each with a claim before its keys while there are free buffers."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, ring: Ring):
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.ring = ring
+        self.claimed: set[int] = set()  # by batches that have not come back
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for keys in super().__iter__():
+            if self.ring.free:
+                buffer = self.ring.free.popleft()
+                self.claimed.add(buffer)
+                keys = [Claim(buffer), *keys]
+            yield keys
+
+
+def _begin(worker: int) -> None:
+    """What a worker does first.
+
+    It inherits the garbage of the process that it is a copy of: an opened video in there, whose threads were not copied,
+    would wait for them for ever if it were collected here.
+    """
+    gc.freeze()
+
+
+class VideoLoader(DataLoader):
+    """Batches of a dataset, in the order of a sampler, made by worker processes that stay alive between epochs.
+
+    Args:
+        dataset: its items are those of video_dataset.py.
+        sampler: of keys of the dataset.
+        batch_size: videos.
+        item_bytes: of the videos of one item, at most.
+        collate: (items, ring=) -> batch, with a Parcel for `video` if the first item is a Claim.
+        workers: processes; 0 works in the calling one.
+        pin_memory: put videos into page-locked memory, from which a GPU fetches them while it computes.
+        seed: of what the workers draw; nothing of ours depends on it.
+
+    Raises:
+        ValueError: not enough shared memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        batch_size: int,
+        item_bytes: int,
+        collate: Callable[..., dict[str, Any]],
+        workers: int = 0,
+        pin_memory: bool = False,
+        seed: int = 0,
+    ):
+        self.order, self.pin = sampler, pin_memory
+        self.ring = Ring(workers * PREFETCH + SPARE, batch_size * item_bytes) if workers else None
+        own = BatchSampler(sampler, batch_size, drop_last=False)
+        super().__init__(
+            dataset,
+            batch_sampler=own if self.ring is None else _Claims(sampler, batch_size, self.ring),
+            collate_fn=partial(collate, ring=self.ring),
+            num_workers=workers,  # each on one thread, which is torch's own rule for workers
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            worker_init_fn=_begin,
+            generator=torch.Generator().manual_seed(seed),  # or torch's global one is drawn from
+        )
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Give the batches of `epoch` from the next iteration on, without the first ones, which were seen already."""
+        self.order.set_epoch(epoch, first_batch * self.batch_sampler.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.ring is None:
+            yield from super().__iter__()
+            return
+        claimed = self.batch_sampler.claimed
+        abandoned = tuple(claimed)
+        claimed.clear()
+        batches = super().__iter__()  # which waits until the workers have done what they were asked for before
+        self.ring.free.extend(abandoned)
+        for batch in batches:
+            claim, video = batch.pop("claim"), batch["video"]
+            if claim is not None:
+                claimed.discard(claim.buffer)
+            if isinstance(video, Parcel):
+                batch["video"] = video = self.ring.open(video).movedim(-1, -3)
+            elif claim is not None:
+                self.ring.free.append(claim.buffer)
+            if self.pin and video is not None:
+                batch["video"] = video.pin_memory()
+            del video
+            yield batch

@@ -1,0 +1,38 @@
+"""Pixels as the loader gives them -> input of the model, on the model's device.
+
+Lives here: the move to the device, a quarter of the bytes of floats, and the normalising there.
+Does not live here: which mean and standard deviation (the configuration's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Normalizer:
+    """Bytes 0..255 become (value / 255 - mean) / std; floats count as normalised already.
+
+    Args:
+        mean, std: of each channel, for pixels in 0..1.
+    """
+
+    def __init__(self, mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)):
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)  # (C, 1, 1)
+
+    def __call__(self, video: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """(..., C, H, W) uint8 or float32 -> float32 on the device, contiguous."""
+        video = video.to(device, non_blocking=True)
+        if video.dtype != torch.uint8:
+            return video
+        mean, std = self.mean.to(device, non_blocking=True), self.std.to(device, non_blocking=True)
+        video = video.to(torch.float32, memory_format=torch.contiguous_format)
+        return video.div_(255).sub_(mean).div_(std)
+
+    def undo(self, video: Tensor) -> Tensor:
+        """(..., C, H, W) as the loader gives it -> float32 in 0..1, to be shown."""
+        if video.dtype == torch.uint8:
+            return video / 255
+        return (video.float().cpu() * self.std + self.mean).clamp(0, 1)

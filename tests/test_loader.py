@@ -1,0 +1,176 @@
+"""Batches through shared buffers: the same as without, never overwritten while in use, and in any order of events."""
+
+import gc
+import os
+import shutil
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from datasets import loader as module
+from datasets.loader import Claim, Ring, VideoLoader
+from datasets.sampler import ShuffledSampler, StridedSampler
+from datasets.video_dataset import BadVideo, collate
+
+
+class Numbers(Dataset):
+    """Item i of epoch e: two clips of 3 frames of 4 x 4 pixels, filled by value."""
+
+    def __init__(self, length=20, dtype=torch.uint8, bad=()):
+        self.length, self.dtype, self.bad = length, dtype, bad
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        epoch, index = key
+        if index in self.bad:
+            return BadVideo(f"video {index}", index, True)
+        video = torch.full((2, 3, 4, 4, 3), (10 * epoch + index) % 256, dtype=self.dtype)
+        video += torch.arange(3, dtype=self.dtype)  # the colours differ
+        return {"video": video.movedim(-1, -3), "label": torch.tensor([1, 2]), "index": torch.tensor([index, index])}
+
+    def __getitems__(self, keys):
+        return [key if isinstance(key, Claim) else self[key] for key in keys]
+
+
+class Collecting(Numbers):
+    def __getitem__(self, key):
+        gc.collect()
+        return super().__getitem__(key)
+
+
+def make(workers, dataset=None, batch_size=4, sampler=None):
+    dataset = dataset or Numbers()
+    sampler = sampler or ShuffledSampler(len(dataset), batch_size, seed=1)
+    size = 2 * 3 * 4 * 4 * 3 * dataset.dtype.itemsize
+    return VideoLoader(dataset, sampler, batch_size, size, collate, workers)
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype
+        for a, b in zip(one, other, strict=True)
+        for key in ("video", "label", "index")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_change_nothing(workers, dtype):
+    here, there = make(0, Numbers(dtype=dtype)), make(workers, Numbers(dtype=dtype))
+    for epoch in range(3):
+        for loader in (here, there):
+            loader.set_epoch(epoch)
+        batches = [{**batch, "video": batch["video"].clone()} for batch in there]
+        assert same(list(here), batches)
+        assert batches[0]["video"].shape == (8, 3, 3, 4, 4)
+
+
+def test_kept_batches_are_not_overwritten():
+    """Far more batches are held than there are buffers; views of them count, too."""
+    loader, held = make(1, Numbers(100)), []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            held.append((batch["video"].flatten(0, 1)[:, 0], batch["video"].clone()))
+            del batch
+    assert len(held) == 50 > len(loader.ring.memory)
+    for view, copy in held:
+        assert torch.equal(view, copy.flatten(0, 1)[:, 0])
+    assert not loader.ring.free
+    held.clear()
+    del view, copy
+    gc.collect()
+    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+
+
+def test_a_simple_loop_always_finds_a_buffer(monkeypatch):
+    loader = make(2, Numbers(80))
+    sent = []
+    monkeypatch.setattr(loader.ring, "open", lambda parcel, real=loader.ring.open: sent.append(1) or real(parcel))
+    assert [len(batch["video"]) for batch in loader] == [8] * 20 and len(sent) == 20
+
+
+def test_an_abandoned_iteration_gives_its_buffers_back():
+    loader = make(2, Numbers(40))
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        assert next(iter(loader))["video"] is not None
+    loader.set_epoch(6)
+    found = [{**batch, "video": batch["video"].clone()} for batch in loader]
+    reference = make(0, Numbers(40))
+    reference.set_epoch(6)
+    assert same(list(reference), found)
+    gc.collect()
+    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+
+
+def test_batches_without_videos_give_their_buffers_back():
+    loader = make(1, Numbers(20, bad=range(4, 12)), sampler=StridedSampler(20))
+    for _ in range(4):
+        found = [None if batch["video"] is None else batch["index"].tolist()[::2] for batch in loader]
+        assert found == [[0, 1, 2, 3], None, None, [12, 13, 14, 15], [16, 17, 18, 19]]
+    gc.collect()
+    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_going_on_in_the_middle_of_an_epoch(workers):
+    loader = make(workers)
+    loader.set_epoch(2)
+    whole = [{**batch, "video": batch["video"].clone()} for batch in loader]
+    for done in range(len(whole) + 1):
+        loader = make(workers)
+        loader.set_epoch(2, first_batch=done)
+        assert len(loader) == len(whole) - done
+        assert same(whole[done:], [{**batch, "video": batch["video"].clone()} for batch in loader])
+    with pytest.raises(ValueError, match="20 videos a process"):
+        loader.set_epoch(2, first_batch=6)
+
+
+def test_too_little_shared_memory(monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 20))
+    monkeypatch.setattr(module, "SHARED_MEMORY", module.Path("/"))
+    with pytest.raises(ValueError, match=r"need 3 MiB of shared memory, / has 1: lower data\.workers"):
+        Ring(3, 1 << 20)
+
+
+class Thread:
+    """Like an opened video of decord: its end waits for a thread of the process that made it."""
+
+    def __init__(self):
+        self.me, self.maker = self, os.getpid()
+
+    def __del__(self):
+        while os.getpid() != self.maker:
+            time.sleep(1)
+
+
+def test_workers_do_not_collect_what_they_inherit():
+    gc.collect()
+    gc.disable()
+    try:
+        Thread()
+        loader = make(1, Collecting())
+        assert len(list(loader)) == 5
+    finally:
+        gc.enable()
+
+
+def test_a_ring_by_hand():
+    ring = Ring(2, 64)
+    assert ring.free.popleft() == 0
+    parcel = ring.put(Claim(0), [torch.arange(6, dtype=torch.float32).view(1, 6)] * 2, torch.cat)
+    video = ring.open(parcel)
+    assert video.shape == (2, 6) and list(ring.free) == [1] and np.array_equal(video[1].numpy(), np.arange(6))
+    row = video[1]
+    del video
+    assert list(ring.free) == [1]  # a view is enough to keep it
+    del row
+    assert list(ring.free) == [1, 0]
