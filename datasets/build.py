@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
 from datasets.loader import VideoLoader
-from datasets.pack import is_pack
+from datasets.pack.format import is_pack
 from datasets.readers import FrameFolderReader, PackReader, Reader, VideoReader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.traits import traits_of

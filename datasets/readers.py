@@ -22,7 +22,7 @@ from PIL import Image
 
 from datasets import jpeg
 from datasets.decoders import DecodeError, Decoder, open_video
-from datasets.pack import Pack, PackError
+from datasets.pack.format import Pack, PackError
 
 
 class ReadError(RuntimeError):
@@ -238,7 +238,8 @@ def _image(name: str, data: bytes) -> _Jpeg | _Pixels:
 
 
 def _not_readable(name: str, error: Exception) -> ReadError:
-    return ReadError(f"{name}: is not a readable image ({type(error).__name__})")
+    reason = str(error) if isinstance(error, jpeg.JpegError) else type(error).__name__
+    return ReadError(f"{name}: is not a readable image ({reason})")
 
 
 class _ImageFrames:

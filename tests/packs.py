@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets.annotation import AnnotationError
-from datasets.pack import Pack, PackError, Settings
+from datasets.pack.format import Pack, PackError, Settings
 
 SMALL = Settings(shard_size=100_000)  # about two of the videos below
 VIDEOS = {"a/v_1": 12, "a/v_10": 9, "b c/Größe 動画": 11, "b c/v": 1, "d/e/f": 14, "z": 10}

@@ -453,7 +453,9 @@ def test_a_truncated_image(config: Path, data: Path, tmp_path: Path):
             tmp_path / "frames" / (data / f"{split}.txt").read_text().splitlines()[line - 1].split()[0] / "000003.jpg"
         )
         image.write_bytes(image.read_bytes()[:-100])
-        broken.append((image, f"{image}: is not a readable image (OSError) ({data / split}.txt, line {line})"))
+        broken.append(
+            (image, f"{image}: is not a readable image (Premature end of JPEG file) ({data / split}.txt, line {line})")
+        )
     chosen = (f"data.train_root={tmp_path / 'frames'}", f"data.val_root={tmp_path / 'frames'}", "solver.epochs=1")
     assert training_refusal(config, tmp_path / "raised", *chosen) == broken[0][1]
     folder = train(config, tmp_path / "skipped", *chosen, "data.on_error=skip")

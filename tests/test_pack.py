@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from datasets.pack import FRAME, HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
-from datasets.pack_tools import reindex, verify
-from datasets.pack_writer import write_index, write_pack
+from datasets.pack.__main__ import reindex, verify
+from datasets.pack.format import FRAME, HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
+from datasets.pack.writer import write_index, write_pack
 from tests.packs import SMALL, VIDEOS, assert_equal, content, failure, make_frames
 
 

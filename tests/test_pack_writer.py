@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from datasets.pack import HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
-from datasets.pack_tools import main, reindex
-from datasets.pack_writer import write_pack
+from datasets.pack.__main__ import main, reindex
+from datasets.pack.format import HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
+from datasets.pack.writer import write_pack
 from tests.packs import SMALL, VIDEOS, assert_equal, content, failure, make_frames
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +220,7 @@ def test_ctrl_c_and_a_full_disk_keep_finished_shards(tmp_path):
 
 def test_shards_whose_frames_changed_are_made_again(tmp_path, monkeypatch):
     frames, out = make_frames(tmp_path / "frames", {"a": 20, "b": 20, "c": 20}), tmp_path / "x.pack"
-    monkeypatch.setattr("datasets.pack_writer.write_index", lambda *_: 1 / 0)  # stops after the last shard
+    monkeypatch.setattr("datasets.pack.writer.write_index", lambda *_: 1 / 0)  # stops after the last shard
     with pytest.raises(ZeroDivisionError):
         write_pack(frames, out, settings=SMALL)
     monkeypatch.undo()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datasets import jpeg
-from datasets.pack_writer import write_pack
+from datasets.pack.writer import write_pack
 from datasets.readers import FrameFolderReader, PackReader, ReadError, VideoReader
 
 SAMPLES = Path(__file__).parents[2] / "shared/data/samples"

@@ -1,6 +1,6 @@
 """What writing and checking a pack share: tasks in processes of their own, a progress bar, whole-or-not-there files.
 
-Does not live here: what the tasks do (pack_scan.py, pack_writer.py, pack_tools.py).
+Does not live here: what the tasks do (scan.py, writer.py, __main__.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datasets.pack import PackError
+from datasets.pack.format import PackError
 
 SHOWN_PROBLEMS = 20
 

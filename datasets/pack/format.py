@@ -1,9 +1,4 @@
-"""A pack: one folder with a few large zip files in place of millions of frame files, and an index to read them at random.
-
-    python -m datasets.pack --frames DIR --out DIR.pack [--list train.txt --list val.txt] [--image-tmpl '{:06d}.jpg']
-                            [--index-base 1] [--shard-size 1GiB] [--jobs N]
-    python -m datasets.pack --verify PACK [--jobs N]       reads everything and compares the zips' checksums
-    python -m datasets.pack --reindex PACK [--jobs N]      makes the index and pack.json again from the zips alone
+"""A pack on disk: large zip files in place of millions of frame files, and an index to read them at random.
 
 Why not a streaming format: a pack is map-style, any frame costs one read at a known place, as with folders, so exact
 epochs, shuffling and a resume in mid-epoch stay those of the samplers.
@@ -18,8 +13,7 @@ epochs, shuffling and a resume in mid-epoch stay those of the samplers.
 
 The index files are memory-mapped: opening reads none of them, and all processes of a machine share one copy.
 
-Lives here: the format, and reading it. Does not live here: writing (pack_writer.py, after a look at the folders,
-pack_scan.py), verifying, reindexing and the command line (pack_tools.py), decoding frames (readers.py).
+Lives here: the format, and reading it. Does not live here: writing (writer.py), decoding frames (datasets/readers.py).
 """
 
 from __future__ import annotations
@@ -30,7 +24,6 @@ import json
 import os
 import posixpath
 import string
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -285,9 +278,3 @@ def _check_size(path: str, size: int) -> None:
         raise PackError(f"{path}: cannot be opened ({error.strerror}); the pack needs it") from None
     if found != size:
         raise PackError(f"{path}: holds {found} bytes, {HEADER} says {size}: its copy is incomplete or another one")
-
-
-if __name__ == "__main__":
-    from datasets.pack_tools import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -5,8 +5,8 @@ Killed at any moment, the same command goes on: finished shards stay, half-writt
 frames changed since (names, sizes, times) are made again.
 The same frames give the same bytes, with any number of jobs.
 
-Does not live here: the format and reading it (pack.py), looking at frame folders (pack_scan.py), making frames
-(prepare/), the command line (pack_tools.py).
+Does not live here: the format and reading it (format.py), looking at frame folders (scan.py), making frames
+(prepare/), the command line (__main__.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.pack import (
+from datasets.pack.format import (
     FORMAT,
     FRAME,
     FRAMES,
@@ -41,8 +41,8 @@ from datasets.pack import (
     Settings,
     shard_name,
 )
-from datasets.pack_scan import Video, scan
-from datasets.pack_workers import Work, progress_bar, readable, replacing, run_tasks, sync_folder
+from datasets.pack.scan import Video, scan
+from datasets.pack.workers import Work, progress_bar, readable, replacing, run_tasks, sync_folder
 
 PLAN = "plan.json"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the first that zip knows: dates would make equal frames unequal packs

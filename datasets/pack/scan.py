@@ -2,7 +2,7 @@
 
 All folders are looked at before anything is written. Names that start with a dot are left out.
 
-Does not live here: sharing the videos out and writing them (pack_writer.py).
+Does not live here: sharing the videos out and writing them (writer.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.annotation import read_list
-from datasets.pack import PackError, Settings
-from datasets.pack_workers import Work, progress_bar, raise_problems, run_tasks
+from datasets.pack.format import PackError, Settings
+from datasets.pack.workers import Work, progress_bar, raise_problems, run_tasks
 
 CHUNK = 2000  # folders that one process scans at most
 ANY_LABEL = 1 << 62

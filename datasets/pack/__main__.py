@@ -1,6 +1,6 @@
 """The command line of `python -m datasets.pack`, and what it does to a pack that is written: verifying, reindexing.
 
-Does not live here: the format and reading it (pack.py, with the help text), writing (pack_writer.py).
+Does not live here: the format and reading it (format.py, with the help text), writing (writer.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ import numpy as np
 
 import datasets.pack
 from datasets.annotation import AnnotationError
-from datasets.pack import FORMAT, FRAME, UNFINISHED, VERSION, Pack, PackError, Settings, shard_name
-from datasets.pack_workers import Work, progress_bar, raise_problems, run_tasks
-from datasets.pack_writer import shard_comment, write_index, write_pack
+from datasets.pack.format import FORMAT, FRAME, UNFINISHED, VERSION, Pack, PackError, Settings, shard_name
+from datasets.pack.workers import Work, progress_bar, raise_problems, run_tasks
+from datasets.pack.writer import shard_comment, write_index, write_pack
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; lengths of the name and of the extra field that follow it
 SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B|B?)")
@@ -208,3 +209,7 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1GiB or 500MB")
     base, power = 1024 if "i" in match[2] else 1000, "BKMGT".index(match[2][:1] or "B")
     return int(float(match[1]) * base**power)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
