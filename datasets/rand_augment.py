@@ -26,6 +26,8 @@ import numpy as np
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
+from datasets.box import Box
+
 # Workers share the cores among themselves. It must be said before OpenCV starts threads, which a fork would not copy.
 cv2.setNumThreads(1)
 
@@ -33,25 +35,6 @@ BICUBIC_REACH = 2  # pixels that bicubic interpolation looks beyond a point
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 IDENTITY = np.arange(256, dtype=np.float64)
-
-
-class Box(NamedTuple):
-    """Pixels top..bottom-1, left..right-1 of a frame."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    def clipped(self, height: int, width: int) -> Box:
-        """What of it lies inside a frame; at least one pixel."""
-        top, left = min(max(self.top, 0), height - 1), min(max(self.left, 0), width - 1)
-        return Box(top, left, min(max(self.bottom, top + 1), height), min(max(self.right, left + 1), width))
-
-    def cut(self, frames: np.ndarray, origin: Box) -> np.ndarray:
-        """(T, ., ., 3) frames of which only the box `origin` is there -> this box of them, a view."""
-        top, left = self.top - origin.top, self.left - origin.left
-        return frames[:, top : top + self.bottom - self.top, left : left + self.right - self.left]
 
 
 class Step(NamedTuple):
@@ -174,7 +157,7 @@ WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
 def _warp(frames: np.ndarray, matrix: np.ndarray, before: Box, after: Box, fill: tuple[int, int, int]) -> np.ndarray:
     matrix = matrix.copy()
     matrix[:, 2] += matrix[:, :2] @ (after.left, after.top) - (before.left, before.top)
-    size = (after.right - after.left, after.bottom - after.top)
+    size = (after.width, after.height)
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
     out = np.empty((len(frames), size[1], size[0], 3), np.uint8)
     for frame, warped in zip(frames, out, strict=True):

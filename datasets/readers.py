@@ -1,8 +1,8 @@
 """Frame folder, pack or video file -> uint8 frames: how pixels are stored, and every way in which they can be broken.
 
 Lives here: one reader for each kind of storage behind one small protocol,
-`Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(top, bottom) -> pixels`.
-Frames know their size before they are decoded, so that a crop can be drawn first and only its rows are decoded.
+`Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(box) -> pixels`.
+Frames know their size before they are decoded, so that a crop can be drawn first and little more than it is decoded.
 Does not live here: which frames are wanted (sampling.py), what happens to them (transforms.py), how a JPEG or a video
 is decoded (jpeg.py, decoders/) and how packs are made (pack.py).
 
@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from datasets import jpeg
+from datasets.box import Box
 from datasets.decoders import DecodeError, Decoder, open_video
 from datasets.pack.format import Pack, PackError
 
@@ -35,8 +36,8 @@ class Frames(Protocol):
     height: int
     width: int
 
-    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
-        """Rows top..bottom-1 of all frames: (T, bottom - top, W, 3) uint8 RGB. Raises ReadError.
+    def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
+        """This part of all frames, or the whole: (T, h, w, 3) uint8 RGB. Raises ReadError.
 
         `fast` allows what is faster and hardly visible (jpeg.decode says what); without it pixels are exact.
         """
@@ -199,11 +200,11 @@ class _Jpeg:
         height, width = jpeg.size(data)
         self.height, self.width = -(-height // factor), -(-width // factor)
 
-    def decode(self, top: int, bottom: int | None, fast: bool) -> np.ndarray:
+    def decode(self, box: Box, fast: bool) -> np.ndarray:
         try:
             if self.factor > 1:
-                return jpeg.decode_reduced(self.data, self.factor)[top:bottom]
-            return jpeg.decode(self.data, top, bottom, fast)
+                return jpeg.decode_reduced(self.data, self.factor)[box.top : box.bottom, box.left : box.right]
+            return jpeg.decode(self.data, box.top, box.bottom, fast)[:, box.left : box.right]
         except jpeg.JpegError as error:
             raise _not_readable(self.name, error) from error
 
@@ -219,8 +220,8 @@ class _Pixels:
         self.name, self.pixels = name, pixels  # (H, W, 3)
         self.height, self.width, _ = pixels.shape
 
-    def decode(self, top: int, bottom: int | None, fast: bool) -> np.ndarray:
-        return self.pixels[top:bottom]
+    def decode(self, box: Box, fast: bool) -> np.ndarray:
+        return self.pixels[box.top : box.bottom, box.left : box.right]
 
     def reduced(self, least_height: int, least_width: int) -> _Pixels:
         return self
@@ -249,8 +250,9 @@ class _ImageFrames:
         self.images, self.places = images, places
         self.height, self.width = images[0].height, images[0].width
 
-    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
-        frames = np.stack([image.decode(top, bottom, fast) for image in self.images])  # (unique, h, W, 3)
+    def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
+        box = box or Box(0, 0, self.height, self.width)
+        frames = np.stack([image.decode(box, fast) for image in self.images])  # (unique, h, w, 3)
         return frames if len(frames) == len(self.places) else frames[self.places]
 
     def reduced(self, least_height: int, least_width: int) -> Frames:
@@ -279,8 +281,8 @@ class DecodedFrames:
         self.pixels = pixels  # (T, H, W, 3)
         _, self.height, self.width, _ = pixels.shape
 
-    def decode(self, top: int = 0, bottom: int | None = None, fast: bool = False) -> np.ndarray:
-        return self.pixels[:, top:bottom]
+    def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
+        return self.pixels if box is None else self.pixels[:, box.top : box.bottom, box.left : box.right]
 
     def reduced(self, least_height: int, least_width: int) -> Frames:
         return self

@@ -18,6 +18,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ import torchvision.transforms.v2.functional as F
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode
 
-from datasets.rand_augment import Box, RandAugment, Step
+from datasets.box import Box
+from datasets.rand_augment import RandAugment, Step
 from datasets.readers import Frames
 from datasets.seeding import seeded
 
@@ -181,15 +183,16 @@ class EvalTransform:
         """T frames -> (crops, T, S, S, 3) uint8."""
         size = scaled(frames.height, frames.width, self.scale_size)
         corners, side = self._corners(*size), self.input_size
-        first = 0
-        if size == (frames.height, frames.width):  # no resize: only the rows that are looked at
-            first = min(top for top, _ in corners)
-            pixels = frames.decode(first, max(top for top, _ in corners) + side)
+        crops = [Box(top, left, top + side, left + side) for top, left in corners]
+        if size == (frames.height, frames.width):  # no resize: only the part that is looked at
+            origin = reduce(Box.joined, crops)
+            pixels = frames.decode(origin)
         else:
+            origin = Box(0, 0, *size)
             video = _channels_first(frames.decode())
             video = F.resize(video, list(size), InterpolationMode.BICUBIC, antialias=True)
             pixels = video.permute(0, 2, 3, 1).numpy()  # (T, H, W, 3)
-        views = [pixels[:, top - first : top - first + side, left : left + side] for top, left in corners]
+        views = [crop.cut(pixels, origin) for crop in crops]
         if self.crops == 10:
             views += [view[:, :, ::-1] for view in views]
         return torch.from_numpy(np.stack(views))

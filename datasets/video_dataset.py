@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets.annotation import VideoRecord
+from datasets.box import Box
 from datasets.loader import Claim, Ring
-from datasets.rand_augment import Box
 from datasets.readers import Frames, Reader, ReadError
 from datasets.sampling import Style, test_indices, train_indices, val_indices
 from datasets.seeding import seeded
@@ -129,12 +130,12 @@ class TrainDataset(_VideoDataset):
         for draw in range(self.num_sample):
             with seeded(self.seed, epoch, index, draw):
                 draws.append(self.transform.draw(frames.height, frames.width))
-        top, bottom = min(draw.needs.top for draw in draws), max(draw.needs.bottom for draw in draws)
-        origin = Box(top, 0, bottom, frames.width)
-        pixels = frames.decode(top, bottom, fast=True)
+        origin = reduce(Box.joined, [draw.needs for draw in draws])
+        pixels = frames.decode(origin, fast=True)
         videos, labels = zip(*(self.transform(pixels, origin, draw, label) for draw in draws), strict=True)
         indices = torch.full((self.num_sample,), index)
-        return {"video": _colours_third(torch.stack(videos)), "label": torch.tensor(labels), "index": indices}
+        video = torch.stack(videos) if len(videos) > 1 else videos[0][None]  # (num_sample, T, S, S, 3)
+        return {"video": _colours_third(video), "label": torch.tensor(labels), "index": indices}
 
 
 class EvalDataset(_VideoDataset):

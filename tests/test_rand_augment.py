@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from timm.data.auto_augment import NAME_TO_OP, rand_augment_transform
 
-from datasets.rand_augment import LOOKS_AT, STATISTICS, WARPS, Box, RandAugment, Step
+from datasets.box import Box
+from datasets.rand_augment import LOOKS_AT, STATISTICS, WARPS, RandAugment, Step
 
 POLICY = "rand-m7-n4-mstd0.5-inc1"
 FILL = (123, 117, 104)

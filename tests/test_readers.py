@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from datasets import jpeg
+from datasets.box import Box
 from datasets.pack.writer import write_pack
 from datasets.readers import FrameFolderReader, PackReader, ReadError, VideoReader
 
@@ -129,7 +130,7 @@ def test_a_pack_reads_as_its_folders_do(tmp_path):
     folder = FrameFolderReader("{:06d}.jpg").open(str(tmp_path / "frames/a class/clip"), 6)
     assert clip.num_frames == 6 and packed.open(inside, None).num_frames == 6 and packed.open(inside, 4).num_frames == 4
     assert (clip.read(indices) == folder.read(indices)).all()
-    assert (clip.fetch(indices).decode(3, 20) == folder.read(indices)[:, 3:20]).all()
+    assert (clip.fetch(indices).decode(Box(3, 5, 20, 50)) == folder.read(indices)[:, 3:20, 5:50]).all()
     assert "holds 6 frames, the list declares 7" in failure(packed, inside, 7)
     with pytest.raises(ReadError, match=r"frames\.pack: the pack holds no video a class/clip2"):
         packed.open(f"{inside}2", 6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.rand_augment import Box
+from datasets.box import Box
 from datasets.readers import DecodedFrames
 from datasets.transforms import EvalTransform, TrainTransform, scaled
 
