@@ -84,8 +84,6 @@ def test_write_jpeg(tmp_path):
         count = write_jpeg(tmp_path / "a.jpg", frame, short_side, 90)
         data = (tmp_path / "a.jpg").read_bytes()
         assert len(data) == count and Image.open(tmp_path / "a.jpg").size == size
-        assert b"\xff\xdd\x00\x04" in data  # restart markers, one a row of blocks
-        assert data.count(b"\xff\xd0") >= size[1] // 16 // 8
     Image.open(tmp_path / "a.jpg").load()
 
 
@@ -209,7 +207,7 @@ def test_unreadable_videos(videos, tmp_path, caplog, mode):
     cut.write_bytes(cut.read_bytes()[:300])
     assert folder(videos, out, mode) == 1
     assert "3 of 9 videos cannot be read, such as class 0/broken.avi" in caplog.text
-    assert "class 0/empty.mp4: the file is empty" in (out / "report.txt").read_text()
+    assert "class 0/empty.mp4: is empty" in (out / "report.txt").read_text()
     assert not (out / "train.txt").exists() and not (out / "config_snippet.yaml").exists()
     assert folder(videos, out, mode, "--allow-missing") == 0
     rows = (out / "train.txt").read_text() + (out / "val.txt").read_text()

@@ -1,32 +1,29 @@
 """One video in, frames out: what a worker process does. Frame folders are whole or absent.
 
-Lives here: decoding a video from its start, encoding JPEGs (`write_jpeg`, the only place), and the record of a finished
-folder. Does not live here: which videos, how many processes (extract.py), and reading for training (datasets/readers.py).
+Lives here: a video from its first frame to its last, encoding JPEGs (`write_jpeg`, the only place), and the record of a
+finished folder. Does not live here: which videos, how many processes (extract.py), how a video is decoded
+(datasets/decoders/), and reading for training (datasets/readers.py).
 """
 
 from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import decord
 import numpy as np
 from PIL import Image
 
-# A share of frames that rounds to none: decord then raises at the first frame it would replace by the one before.
-NO_REPLACED_FRAME = 1e-9
+from datasets.decoders import DecodeError, open_video
+
 SAMPLED_FRAMES = 8
-CPP_PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")
-DECODE_ERRORS = (RuntimeError, ValueError, StopIteration, decord.DECORDError, decord.DECORDLimitReachedError)
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,7 @@ class Sample:
 def write_jpeg(path: Path, frame: np.ndarray, short_side: int, quality: int) -> int:
     """Writes uint8 (H, W, 3) as a JPEG and returns its bytes. The short side becomes `short_side` pixels, unless 0.
 
-    Every row of blocks starts with a restart marker, so that a reader can decode only the rows it needs. The file is
-    encoded in memory first: a full disk then is an OSError that says so.
+    The file is encoded in memory first: a full disk then is an OSError that says so.
     """
     data = encode_jpeg(frame, short_side, quality)
     path.write_bytes(data)
@@ -79,7 +75,7 @@ def encode_jpeg(frame: np.ndarray, short_side: int, quality: int) -> bytes:
         size = (math.floor(image.width * scale + 0.5), math.floor(image.height * scale + 0.5))
         image = image.resize(size, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, restart_marker_rows=1)
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -89,9 +85,9 @@ def extract(job: Job) -> Outcome:
     partial.chmod(0o755)
     declared = frames = size = 0
     try:
-        reader = _open(job.source)
-        declared = len(reader)
-        for frames, frame in enumerate(_frames(reader), 1):
+        video = open_video(str(job.source))
+        declared = video.declared_frames
+        for frames, frame in enumerate(video.frames(), 1):
             size += write_jpeg(partial / f"{frames:06d}.jpg", frame, job.short_side, job.quality)
         if frames == 0:
             return Outcome(declared, error="no frame decodes")
@@ -101,20 +97,20 @@ def extract(job: Job) -> Outcome:
         append_record(job.records, job.video, job.source.stat().st_size, outcome)
         os.replace(partial, job.folder)  # last: a folder in place is whole, and there is a record of it
         return outcome
-    except DECODE_ERRORS as error:
-        return Outcome(declared, error=_first_line(error))
+    except DecodeError as error:
+        return Outcome(declared, error=_first_line(error, job.source))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def probe(source: Path) -> Outcome:
-    """Opens a video and decodes its first frame; `frames` is what its header declares."""
+    """Opens a video and decodes its first frame; `frames` are as many as it can be trusted to hold."""
     try:
-        reader = _open(source)
-        reader.next()
-        return Outcome(len(reader), len(reader), source.stat().st_size)
-    except DECODE_ERRORS as error:
-        return Outcome(error=_first_line(error))
+        video = open_video(str(source))
+        next(video.frames())
+        return Outcome(video.declared_frames, video.num_frames, source.stat().st_size)
+    except DecodeError as error:
+        return Outcome(error=_first_line(error, source))
 
 
 def count_frames(folder: Path) -> Outcome:
@@ -129,14 +125,12 @@ def count_frames(folder: Path) -> Outcome:
 def sample(job: Job) -> Sample | None:
     """Encodes a video's first frames without writing them; None where it cannot be read."""
     try:
-        reader = _open(job.source)
-        sizes = [
-            len(encode_jpeg(frame, job.short_side, job.quality))
-            for frame, _ in zip(_frames(reader), range(SAMPLED_FRAMES), strict=False)
-        ]
-    except DECODE_ERRORS:
+        video = open_video(str(job.source))
+        first = itertools.islice(video.frames(), SAMPLED_FRAMES)
+        sizes = [len(encode_jpeg(frame, job.short_side, job.quality)) for frame in first]
+    except DecodeError:
         return None
-    return Sample(len(reader), sum(sizes) / len(sizes)) if sizes else None
+    return Sample(video.declared_frames, sum(sizes) / len(sizes)) if sizes else None
 
 
 def append_record(records: Path, video: str, source_bytes: int, outcome: Outcome) -> None:
@@ -154,22 +148,6 @@ def append_record(records: Path, video: str, source_bytes: int, outcome: Outcome
         os.close(handle)
 
 
-def _open(source: Path) -> decord.VideoReader:
-    decord.logging.set_level(decord.logging.QUIET)
-    if source.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    return decord.VideoReader(str(source), num_threads=1, fault_tol=NO_REPLACED_FRAME)
-
-
-def _frames(reader: decord.VideoReader) -> Iterator[np.ndarray]:
-    """Yields uint8 (H, W, 3) frames in order, up to the first that does not decode."""
-    for _ in range(len(reader)):
-        try:
-            yield reader.next().asnumpy()
-        except (StopIteration, decord.DECORDLimitReachedError):
-            return
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error, without the times, source lines and stack of decord's C++."""
-    return CPP_PLACE.sub("", (str(error).splitlines() or [type(error).__name__])[0])
+def _first_line(error: Exception, source: Path) -> str:
+    """The reason of an error without the file, which the report names, and without what follows the first line."""
+    return str(error).splitlines()[0].removeprefix(f"{source}: ")
