@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import workers
 from datasets.annotation import read_list
 from datasets.prepare import __main__ as command
-from datasets.prepare import decode, extract, space, workers
+from datasets.prepare import decode, extract, space
 from datasets.prepare.decode import Job, Outcome, count_frames, probe, write_jpeg
 from tests.avi import write_avi
 
@@ -285,17 +286,6 @@ def test_space_that_is_not_there(tmp_path, caplog):
     free = os.statvfs(tmp_path)
     space.require_space(tmp_path, int(free.f_bavail * free.f_frsize * 0.9), "work")
     assert "free" in caplog.text
-
-
-def die_on_three(number: int) -> int:
-    if number == 3:
-        os._exit(1)
-    return number * 10
-
-
-def test_a_task_that_kills_its_process_costs_itself_only():
-    with workers.Workers(2) as pool:
-        assert dict(pool.run(die_on_three, range(8))) == {n: None if n == 3 else n * 10 for n in range(8)}
 
 
 def test_interrupt(videos, tmp_path, monkeypatch, caplog):

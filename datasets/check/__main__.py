@@ -36,9 +36,10 @@ from datasets.check.lists import (
     values_of,
 )
 from datasets.check.pictures import balance_picture, contact_sheet
-from datasets.check.report import Finding, Report, Table, progress
+from datasets.check.report import Finding, Report, Table
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import advice, measure, need_of_run
+from datasets.workers import progress
 
 logger = logging.getLogger("td4v")
 ON_SCREEN = 20  # problems

@@ -1,6 +1,6 @@
 """What a check found, and the two files it is written to.
 
-Lives here: findings, tables as Markdown, report.md, report.json, and the line of progress.
+Lives here: findings, tables as Markdown, report.md and report.json.
 Does not live here: finding anything.
 """
 
@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from tqdm import tqdm
+from typing import Any, Literal
 
 logger = logging.getLogger("td4v")
-Item = TypeVar("Item")
 
-LINE_EVERY = 5.0  # seconds between lines of progress where there is no terminal
 Level = Literal["problem", "warning", "note"]
 
 
@@ -101,19 +95,6 @@ class Report:
         (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         content = {"verdict": self.verdict(), **asdict(self), "paragraphs": self.paragraphs}
         (folder / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def progress(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, with a bar and the time left on a terminal, or a line every few seconds where there is none."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, unit="video")
-        return
-    started = told = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        if time.monotonic() - told > LINE_EVERY:
-            told = time.monotonic()
-            logger.info("%s", tqdm.format_meter(done, total, told - started, prefix=what, unit="video", ncols=80))
 
 
 def _count(number: int, what: str) -> str:

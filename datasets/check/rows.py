@@ -1,7 +1,7 @@
 """One row of a list against disk, and all rows of a list in parallel.
 
-Lives here: what is looked at in a folder of frames and in a file, the pool of processes, and surviving a decoder that
-takes its process down.
+Lives here: what is looked at in a folder of frames and in a file, and what becomes of a row whose decoder takes its
+process down.
 Does not live here: what rows mean together (lists.py).
 
 What is opened and decoded goes through the reader of the loaders, so that a row which passes here can be trained on.
@@ -10,18 +10,16 @@ What is opened and decoded goes through the reader of the loaders, so that a row
 from __future__ import annotations
 
 import os
-import signal
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from datasets.annotation import VideoRecord
 from datasets.readers import Clip, FrameFolderReader, ReadError, VideoReader
 from datasets.video_dataset import VideoSource
+from datasets.workers import Workers
 
 CHUNK = 8  # rows that a process takes at a time
 DECODED_AT_ONCE = 2**28  # bytes of pixels, where everything is decoded
@@ -122,60 +120,23 @@ def decode_frames(clip: Clip, indices: np.ndarray) -> np.ndarray:
 def check_rows(checker: RowChecker, records: Sequence[VideoRecord], jobs: int) -> Iterator[RowResult]:
     """The result of every record, in no particular order, from `jobs` processes.
 
-    A process that dies (a crash in a decoder, or no memory left) costs the row it was reading, not the check: the rows
-    that were under way are repeated one by one, and the one that dies again is reported.
+    A process that dies (a crash in a decoder, or no memory left) costs the row it was reading, not the check: its rows
+    are repeated one by one, and the one that dies again is reported.
     """
     checker = replace(checker, source=replace(checker.source, records=()))  # it goes along with every chunk
-    waiting = deque(records[start : start + CHUNK] for start in range(0, len(records), CHUNK))
-    while waiting:
-        pool = _pool(jobs)
-        under_way: dict[Future[list[RowResult]], Sequence[VideoRecord]] = {}
-        try:
-            yield from _run(pool, checker, waiting, under_way, 3 * jobs)
-        except BrokenProcessPool:
-            yield from _one_by_one(checker, [record for chunk in under_way.values() for record in chunk])
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    check = partial(_check_chunk, checker)
+    lost: list[VideoRecord] = []
+    with Workers(jobs, start="fork") as workers:
+        for chunk, results in workers.run(check, [records[at : at + CHUNK] for at in range(0, len(records), CHUNK)]):
+            lost.extend(chunk if results is None else ())
+            yield from results or ()
+        for (record,), results in workers.run(check, [[record] for record in lost]):
+            yield from results or [_crashed(checker.source.root, record)]
 
 
-def _run(
-    pool: ProcessPoolExecutor,
-    checker: RowChecker,
-    waiting: deque[Sequence[VideoRecord]],
-    under_way: dict[Future[list[RowResult]], Sequence[VideoRecord]],
-    at_once: int,
-) -> Iterator[RowResult]:
-    """Results until nothing is waiting; `under_way` holds the chunks that were handed out and have no result yet."""
-    while waiting or under_way:
-        while waiting and len(under_way) < at_once:
-            future = pool.submit(_check_chunk, checker, waiting[0])
-            under_way[future] = waiting.popleft()
-        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-            results = future.result()
-            del under_way[future]
-            yield from results
-
-
-def _one_by_one(checker: RowChecker, records: Sequence[VideoRecord]) -> Iterator[RowResult]:
-    pool = _pool(1)
-    try:
-        for record in records:
-            try:
-                yield from pool.submit(_check_chunk, checker, [record]).result()
-            except BrokenProcessPool:
-                path = os.path.join(checker.source.root, record.path)
-                text = f"{path}: the process that read it died: its decoder crashed, or memory ran out"
-                yield RowResult(record, problems=(("crash", text),))
-                pool.shutdown(wait=False)
-                pool = _pool(1)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(
-        jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-    )  # Ctrl-C: silent
+def _crashed(root: str, record: VideoRecord) -> RowResult:
+    text = f"{os.path.join(root, record.path)}: the process that read it died: its decoder crashed, or memory ran out"
+    return RowResult(record, problems=(("crash", text),))
 
 
 def _check_chunk(checker: RowChecker, records: Sequence[VideoRecord]) -> list[RowResult]:

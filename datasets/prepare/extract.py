@@ -20,7 +20,7 @@ from pathlib import Path
 
 from datasets.prepare.decode import Job, Outcome, count_frames, extract, probe, sample
 from datasets.prepare.space import require_space
-from datasets.prepare.workers import Workers, progress
+from datasets.workers import Workers, progress
 
 CRASH = Outcome(error="the decoder crashes on it")
 SAMPLES = 8  # videos that the estimate of the space is made from

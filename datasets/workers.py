@@ -1,7 +1,8 @@
 """A pool of processes that outlives its tasks' crashes, and its progress on the screen or in a log.
 
 A task that kills its process (native decoders can) costs that task alone. Workers end with the process that started them,
-even where that is killed. Does not live here: what the tasks do (decode.py).
+even where that is killed. For commands that look at many videos; the workers of training are loader.py's.
+Does not live here: what the tasks do (prepare/decode.py, check/rows.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -30,11 +31,15 @@ logger = logging.getLogger("td4v")
 
 
 class Workers:
-    """`jobs` processes; use as a context, which on leaving drops waiting tasks and lets running ones end."""
+    """`jobs` processes; use as a context, which on leaving drops waiting tasks and lets running ones end.
 
-    def __init__(self, jobs: int):
-        self.jobs = jobs
-        self._pool = _new_pool(jobs)
+    Args:
+        start: `fork` is quicker, `spawn` safe in a process that has opened videos.
+    """
+
+    def __init__(self, jobs: int, start: Literal["spawn", "fork"] = "spawn"):
+        self.jobs, self.start = jobs, start
+        self._pool = self._new_pool(jobs)
 
     def __enter__(self) -> Workers:
         return self
@@ -62,20 +67,18 @@ class Workers:
                 running.clear()
                 self._pool.shutdown()
                 for task in suspects:
-                    yield task, _alone(function, task)
-                self._pool = _new_pool(self.jobs)
+                    yield task, self._alone(function, task)
+                self._pool = self._new_pool(self.jobs)
 
+    def _new_pool(self, jobs: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context(self.start), initializer=_begin)
 
-def _new_pool(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
-
-
-def _alone(function: Callable[[Task], Result], task: Task) -> Result | None:
-    with _new_pool(1) as pool:
-        try:
-            return pool.submit(function, task).result()
-        except BrokenProcessPool:
-            return None
+    def _alone(self, function: Callable[[Task], Result], task: Task) -> Result | None:
+        with self._new_pool(1) as pool:
+            try:
+                return pool.submit(function, task).result()
+            except BrokenProcessPool:
+                return None
 
 
 def _begin() -> None:
