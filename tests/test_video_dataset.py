@@ -80,13 +80,23 @@ def test_training_batches(data):
     assert len(set(seen)) == 6
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_workers_do_not_change_batches(data, workers):
     data = replace(data, num_sample=2, rand_aug=True, rand_erase=True)
     for epoch in (0, 1):
         assert same(batches(data, epoch), batches(replace(data, workers=workers), epoch))
     evaluated = [list(loader_of_test(replace(data, workers=n), crops=3, clips=2)) for n in (0, workers)]
     assert same(*evaluated)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_in_its_middle(data, workers):
+    data = replace(data, batch_size=2, num_sample=2, rand_aug=True)
+    whole = batches(data, epoch=1)
+    for done in range(len(whole)):
+        loader = train_loader(replace(data, workers=workers), seed=5)
+        loader.set_epoch(1, first_batch=done)
+        assert same(whole[done:], list(loader))
 
 
 def test_epochs_and_seeds_differ_and_repeat(data):
