@@ -176,6 +176,14 @@ def test_other_settings_and_other_datasets_are_refused(videos, tmp_path, caplog)
     assert (out / "train.txt").read_text() == lists
 
 
+def test_frames_of_one_video_inside_the_folder_of_another(videos, tmp_path, caplog):
+    write_avi(videos / "class 0" / "clip 0" / "x.avi")
+    assert folder(videos, tmp_path / "out") == 1
+    assert "the frames of class 0/clip 0/x.avi would lie inside the folder of those of class 0/clip 0.avi" in caplog.text
+    assert not (tmp_path / "out" / "frames").exists()
+    assert folder(videos, tmp_path / "out", "--videos-only") == 0
+
+
 def test_foreign_output_is_left_alone(videos, tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.txt").write_text("mine")

@@ -16,9 +16,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from datasets.prepare.decode import Job, Outcome, count_frames, extract, probe, sample
+from datasets.prepare.lists import PrepareError
 from datasets.prepare.space import require_space
 from datasets.workers import Workers, progress
 
@@ -49,6 +50,21 @@ class FrameStore:
         folder = self.root / self.folder_of(video)
         partial, records = self.out / "partial", self.out / "frames.jsonl"
         return Job(video, videos / video, folder, partial, records, self.short_side, self.quality)
+
+    def check_apart(self, videos: Path, paths: Sequence[str]) -> None:
+        """Raises PrepareError where one video's frame folder is, or holds, another's: redoing one would remove both."""
+        owner: dict[str, str] = {}
+        for path in paths:
+            other = owner.setdefault(self.folder_of(path), path)
+            if other != path:
+                raise PrepareError(f"{videos}: {other} and {path} would share a folder of frames; rename one of them")
+        for path in paths:
+            for parent in PurePosixPath(self.folder_of(path)).parents:
+                if other := owner.get(str(parent)):
+                    raise PrepareError(
+                        f"{videos}: the frames of {path} would lie inside the folder of those of {other}; rename one of "
+                        "them, or use --videos-only"
+                    )
 
     def read_records(self) -> dict[str, tuple[int, Outcome]]:
         """Video -> (bytes of its source, outcome), the last line of each; a line that was cut off is passed over."""

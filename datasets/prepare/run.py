@@ -89,6 +89,8 @@ def prepare(options: Options) -> Report:
         paths = sorted(found.values())
         extracted_before = 0
         if options.frames and not plan.published_frames:
+            store.check_apart(catalogue.root, paths)
+        if options.frames and not plan.published_frames:
             outcomes, extracted_before = extract_all(store, catalogue.root, paths, options.jobs)
         else:
             store = None
