@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from datasets.pack.__main__ import reindex, verify
 from datasets.pack.format import FRAME, HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
+from datasets.pack.verify import reindex, verify
 from datasets.pack.writer import write_index, write_pack
 from tests.packs import SMALL, VIDEOS, assert_equal, content, failure, make_frames
 
@@ -201,8 +201,13 @@ def test_reindex_from_the_shards_alone(pack, whole, tmp_path):
     (tmp_path / "x").mkdir()
     assert "holds no shards" in failure(reindex, tmp_path / "x")
     last = max(pack.glob("*.zip"))
-    shutil.copy(pack / shard_name(0), last)
-    assert f"{last}: is a shard of another pack" in failure(reindex, pack)
+    shutil.copy(last, pack / shard_name(0))
+    assert f"{pack / shard_name(0)}: is no {shard_name(0)} but the pack's {last.name}" in failure(reindex, pack)
+    write_pack(make_frames(tmp_path / "one", {"z": 3}), tmp_path / "one.pack", settings=SMALL)
+    shutil.copy(tmp_path / "one.pack" / shard_name(0), pack)
+    message = failure(reindex, pack)
+    assert message == f"{pack / shard_name(0)}: is a shard of another pack than {shard_name(1)}"
+    shutil.copy(whole / shard_name(0), pack)
     last.unlink()
     assert f"{last}: is missing" in failure(reindex, pack)
     with zipfile.ZipFile(last, "w") as archive:

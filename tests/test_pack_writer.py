@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from datasets.pack.__main__ import main, reindex
+from datasets.pack.__main__ import main
 from datasets.pack.format import HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
+from datasets.pack.verify import reindex
 from datasets.pack.writer import write_pack
 from tests.packs import SMALL, VIDEOS, assert_equal, content, failure, make_frames
 
@@ -148,14 +149,42 @@ def test_command_line(frames, whole, tmp_path, capsys):
     assert main(["--verify", str(frames)]) == 1
     assert main(["--frames", str(frames), "--out", str(tmp_path / "x"), "--image-tmpl", "x"]) == 1
     assert main(["--frames", str(frames), "--out", str(tmp_path / "x"), "--list", str(tmp_path / "no.txt")]) == 1
-    for wrong in (["--frames", "x"], ["--verify", "x", "--shard-size", "1 apple"], ["--verify", "x", "--jobs", "0"]):
+    for wrong in (
+        ["--frames", "x"],
+        ["--verify", "x", "--shard-size", "1 apple"],
+        ["--verify", "x", "--shard-size", "0.5B"],
+        ["--verify", "x", "--jobs", "0"],
+    ):
         with pytest.raises(SystemExit):
             main(wrong)
-    assert "is no size such as 1GiB" in capsys.readouterr().err
-    run = subprocess.run(
-        [sys.executable, "-m", "datasets.pack", "--verify", frames], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 1 and run.stderr == f"{frames / HEADER}: is missing: this is no pack\n"
+    said = capsys.readouterr().err
+    assert "is no size such as 1GiB" in said and "is less than one byte" in said
+
+
+def run_module(*words: object) -> tuple[int, str]:
+    """Exit code and last line of the command as one types it: processes that it starts import everything anew."""
+    command = [sys.executable, "-m", "datasets.pack", *map(str, words)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in run.stderr
+    return run.returncode, run.stderr.strip().splitlines()[-1]
+
+
+def test_verify_and_reindex_as_commands(frames, whole, pack):
+    code, told = run_module("--verify", pack, "--jobs", 2)
+    assert code == 0 and told.endswith("all as written")
+    for file in pack.iterdir():
+        if file.suffix != ".zip":
+            file.unlink()
+    code, told = run_module("--reindex", pack)
+    assert code == 0 and f"indexed {len(VIDEOS)} videos" in told and content(pack) == content(whole)
+    shard = pack / shard_name(1)
+    shard.write_bytes(shard.read_bytes()[:50] + bytes(50) + shard.read_bytes()[100:])
+    code, told = run_module("--verify", pack)
+    assert code == 1 and str(shard) in told
+    shard.write_bytes(shard.read_bytes()[:-200])
+    code, told = run_module("--reindex", pack)
+    assert code == 1 and told.startswith(f"{shard}: is no whole zip file")
+    assert run_module("--verify", frames) == (1, f"{frames / HEADER}: is missing: this is no pack")
 
 
 # ---- interrupted, full, out of space

@@ -6,6 +6,6 @@
     python -m datasets.pack --reindex PACK [--jobs N]      makes the index and pack.json again from the zips alone
 
 Lives here: packs, one thing a file: format.py (and reading), scan.py (what is wrong with frame folders), writer.py,
-workers.py (parallel tasks with progress), __main__.py (the command line, verifying, reindexing).
+verify.py (verifying, reindexing), workers.py (parallel tasks with progress), __main__.py (the command line).
 Does not live here: making frames (datasets/prepare/), decoding them (datasets/readers.py).
 """

@@ -1,6 +1,6 @@
 """What writing and checking a pack share: tasks in processes of their own, a progress bar, whole-or-not-there files.
 
-Does not live here: what the tasks do (scan.py, writer.py, __main__.py).
+Does not live here: what the tasks do (scan.py, writer.py, verify.py).
 """
 
 from __future__ import annotations
