@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from tqdm import tqdm
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 LOG_SECONDS = 5.0
+PARENT_SECONDS = 0.5  # between two looks at whether the parent lives
 
 logger = logging.getLogger("td4v")
 
@@ -88,7 +88,10 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    """Asks again and again: the pipe that closes with a parent is held open by forked siblings."""
+    parent = multiprocessing.parent_process().pid
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
     os._exit(1)
 
 

@@ -2,6 +2,11 @@
 
 import logging
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +23,49 @@ def die_on_three(number: int) -> int:
 def test_a_task_that_kills_its_process_costs_itself_only(start):
     with workers.Workers(2, start) as pool:
         assert dict(pool.run(die_on_three, range(8))) == {n: None if n == 3 else n * 10 for n in range(8)}
+
+
+def report_and_sleep(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_workers_end_with_a_killed_parent(start, tmp_path):
+    """Busy ones and one that waits for a task."""
+    program = f"""
+from datasets.workers import Workers
+from tests.test_workers import report_and_sleep
+if __name__ == "__main__":
+    with Workers(3, {start!r}) as pool:
+        list(pool.run(report_and_sleep, [{str(tmp_path / "pids")!r}] * 2))
+"""
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "program.py").write_text(program)
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stderr=subprocess.DEVNULL)
+    waited(lambda: len(os.listdir(tmp_path / "pids")) == 2)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert set(os.listdir(tmp_path / "pids")) <= set(children)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    waited(lambda: not any(is_alive(pid) for pid in children))
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def waited(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("nothing happened for 30 seconds")
 
 
 def test_progress_passes_items_on_and_tells(caplog, monkeypatch):
