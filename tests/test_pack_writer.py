@@ -16,6 +16,7 @@ import pytest
 from datasets.pack.__main__ import main
 from datasets.pack.format import HEADER, UNFINISHED, Pack, Settings, is_pack, shard_name
 from datasets.pack.verify import reindex
+from datasets.pack.workers import Work, run_tasks
 from datasets.pack.writer import write_pack
 from tests.packs import SMALL, VIDEOS, assert_equal, content, failure, make_frames
 
@@ -260,6 +261,51 @@ def test_shards_whose_frames_changed_are_made_again(tmp_path, monkeypatch):
     same = [(out / shard_name(number)).stat().st_mtime_ns == times[number] for number in range(3)]
     assert same == [True, False, True]
     assert_equal(Pack(out), frames, {"a": 20, "b": 20, "c": 20})
+
+
+def test_shards_that_a_finished_pack_lost_are_made_again(frames, whole, pack, monkeypatch, caplog):
+    (pack / shard_name(0)).unlink()
+    os.truncate(pack / shard_name(2), 1000)
+    kept = (pack / shard_name(1)).stat().st_ino
+    advice = "run the command that wrote the pack, which makes it again"
+    assert str(pack / shard_name(0)) in (message := failure(Pack, pack)) and advice in message
+    monkeypatch.setattr("datasets.pack.writer.run_tasks", lambda *_: 1 / 0)  # stopped before anything is made again
+    with pytest.raises(ZeroDivisionError):
+        write_pack(frames, pack, settings=SMALL)
+    assert "unfinished" in failure(Pack, pack)
+    monkeypatch.undo()
+    write_pack(frames, pack, settings=SMALL)
+    assert content(pack) == content(whole) and (pack / shard_name(1)).stat().st_ino == kept
+    assert sum("makes it again from the frames" in message for message in caplog.messages) == 2
+    (pack / shard_name(0)).unlink()
+    other = make_frames(frames.parent / "other", {"z": 10})
+    assert "holds other videos or frames" in failure(write_pack, other, pack, settings=SMALL)
+    assert (pack / HEADER).is_file()
+
+
+def die(marker: Path, deaths: int) -> Work:
+    yield 5
+    if len(list(marker.iterdir())) < deaths:
+        (marker / str(os.getpid())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield 5
+    return "alive"
+
+
+class Bar:
+    n = 0
+
+    def update(self, step):
+        self.n += step
+
+
+def test_a_shard_whose_process_dies_is_begun_once_more_and_then_named(tmp_path, caplog):
+    bar = Bar()
+    assert run_tasks(die, {"one.zip": (tmp_path, 1)}, 1, bar) == ["alive"] and bar.n == 10
+    assert "one.zip: the process at work on it died (killed by SIGKILL); once more" in caplog.text
+    message = failure(run_tasks, die, {"two.zip": (tmp_path, 9)}, 1, bar)
+    assert message.startswith("two.zip: the process at work on it died twice (killed by SIGKILL)")
+    assert "the same command goes on" in message
 
 
 def test_too_little_space_is_seen_before(frames, tmp_path, monkeypatch):

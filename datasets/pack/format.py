@@ -103,17 +103,19 @@ class Pack:
 
     Args:
         max_open: shards that are kept open at once in each process; they are opened when first read.
+        check_shards: False opens a pack whose index is whole though shards are `lost`.
     Raises:
         PackError: not a pack, an unfinished or damaged one, another version, or a shard is missing or of another size.
     """
 
-    def __init__(self, root: str | os.PathLike[str], max_open: int = 128):
+    def __init__(self, root: str | os.PathLike[str], max_open: int = 128, check_shards: bool = True):
         self.root, self._max_open = os.fspath(root), max_open
         header = _read_header(self.root)
         self.settings = header.settings
         self._shards = [os.path.join(self.root, shard_name(number)) for number in range(len(header.shard_bytes))]
-        for path, size in zip(self._shards, header.shard_bytes, strict=True):
-            _check_size(path, size)
+        self._shard_bytes = header.shard_bytes
+        if check_shards and (lost := self.lost()):
+            raise next(iter(lost.values()))
         self.videos, self.frames = self._load(VIDEOS, VIDEO), self._load(FRAMES, FRAME)
         self.names = self._load(NAMES, np.dtype("u1"))
         self._name_ends = self.videos["name_end"]
@@ -186,6 +188,11 @@ class Pack:
     @property
     def num_shards(self) -> int:
         return len(self._shards)
+
+    def lost(self) -> dict[int, PackError]:
+        """The shards that are missing or of another size than pack.json says."""
+        sizes = enumerate(zip(self._shards, self._shard_bytes, strict=True))
+        return {number: error for number, (path, size) in sizes if (error := _size_error(path, size))}
 
     def close(self) -> None:
         """Close this process's descriptors of shards; the next read opens what it needs."""
@@ -271,10 +278,12 @@ def _read_header(root: str) -> Header:
     raise PackError(f"{path}: the pack is of version {version}, this program reads version {VERSION}")
 
 
-def _check_size(path: str, size: int) -> None:
+def _size_error(path: str, size: int) -> PackError | None:
+    advice = "copy it again, or run the command that wrote the pack, which makes it again from the frames"
     try:
         found = os.stat(path).st_size
     except OSError as error:
-        raise PackError(f"{path}: cannot be opened ({error.strerror}); the pack needs it") from None
+        return PackError(f"{path}: cannot be opened ({error.strerror}); {advice}")
     if found != size:
-        raise PackError(f"{path}: holds {found} bytes, {HEADER} says {size}: its copy is incomplete or another one")
+        return PackError(f"{path}: holds {found} bytes, {HEADER} says {size}; {advice}")
+    return None

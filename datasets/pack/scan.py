@@ -50,8 +50,9 @@ def scan(frames: Path, lists: Sequence[str], settings: Settings, jobs: int) -> l
         raise PackError(f"{frames}: holds no frame folders")
     size = min(CHUNK, -(-len(names) // jobs))
     chunks = [names[start : start + size] for start in range(0, len(names), size)]
+    tasks = {f"{frames}: {chunk[0]} to {chunk[-1]}": (frames, chunk, settings) for chunk in chunks}
     with progress_bar("scan", " videos", len(names)) as bar:
-        found = run_tasks(_scan_chunk, [(frames, chunk, settings) for chunk in chunks], jobs, bar)
+        found = run_tasks(_scan_chunk, tasks, jobs, bar)
     videos, problems = [], []
     for name, video in zip(names, (video for chunk in found for video in chunk), strict=True):
         count, where = declared[name]

@@ -50,7 +50,7 @@ def reindex(root: Path, jobs: int = 1) -> None:
     if not files or (root / UNFINISHED).exists():
         raise PackError(f"{root}: holds {'an unfinished pack' if files else 'no shards frames-00000.zip ...'}")
     with progress_bar("reindex", "B", sum(file.stat().st_size for file in files)) as bar:
-        listings: list[Listing] = run_tasks(_list_shard, [(file,) for file in files], jobs, bar)
+        listings: list[Listing] = run_tasks(_list_shard, {str(file): (file,) for file in files}, jobs, bar)
     packs = [(listing.comment["shards"], Settings(**listing.comment["settings"])) for listing in listings]
     (shards, settings), _ = Counter(packs).most_common(1)[0]  # what most say
     for file, listing, pack in zip(files, listings, packs, strict=True):
@@ -78,7 +78,8 @@ def verify(root: Path, jobs: int = 1) -> None:
     """
     pack = Pack(root)
     with progress_bar("verify", "B", int(pack.frames["length"].sum(dtype=np.int64))) as bar:
-        found = run_tasks(_verify_shard, [(root, number) for number in range(pack.num_shards)], jobs, bar)
+        tasks = {pack.shard(number): (root, number) for number in range(pack.num_shards)}
+        found = run_tasks(_verify_shard, tasks, jobs, bar)
     problems = [problem for shard in found for problem in shard]
     raise_problems(problems, f"{root}: {len(problems)} problems in {len(pack.frames)} frames")
     logger.info("%s: %d videos, %d frames, all as written", root, len(pack), len(pack.frames))

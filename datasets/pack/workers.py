@@ -11,7 +11,7 @@ import os
 import signal
 import uuid
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,40 +25,59 @@ logger = logging.getLogger("td4v")
 Work = Generator[int, None, Any]  # yields progress, returns a result
 
 
-def run_tasks(function: Callable[..., Work], tasks: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> list[Any]:
+def run_tasks(function: Callable[..., Work], tasks: Mapping[str, tuple[Any, ...]], jobs: int, bar: Any) -> list[Any]:
     """The results of `function(*task)` in the order of the tasks, each in a new process, `jobs` at once.
 
     What a task yields moves the bar. The processes end with this one, however it ends: at the latest when they yield.
+    A task whose process dies is begun once more.
 
+    Args:
+        tasks: by what they work on, for messages.
     Raises:
-        PackError: a task's own, or its process died; the others are stopped.
+        PackError: a task's own, or its process died twice; the others are stopped.
     """
     context = multiprocessing.get_context("spawn")
-    waiting, results = deque(enumerate(tasks)), [None] * len(tasks)
-    running: dict[Connection, tuple[int, Any]] = {}
+    waiting, results = deque(tasks), dict.fromkeys(tasks)
+    running: dict[Connection, tuple[str, Any]] = {}
+    moved = dict.fromkeys(tasks, 0)  # of the bar
+    died: set[str] = set()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                number, task = waiting.popleft()
+                name = waiting.popleft()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_run_task, args=(sender, function, task), daemon=True)
+                process = context.Process(target=_run_task, args=(sender, function, tasks[name]), daemon=True)
                 with _deaf_to_ctrl_c():
                     process.start()
                 sender.close()
-                running[receiver] = number, process
+                running[receiver] = name, process
             for receiver in wait(list(running)):
-                number, process = running[receiver]
+                name, process = running[receiver]
                 try:
                     kind, value = receiver.recv()
                 except EOFError:
                     process.join()
-                    raise PackError(f"a worker process died (exit code {process.exitcode})") from None
+                    kind, value = "death", process.exitcode
                 if kind == "progress":
                     bar.update(value)
+                    moved[name] += value
+                elif kind == "death" and name not in died:
+                    logger.warning("%s: the process at work on it died (%s); once more", name, _reason(value))
+                    bar.update(-moved[name])
+                    moved[name] = 0
+                    died.add(name)
+                    waiting.append(name)
+                    del running[receiver]
+                    receiver.close()
+                elif kind == "death":
+                    raise PackError(
+                        f"{name}: the process at work on it died twice ({_reason(value)}); what is finished is kept, "
+                        "the same command goes on from there, with fewer --jobs if memory ran out"
+                    )
                 elif kind == "error":
                     raise PackError(value)
                 else:
-                    results[number] = value
+                    results[name] = value
                     process.join()
                     running.pop(receiver)
                     receiver.close()
@@ -66,7 +85,11 @@ def run_tasks(function: Callable[..., Work], tasks: Sequence[tuple[Any, ...]], j
         for _, process in running.values():
             process.terminate()
             process.join()
-    return results
+    return list(results.values())
+
+
+def _reason(exit_code: int) -> str:
+    return f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
 
 
 def _run_task(sender: Connection, function: Callable[..., Work], task: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 A pack is written shard by shard, each in a process of its own: under a temporary name, synced to disk, then renamed.
 Killed at any moment, the same command goes on: finished shards stay, half-written ones are thrown away, shards whose
-frames changed since (names, sizes, times) are made again.
+frames changed since (names, sizes, times) are made again. So are, later, shards that a finished pack has lost.
 The same frames give the same bytes, with any number of jobs.
 
 Does not live here: the format and reading it (format.py), looking at frame folders (scan.py), making frames
@@ -96,7 +96,9 @@ def write_pack(
     videos = scan(frames, lists, settings, jobs)
     shards = _plan(videos, settings)
     if (out / HEADER).is_file():
-        _check_same(out, videos)
+        _check_same(out, videos, shards)
+        _reopen_if_lost(out, shards, settings)
+    if (out / HEADER).is_file():
         logger.info("%s: is complete already", out)
     else:
         _write_shards(frames, out, shards, settings, jobs)
@@ -116,7 +118,7 @@ def _check_out(out: Path, settings: Settings) -> None:
         raise PackError(f"{out}: is no folder")
     plan = out / UNFINISHED / PLAN
     if (out / HEADER).is_file():
-        found = asdict(Pack(out).settings)
+        found = asdict(Pack(out, check_shards=False).settings)
     elif plan.is_file():
         found = json.loads(plan.read_text(encoding="utf-8"))
     elif any(entry.name != UNFINISHED for entry in out.iterdir()):
@@ -129,11 +131,35 @@ def _check_out(out: Path, settings: Settings) -> None:
             raise PackError(f"{out}: the pack there {what}; choose another --out or delete it")
 
 
-def _check_same(out: Path, videos: Sequence[Video]) -> None:
-    pack = Pack(out)
+def _check_same(out: Path, videos: Sequence[Video], shards: Sequence[Shard]) -> None:
+    pack = Pack(out, check_shards=False)
     sizes = np.concatenate([video.sizes for video in videos])
-    if list(pack) != [video.name for video in videos] or not np.array_equal(pack.frames["length"], sizes):
+    numbers = np.repeat(np.arange(len(shards)), [len(shard.videos) for shard in shards])
+    same = list(pack) == [video.name for video in videos] and np.array_equal(pack.frames["length"], sizes)
+    if not same or not np.array_equal(pack.videos["shard"], numbers):
         raise PackError(f"{out}: the pack there holds other videos or frames; choose another --out or delete it")
+
+
+def _reopen_if_lost(out: Path, shards: Sequence[Shard], settings: Settings) -> None:
+    """Make a pack that lost shards an unfinished one, in which the other shards are done."""
+    pack = Pack(out, check_shards=False)
+    lost = pack.lost()
+    if not lost:
+        return
+    for error in lost.values():
+        logger.warning("%s", error)
+    work, first = out / UNFINISHED, 0
+    work.mkdir(exist_ok=True)
+    for shard in shards:
+        rows = pack.frames[first : first + sum(len(video.sizes) for video in shard.videos)]
+        first += len(rows)
+        if shard.number in lost:
+            shard.part(out).unlink(missing_ok=True)
+        else:
+            with replacing(shard.part(out)) as file:
+                np.save(file, rows)
+    _write_settings(out, settings)  # before what else tells them goes
+    (out / HEADER).unlink()
 
 
 def _plan(videos: Sequence[Video], settings: Settings) -> list[Shard]:
@@ -173,8 +199,7 @@ def _write_shards(frames: Path, out: Path, shards: Sequence[Shard], settings: Se
     work = out / UNFINISHED
     _check_space(out, [shard for shard in shards if not shard.is_done(out)], settings)
     work.mkdir(parents=True, exist_ok=True)
-    with replacing(work / PLAN) as file:
-        file.write(json.dumps(asdict(settings)).encode())
+    _write_settings(out, settings)
     done = [shard for shard in shards if shard.is_done(out)]
     keep = {work / PLAN, *(shard.part(out) for shard in done), *(shard.file(out) for shard in done)}
     for file in [*work.iterdir(), *out.glob("frames-*.zip")]:
@@ -186,10 +211,16 @@ def _write_shards(frames: Path, out: Path, shards: Sequence[Shard], settings: Se
         logger.info("%s: going on, %d of %d shards are done", out, len(done), len(shards))
     try:
         with progress_bar("pack", "B", done_bytes + todo_bytes, done_bytes) as bar:
-            run_tasks(_write_shard, [(frames, out, shard, settings) for shard in todo], jobs, bar)
+            tasks = {str(shard.file(out)): (frames, out, shard, settings) for shard in todo}
+            run_tasks(_write_shard, tasks, jobs, bar)
     finally:
         for file in work.glob("*.zip"):  # of processes that were stopped: a full disk should not stay full
             file.unlink(missing_ok=True)
+
+
+def _write_settings(out: Path, settings: Settings) -> None:
+    with replacing(out / UNFINISHED / PLAN) as file:
+        file.write(json.dumps(asdict(settings)).encode())
 
 
 def _check_space(out: Path, todo: Sequence[Shard], settings: Settings) -> None:
