@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 UCF = ROOT.parent / "shared" / "data" / "ucf101_10" / "UCF-101"
 SHORT_CLIP = UCF / "JumpingJack" / "v_JumpingJack_g20_c01.avi"  # declares 120 frames, 116 decode
 OTHER_CLIP = SHORT_CLIP.with_name("v_JumpingJack_g08_c01.avi")
+CORRUPTED = ROOT.parent / "shared" / "data" / "samples" / "corrupted.mp4"
 needs_ucf = pytest.mark.skipif(not SHORT_CLIP.is_file(), reason=f"{SHORT_CLIP} is not there")
 
 
@@ -179,7 +181,9 @@ def test_other_settings_and_other_datasets_are_refused(videos, tmp_path, caplog)
 def test_frames_of_one_video_inside_the_folder_of_another(videos, tmp_path, caplog):
     write_avi(videos / "class 0" / "clip 0" / "x.avi")
     assert folder(videos, tmp_path / "out") == 1
-    assert "the frames of class 0/clip 0/x.avi would lie inside the folder of those of class 0/clip 0.avi" in caplog.text
+    assert (
+        "the frames of class 0/clip 0/x.avi would lie inside the folder of those of class 0/clip 0.avi" in caplog.text
+    )
     assert not (tmp_path / "out" / "frames").exists()
     assert folder(videos, tmp_path / "out", "--videos-only") == 0
 
@@ -222,6 +226,39 @@ def test_unreadable_videos(videos, tmp_path, caplog, mode):
     rows = (out / "train.txt").read_text() + (out / "val.txt").read_text()
     assert rows.count("\n") == 6 and "broken" not in rows
     assert folder(videos, out, mode) == 1 and not (out / "train.txt").exists()  # no list of an earlier run stays
+
+
+@pytest.mark.skipif(not CORRUPTED.is_file(), reason=f"{CORRUPTED} is not there")
+@pytest.mark.parametrize("mode", ["--frames", "--videos-only"])
+def test_a_damaged_video_is_unreadable(videos, tmp_path, mode):
+    (videos / "class 0" / "corrupted.mp4").symlink_to(CORRUPTED)
+    assert folder(videos, tmp_path / "out", mode, "--allow-missing") == 0
+    ((name, reason),) = json.loads((tmp_path / "out" / "report.json").read_text())["unreadable"]
+    assert name == "class 0/corrupted.mp4" and re.match(r"only \d+ of 50 frames|cannot be decoded|frame \d+", reason)
+    assert "corrupted" not in (tmp_path / "out" / "train.txt").read_text() + (tmp_path / "out" / "val.txt").read_text()
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+@pytest.mark.parametrize(("kept", "readable"), [(20, True), (19, True), (17, False), (10, False)])
+def test_a_loss_is_listed_up_to_a_tenth(tmp_path, decoder, kept, readable):
+    """A cut AVI still declares all of its frames in its header, which only PyAV reads."""
+    pytest.importorskip("av")
+    video = write_avi(tmp_path / "a.avi", frames=20)
+    data = video.read_bytes()
+    starts = [match.start() for match in re.finditer(b"00dc....\xff\xd8", data, re.DOTALL)]
+    video.write_bytes(data[: [*starts, len(data)][kept]])
+    outcome = probe(video, decoder)
+    assert outcome.error == (None if readable else f"only {kept} of 20 frames decode")
+    assert (outcome.declared, outcome.frames) == (20, kept)
+
+
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_frames_that_are_not_to_be_shown_are_no_loss(tmp_path, decoder):
+    """The edit list of an MP4 hides 12 of 40 frames."""
+    make = pytest.importorskip("tests.test_decoders").make
+    path = make(tmp_path / "a.mp4", stamps=[40 * (i - 12) for i in range(40)], **{"x264-params": "bframes=2:keyint=15"})
+    outcome = probe(path, decoder)
+    assert (outcome.declared, outcome.frames, outcome.error) == (28, 28, None)
 
 
 def full(*_: object) -> int:

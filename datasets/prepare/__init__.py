@@ -8,7 +8,7 @@ run.py         the order of the steps: below, from left to right
 formats/       owners' annotations -> plan.py's Plan, one file a dataset; owners.py finds and reads the files
 archives.py    unpacks what was downloaded (pieces.py: files cut in pieces)
 catalogue.py   which videos are there, and which are the plan's (walk.py: the way through a folder)
-extract.py     frames of all videos; decode.py of one; space.py room on the disk
+extract.py     frames of all videos; decode.py of one (declared.py: how many it should have); space.py room on the disk
 report.py, lists.py, snippet.py, workplace.py    what is left in the output folder
 
 Does not live here: reading lists or frames for training (datasets/annotation.py, datasets/readers.py). Nothing outside

@@ -12,6 +12,7 @@ import logging
 import os
 from pathlib import Path
 
+from datasets.prepare.decode import LARGEST_LOSS
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping, parse_groups
 from datasets.prepare.lists import PrepareError
@@ -26,7 +27,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m datasets.prepare",
         description="From a dataset's downloads to frames or videos, lists, labels and a piece of configuration.",
-        epilog="Interrupted runs go on where they stopped: give the same command again.",
+        epilog="Interrupted runs go on where they stopped: give the same command again. Videos of which more than "
+        f"{LARGEST_LOSS * 100:.0f} %% of the declared frames do not decode count as unreadable.",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--videos", type=Path, required=True, help="folder of the videos or of the archives with them")

@@ -15,15 +15,17 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from datasets.decoders import DecodeError, open_video
+from datasets.decoders import DecodeError, Decoder, open_video
+from datasets.prepare.declared import declared_frames
 
 SAMPLED_FRAMES = 8
+LARGEST_LOSS = 0.1  # share of the declared frames that may not decode; with more missing a video counts as unreadable
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Outcome:
     frames: int = 0
     bytes: int = 0
     error: str | None = None
+
+    def judged(self) -> Outcome:
+        """The same, or an error where more than LARGEST_LOSS of the declared frames do not decode."""
+        if self.error is None and self.declared - self.frames > LARGEST_LOSS * self.declared:
+            return replace(self, error=f"only {self.frames} of {self.declared} frames decode")
+        return self
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Job:
     records: Path
     short_side: int  # pixels; 0 keeps the video's size
     quality: int
+    decoder: Decoder = "decord"
 
 
 @dataclass(frozen=True)
@@ -85,13 +94,15 @@ def extract(job: Job) -> Outcome:
     partial.chmod(0o755)
     declared = frames = size = 0
     try:
-        video = open_video(str(job.source))
-        declared = video.declared_frames
+        video = open_video(str(job.source), job.decoder)
+        declared = declared_frames(job.source, video)
         for frames, frame in enumerate(video.frames(), 1):
             size += write_jpeg(partial / f"{frames:06d}.jpg", frame, job.short_side, job.quality)
         if frames == 0:
             return Outcome(declared, error="no frame decodes")
-        outcome = Outcome(declared, frames, size)
+        outcome = Outcome(max(declared, frames), frames, size).judged()
+        if outcome.error:
+            return outcome
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(job.folder, ignore_errors=True)  # of a video that has changed since
         append_record(job.records, job.video, job.source.stat().st_size, outcome)
@@ -103,12 +114,14 @@ def extract(job: Job) -> Outcome:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def probe(source: Path) -> Outcome:
-    """Opens a video and decodes its first frame; `frames` are as many as it can be trusted to hold."""
+def probe(source: Path, decoder: Decoder = "decord") -> Outcome:
+    """Opens a video and decodes its first, middle and last frame; `frames` are as many as training will ask for."""
     try:
-        video = open_video(str(source))
-        next(video.frames())
-        return Outcome(video.declared_frames, video.num_frames, source.stat().st_size)
+        video = open_video(str(source), decoder)
+        count = video.num_frames
+        declared = max(declared_frames(source, video), count)
+        video.read(np.array([0, count // 2, count - 1]))
+        return Outcome(declared, count, source.stat().st_size).judged()
     except DecodeError as error:
         return Outcome(error=_first_line(error, source))
 
@@ -125,7 +138,7 @@ def count_frames(folder: Path) -> Outcome:
 def sample(job: Job) -> Sample | None:
     """Encodes a video's first frames without writing them; None where it cannot be read."""
     try:
-        video = open_video(str(job.source))
+        video = open_video(str(job.source), job.decoder)
         first = itertools.islice(video.frames(), SAMPLED_FRAMES)
         sizes = [len(encode_jpeg(frame, job.short_side, job.quality)) for frame in first]
     except DecodeError:

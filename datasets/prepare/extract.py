@@ -113,7 +113,7 @@ def extract_all(store: FrameStore, videos: Path, paths: Sequence[str], jobs: int
 
 
 def look_at_all(videos: Path, paths: Sequence[str], frame_folders: bool, jobs: int) -> dict[str, Outcome]:
-    """Decodes the first frame of each video, or counts the JPEGs of each frame folder."""
+    """Decodes three frames of each video, or counts the JPEGs of each frame folder."""
     look: Callable[[Path], Outcome] = count_frames if frame_folders else probe
     files = {videos / path: path for path in paths}
     with Workers(jobs) as workers:
