@@ -31,6 +31,9 @@ class Box(NamedTuple):
         top, left = min(max(self.top, 0), height - 1), min(max(self.left, 0), width - 1)
         return Box(top, left, min(max(self.bottom, top + 1), height), min(max(self.right, left + 1), width))
 
+    def moved(self, down: int, right: int) -> Box:
+        return Box(self.top + down, self.left + right, self.bottom + down, self.right + right)
+
     def joined(self, other: Box) -> Box:
         """The smallest box that holds both."""
         return Box(

@@ -7,8 +7,8 @@ An operation needs of its input what the crop shows of its output: the same box 
 (sharpness), the box that a warp looks at, or the whole frame where it depends on a histogram. So the boxes are worked
 out from the last operation back to the first, and the operations then run forward on no more than those.
 
-Against Pillow the tables are exact, colour, contrast and sharpness within 2 of 255 levels, and warps differ as two
-bicubic kernels do (OpenCV's a is -0.75, Pillow's -1) and in how the 2 pixels at the border to the fill colour blend.
+Against Pillow the tables are exact, colour, sharpness and translations within 2 of 255 levels; rotations and shears
+differ as two bicubic kernels do (OpenCV's a is -0.75, Pillow's -1) and in how 2 pixels at the border to the fill blend.
 Source of policy and magnitudes: timm.data.auto_augment; of the operations: Pillow's ImageOps, ImageEnhance, Image.
 T frames, H and W height and width of a frame, h and w of a box, in pixels.
 """
@@ -32,6 +32,7 @@ from datasets.box import Box
 cv2.setNumThreads(1)
 
 BICUBIC_REACH = 2  # pixels that bicubic interpolation looks beyond a point
+REPLICATE = cv2.BORDER_REPLICATE
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)
 IDENTITY = np.arange(256, dtype=np.float64)
@@ -90,7 +91,9 @@ class RandAugment:
             (T, h, w, 3) uint8, the box `boxes[-1]` of the augmented frames.
         """
         for step, before, after in zip(steps, boxes[:-1], boxes[1:], strict=True):
-            if step.name in WARPS:
+            if step.name in SHIFTS:
+                frames = _shift(frames, step, before, after, (height, width), self.fill)
+            elif step.name in WARPS:
                 matrix = WARPS[step.name](step.args[0], height, width)
                 frames = _warp(frames, matrix, before, after, self.fill)
             elif step.name.startswith("Sharpness"):
@@ -154,6 +157,50 @@ WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
 }
 
 
+# Warps that move every pixel alike, along one axis: four products a value instead of sixteen, and Pillow's kernel.
+SHIFTS = ("TranslateXRel", "TranslateYRel")
+
+
+def _shift(
+    frames: np.ndarray, step: Step, before: Box, after: Box, size: tuple[int, int], fill: tuple[int, int, int]
+) -> np.ndarray:
+    down = step.name == "TranslateYRel"
+    length = size[0] if down else size[1]
+    amount = step.args[0] * length
+    whole = math.floor(amount)
+    weights = np.array(_bicubic(amount - whole), np.float32)
+    low, high = math.ceil(-amount - 0.5), math.ceil(length - amount - 0.5)  # what comes from inside the frame
+    if down:
+        kernel, anchor, border, by = weights[:, None], (0, 1), (1, 1, 0, 0), (whole, 0)
+        inside = after._replace(top=max(after.top, low), bottom=min(after.bottom, high))
+    else:
+        kernel, anchor, border, by = weights[None], (1, 0), (0, 0, 1, 1), (0, whole)
+        inside = after._replace(left=max(after.left, low), right=min(after.right, high))
+    out = np.empty((len(frames), after.height, after.width, 3), np.uint8)
+    out[:] = fill
+    if inside.height > 0 and inside.width > 0:
+        padded = Box(
+            before.top - border[0], before.left - border[2], before.bottom + border[1], before.right + border[3]
+        )
+        for frame, shifted in zip(frames, out, strict=True):
+            frame = cv2.copyMakeBorder(frame, *border, REPLICATE)
+            frame = cv2.filter2D(frame, -1, kernel, anchor=anchor, borderType=REPLICATE)
+            inside.cut(shifted[None], after)[:] = inside.moved(*by).cut(frame[None], padded)
+    return out
+
+
+def _bicubic(part: float) -> tuple[float, float, float, float]:
+    """Weights of the pixels at -1, 0, 1 and 2 for a point `part` of the way from 0 to 1; Pillow's, with a = -1."""
+
+    def near(x: float) -> float:
+        return (x - 2) * x * x + 1
+
+    def far(x: float) -> float:
+        return ((5 - x) * x - 8) * x + 4
+
+    return far(1 + part), near(part), near(1 - part), far(2 - part)
+
+
 def _warp(frames: np.ndarray, matrix: np.ndarray, before: Box, after: Box, fill: tuple[int, int, int]) -> np.ndarray:
     matrix = matrix.copy()
     matrix[:, 2] += matrix[:, :2] @ (after.left, after.top) - (before.left, before.top)
@@ -169,7 +216,7 @@ def _sharpness(frames: np.ndarray, factor: float, box: Box, height: int, width: 
     """Blend with a smoothed frame; Pillow does not smooth the outermost pixels of a frame."""
     out = np.empty(frames.shape, np.uint8)
     for frame, sharp in zip(frames, out, strict=True):
-        cv2.filter2D(frame, -1, SMOOTH, dst=sharp, borderType=cv2.BORDER_REPLICATE)
+        cv2.filter2D(frame, -1, SMOOTH, dst=sharp, borderType=REPLICATE)
         for at_border, place in ((box.top == 0, np.s_[0]), (box.bottom == height, np.s_[-1]),
                                  (box.left == 0, np.s_[:, 0]), (box.right == width, np.s_[:, -1])):  # fmt: skip
             if at_border:

@@ -23,7 +23,8 @@ CASES = [
     ("SharpnessIncreasing", (1.6,), 1, 0), ("SharpnessIncreasing", (0.4,), 1, 0),
     ("Rotate", (17.3,), 2, 0.01), ("Rotate", (-8.0,), 2, 0.01),
     ("ShearX", (0.2,), 2, 0.01), ("ShearY", (-0.25,), 2, 0.01),
-    ("TranslateXRel", (0.31,), 2, 0.01), ("TranslateYRel", (-0.2,), 2, 0.01),
+    ("TranslateXRel", (0.31,), 1, 0), ("TranslateXRel", (-0.45,), 1, 0), ("TranslateXRel", (0.25,), 1, 0),
+    ("TranslateYRel", (0.123,), 1, 0), ("TranslateYRel", (-0.2,), 1, 0), ("TranslateYRel", (0.99,), 1, 0),
 ]  # fmt: skip
 
 
