@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import re
@@ -172,10 +173,49 @@ def test_other_settings_and_other_datasets_are_refused(videos, tmp_path, caplog)
     assert folder(videos, out) == 0
     lists = (out / "train.txt").read_text()
     assert folder(videos, out, "--short-side", "128") == 1
-    assert "was made with short_side 256, quality 90, not short_side 128, quality 90" in caplog.text
+    assert "was made with short_side 256, quality 90, decoder decord, not short_side 128, quality 90" in caplog.text
     assert command.main(["ucf101", "--videos", str(videos), "--annotations", str(videos), "--out", str(out)]) == 1
     assert f"--out {out}: holds folder, not ucf101" in caplog.text
     assert (out / "train.txt").read_text() == lists
+
+
+@pytest.mark.parametrize(
+    "text", ["garbage", "[]", "{}", '{"dataset": "folder"}', '{"dataset": "folder", "frames": {}}']
+)
+def test_a_damaged_record_of_the_settings(videos, tmp_path, caplog, text):
+    out = tmp_path / "out"
+    assert folder(videos, out) == 0
+    before = state(out)
+    (out / "prepare.json").write_text(text)
+    assert folder(videos, out, "--short-side", "64") == 1
+    assert re.search(r"prepare\.json: does not say (which dataset|how) .*; choose another --out", caplog.text)
+    assert state(out) == before
+
+
+def test_a_mistyped_option_leaves_the_lists_of_a_finished_run(videos, tmp_path):
+    out = tmp_path / "out"
+    assert folder(videos, out) == 0
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert folder(tmp_path / "typo", out) == 1
+    assert folder(videos, out, "--group-pattern", "typo") == 1
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("mode", ["--frames", "--videos-only"])
+def test_decoder(videos, tmp_path, mode, monkeypatch, caplog):
+    pytest.importorskip("av")
+    out = tmp_path / "out"
+    monkeypatch.setattr(decode, "open_video", lambda path, decoder: pytest.fail(f"{path} is opened with {decoder}"))
+    monkeypatch.setattr(extract, "Workers", InProcess)
+    with pytest.raises(pytest.fail.Exception, match="is opened with pyav"):
+        folder(videos, out, mode, "--decoder", "pyav")
+    monkeypatch.undo()
+    assert folder(videos, out, mode, "--decoder", "pyav") == 0
+    assert json.loads((out / "prepare.json").read_text())["decoder"] == "pyav"
+    assert ("decoder: pyav" in (out / "config_snippet.yaml").read_text()) == (mode == "--videos-only")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert folder(videos, out, mode, "--decoder", "pyav") == 1
+    assert "--decoder pyav needs the package av: pip install av" in caplog.text
 
 
 def test_frames_of_one_video_inside_the_folder_of_another(videos, tmp_path, caplog):

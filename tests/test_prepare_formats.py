@@ -137,6 +137,18 @@ def test_hmdb51(run):
     ]
 
 
+def test_another_split_in_the_same_folder(run):
+    second = {"trainlist02.txt": UCF["trainlist01.txt"], "testlist02.txt": UCF["testlist01.txt"]}
+    code, out, said = run("ucf101", UCF | second, [f"{name}.avi" for name in UCF_NAMES])
+    assert code == 0 and "replaced" not in said
+    code, out, said = run("ucf101", UCF | second, [], "--split", "2")
+    assert code == 0 and "the lists of split 1 are replaced by those of split 2" in said
+    assert "4 of 4 videos were extracted by an earlier run" in said
+    assert "UCF101, split 2, 2 classes" in (out / "report.txt").read_text()
+    assert "# UCF101, split 2: replaces" in (out / "config_snippet.yaml").read_text()
+    assert json.loads((out / "prepare.json").read_text())["split"] == 2
+
+
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
 def test_something_v2(run, prefix):
     annotations = {prefix + name: content for name, content in SSV2.items()}
@@ -151,7 +163,8 @@ def test_something_v2_with_answers(run):
     answers = {"test-answers.csv": "3;Closing something\n"}
     code, out, said = run("ssv2", SSV2 | answers, ["1.webm", "2.webm", "3.webm"])
     assert code == 0 and lists(out, "test") == ["3 4 1\n"]
-    assert "test_list" in (out / "config_snippet.yaml").read_text()
+    snippet = yaml.safe_load((out / "config_snippet.yaml").read_text())["data"]
+    assert snippet["test_list"] == str(out / "test.txt")
 
 
 def write_frame_folder(root: Path, name: str, numbers: list[int]) -> None:
@@ -227,8 +240,9 @@ def test_a_part_of_ucf101_with_the_official_split(run, split, train, val):
     assert "train: 91 of 101 classes have no video" in said
     assert (out / "val.txt").exists() == (val is not None)
     if val is None:  # split 1 tests on groups 1 to 7
-        assert "val: none of its 3783 videos can be read: no val.txt" in said
-        assert "val_list" not in (out / "config_snippet.yaml").read_text()
+        assert "val: all of its 3783 videos are missing: no val.txt" in said
+        snippet = (out / "config_snippet.yaml").read_text()
+        assert "# There is no val list" in snippet and yaml.safe_load(snippet)["data"]["val_list"] is None
     else:
         assert len(read_list(str(out / "val.txt"), "video", 101)) == val
     assert len(read_labels(str(out / "labels.csv"), 101)) == 101
@@ -263,7 +277,9 @@ LABELS = SSV2["labels.json"]
         ("ssv2", SSV2, [], ["--split", "2"], r"--split 2: Something-Something v2 has one split"),
         ("ucf101", UCF, ALL_UCF, ["--splits", "test"], r"--splits test: UCF101 has train, val"),
         ("ucf101", UCF, ALL_UCF, ["--split", "2"], r"needs trainlist02\.txt; there is classInd\.txt, testlist01\.txt"),
-        ("ucf101", UCF, ALL_UCF, ["--jobs", "0"], "--jobs must be positive"),
+        ("ucf101", UCF, ALL_UCF, ["--jobs", "0"], "--jobs must be positive, not 0"),
+        ("ucf101", UCF, ALL_UCF, ["--short-side", "-1"], "--short-side must be positive, or 0"),
+        ("ucf101", UCF, ALL_UCF, ["--quality", "0"], "--quality must lie between 1 and 100, not be 0"),
         ("ucf101", UCF, [], [], r"holds none of the 4 videos of UCF101, .* v_Archery_g08_c01; there is no file at all"),
         ("ucf101", UCF, ["a/1.webm", "b.avi"], [], r"there are 2 files \(1 \.avi, 1 \.webm\), such as b\.avi"),
         ("ucf101", UCF, [*ALL_UCF, f"x/{ALL_UCF[0]}"], [], r"v_Archery_g08_c01\.avi and x/v_Archery_g08_c01\.avi both"),

@@ -16,7 +16,7 @@ from datasets.prepare.decode import LARGEST_LOSS
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping, parse_groups
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.run import Options, prepare
+from datasets.prepare.run import DECODERS, Options, prepare
 from datasets.prepare.space import explain
 
 logger = logging.getLogger("td4v")
@@ -39,7 +39,8 @@ def make_parser() -> argparse.ArgumentParser:
     kind.add_argument("--videos-only", dest="frames", action="store_false", help="lists of the videos as they are")
     common.add_argument("--short-side", type=int, default=256, help="of the frames, pixels; 0: the video's (256)")
     common.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (90)")
-    common.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
+    common.add_argument("--decoder", choices=DECODERS, default="decord", help="of the videos (decord)")
+    common.add_argument("--jobs", type=int, default=cores(), help="processes (all cores that this one may use)")
     common.add_argument("--allow-missing", action="store_true", help="leave missing and unreadable videos out")
     datasets = parser.add_subparsers(dest="dataset", required=True)
     for name, form in FORMATS.items():
@@ -53,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
     folder.add_argument("--val-share", type=float, default=0.2, help="share of the videos drawn for val.txt (0.2)")
     folder.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     return parser
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_options(argv: list[str] | None) -> Options:

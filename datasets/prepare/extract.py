@@ -16,8 +16,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from datasets.decoders import Decoder
 from datasets.prepare.decode import Job, Outcome, count_frames, extract, probe, sample
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.space import require_space
@@ -37,6 +39,7 @@ class FrameStore:
     out: Path
     short_side: int
     quality: int
+    decoder: Decoder = "decord"
 
     @property
     def root(self) -> Path:
@@ -48,8 +51,8 @@ class FrameStore:
 
     def job(self, videos: Path, video: str) -> Job:
         folder = self.root / self.folder_of(video)
-        partial, records = self.out / "partial", self.out / "frames.jsonl"
-        return Job(video, videos / video, folder, partial, records, self.short_side, self.quality)
+        unfinished, records = self.out / "partial", self.out / "frames.jsonl"
+        return Job(video, videos / video, folder, unfinished, records, self.short_side, self.quality, self.decoder)
 
     def check_apart(self, videos: Path, paths: Sequence[str]) -> None:
         """Raises PrepareError where one video's frame folder is, or holds, another's: redoing one would remove both."""
@@ -112,9 +115,9 @@ def extract_all(store: FrameStore, videos: Path, paths: Sequence[str], jobs: int
     return outcomes, before
 
 
-def look_at_all(videos: Path, paths: Sequence[str], frame_folders: bool, jobs: int) -> dict[str, Outcome]:
-    """Decodes three frames of each video, or counts the JPEGs of each frame folder."""
-    look: Callable[[Path], Outcome] = count_frames if frame_folders else probe
+def look_at_all(videos: Path, paths: Sequence[str], decoder: Decoder | None, jobs: int) -> dict[str, Outcome]:
+    """Decodes three frames of each video, or, without a decoder, counts the JPEGs of each frame folder."""
+    look: Callable[[Path], Outcome] = partial(probe, decoder=decoder) if decoder else count_frames
     files = {videos / path: path for path in paths}
     with Workers(jobs) as workers:
         results: Iterable[tuple[Path, Outcome | None]] = progress(workers.run(look, files), len(files), "opening")

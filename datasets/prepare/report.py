@@ -37,6 +37,7 @@ class Report:
     """The result of a run; lists hold [name, reason or place] in the plan's order."""
 
     dataset: str
+    split: int | None  # number of the owners' split; None where they publish one
     classes: int
     splits: dict[str, Counts]
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -65,7 +66,8 @@ class Report:
 
     def text(self) -> str:
         """The table and every list."""
-        parts = [f"{self.dataset}, {self.classes} classes", self.table()]
+        split = f", split {self.split}" if self.split else ""
+        parts = [f"{self.dataset}{split}, {self.classes} classes", self.table()]
         if self.classes_without_video:
             parts.append("\n".join(["classes without any video:", *self.classes_without_video]))
         for title, rows in (("missing", self.missing), ("unreadable", self.unreadable)):
@@ -83,10 +85,10 @@ class Report:
 
 
 def make_report(
-    plan: Plan, found: Mapping[Entry, str], missing: Sequence[Entry], outcomes: Mapping[str, Outcome]
+    plan: Plan, split: int | None, found: Mapping[Entry, str], missing: Sequence[Entry], outcomes: Mapping[str, Outcome]
 ) -> Report:
     """Counts a plan's entries; videos without an outcome count as found and no more."""
-    report = Report(plan.title, len(plan.classes), {split: Counts() for split in plan.splits})
+    report = Report(plan.title, split, len(plan.classes), {split: Counts() for split in plan.splits})
     for entry in missing:
         counts = report.splits[entry.split]
         counts.listed += 1
@@ -106,8 +108,8 @@ def make_report(
         counts.bytes += outcome.bytes
         if outcome.frames < outcome.declared:
             report.shorter_than_declared.append((path, outcome.declared, outcome.frames))
-    for split, counts in report.splits.items():
-        counts.classes_without_video = len(plan.classes) - sum(side == split for side, _ in used)
+    for name, counts in report.splits.items():
+        counts.classes_without_video = len(plan.classes) - sum(side == name for side, _ in used)
     with_video = {label for _, label in used}
     report.classes_without_video = [name for label, name in enumerate(plan.classes) if label not in with_video]
     return report

@@ -5,12 +5,14 @@ Lives here: the order of the steps, and when a run may not end in lists. Does no
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from datasets.decoders import Decoder
 from datasets.prepare.archives import unpacked
 from datasets.prepare.catalogue import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Catalogue, match, scan
 from datasets.prepare.decode import Outcome
@@ -23,8 +25,9 @@ from datasets.prepare.owners import Owners
 from datasets.prepare.plan import Entry, Plan
 from datasets.prepare.report import Report, make_report
 from datasets.prepare.snippet import write_snippet
-from datasets.prepare.workplace import workplace
+from datasets.prepare.workplace import Use, workplace
 
+DECODERS = {"decord": "decord", "pyav": "av"}  # and the package that each needs
 ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
 
 logger = logging.getLogger("td4v")
@@ -43,14 +46,22 @@ class Options:
     frames: bool = True
     short_side: int = 256  # 0: as in the video
     quality: int = 90
+    decoder: Decoder = "decord"
     jobs: int = 2
     allow_missing: bool = False
     grouping: Grouping = field(default_factory=Grouping)
 
     def check(self) -> None:
         """Raises PrepareError for values that no run could use."""
-        if self.jobs < 1 or self.short_side < 0 or not 1 <= self.quality <= 100:
-            raise PrepareError("--jobs must be positive, --short-side not negative, --quality between 1 and 100")
+        if self.jobs < 1:
+            raise PrepareError(f"--jobs must be positive, not {self.jobs}")
+        if self.short_side < 0:
+            raise PrepareError(f"--short-side must be positive, or 0 for the video's own, not {self.short_side}")
+        if not 1 <= self.quality <= 100:
+            raise PrepareError(f"--quality must lie between 1 and 100, not be {self.quality}")
+        if importlib.util.find_spec(DECODERS[self.decoder]) is None:
+            package = DECODERS[self.decoder]
+            raise PrepareError(f"--decoder {self.decoder} needs the package {package}: pip install {package}")
         if self.dataset == "folder":
             self.grouping.check()
             return
@@ -61,6 +72,16 @@ class Options:
         if self.annotations is None:
             raise PrepareError(f"{self.dataset} needs --annotations, the folder of {form.title}'s annotation files")
 
+    def numbered_split(self) -> int | None:
+        """The owners' split, None where there is but one."""
+        form = FORMATS.get(self.dataset)
+        return self.split if form and form.numbered_splits > 1 else None
+
+    def use(self) -> Use:
+        """What the output folder is for."""
+        frames = {"short_side": self.short_side, "quality": self.quality, "decoder": self.decoder}
+        return Use(self.dataset, self.numbered_split(), self.decoder, frames if self.frames else None)
+
 
 def prepare(options: Options) -> Report:
     """Prepares a dataset; see the module for the files.
@@ -70,12 +91,11 @@ def prepare(options: Options) -> Report:
         OSError: the disk is full or fails.
     """
     options.check()
-    settings = {"short_side": options.short_side, "quality": options.quality} if options.frames else None
-    with workplace(options.out, options.dataset, settings):
+    with workplace(options.out, options.use()) as place:
         plan, catalogue = _survey(options)
         plan.check()
         found, missing = match(plan, catalogue)
-        report = make_report(plan, found, missing, {})
+        report = make_report(plan, options.numbered_split(), found, missing, {})
         if missing and not options.allow_missing:
             report.write(options.out)
             raise PrepareError(
@@ -85,17 +105,20 @@ def prepare(options: Options) -> Report:
             )
         if missing:
             logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
-        store = FrameStore(options.out, options.short_side, options.quality)
+        store = FrameStore(options.out, options.short_side, options.quality, options.decoder)
         paths = sorted(found.values())
         extracted_before = 0
         if options.frames and not plan.published_frames:
             store.check_apart(catalogue.root, paths)
+        place.begin()
         if options.frames and not plan.published_frames:
             outcomes, extracted_before = extract_all(store, catalogue.root, paths, options.jobs)
         else:
             store = None
-            outcomes = look_at_all(catalogue.root, paths, plan.published_frames, options.jobs)
-        report = make_report(plan, found, missing, outcomes)
+            outcomes = look_at_all(
+                catalogue.root, paths, None if plan.published_frames else options.decoder, options.jobs
+            )
+        report = make_report(plan, options.numbered_split(), found, missing, outcomes)
         report.extracted_before = extracted_before
         if options.dataset == "folder":
             sides = ([p for e, p in found.items() if e.split == side] for side in ("train", "val"))
@@ -103,7 +126,7 @@ def prepare(options: Options) -> Report:
         report.write(options.out)
         logger.info("%s", report.table())
         _require_complete(report, options)
-        _write_lists(options.out, plan, catalogue.root, found, outcomes, store)
+        _write_lists(options, plan, catalogue.root, found, outcomes, store)
     return report
 
 
@@ -138,13 +161,16 @@ def _require_complete(report: Report, options: Options) -> None:
         )
     empty = [split for split, counts in report.splits.items() if counts.found == counts.unreadable]
     for split in empty:
-        logger.warning("%s: none of its %d videos can be read: no %s.txt", split, report.splits[split].listed, split)
+        counts = report.splits[split]
+        why = "are missing or unreadable" if counts.missing and counts.unreadable else "cannot be read"
+        why = why if counts.unreadable else "are missing"
+        logger.warning("%s: all of its %d videos %s: no %s.txt", split, counts.listed, why, split)
     if len(empty) == len(report.splits):
         raise PrepareError(f"no video of {report.dataset} can be read; {options.out / 'report.txt'} says why")
 
 
 def _write_lists(
-    out: Path,
+    options: Options,
     plan: Plan,
     videos: Path,
     found: Mapping[Entry, str],
@@ -152,6 +178,7 @@ def _write_lists(
     store: FrameStore | None,
 ) -> None:
     """Writes labels, lists that have rows and, last, the snippet; `store` has the frames, None: the videos themselves."""
+    out = options.out
     write_labels(out / "labels.csv", plan.classes)
     written = []
     for split in plan.splits:
@@ -167,5 +194,6 @@ def _write_lists(
         if rows:
             write_rows(out / f"{split}.txt", rows)
             written.append(split)
-    text = write_snippet(out, plan, written, os.path.abspath(store.root if store else videos), store is not None)
+    root = os.path.abspath(store.root if store else videos)
+    text = write_snippet(out, plan, options.numbered_split(), written, root, store is not None, options.decoder)
     logger.info("%s", text)
