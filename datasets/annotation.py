@@ -12,7 +12,7 @@ import csv
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,26 +49,46 @@ def read_list(
             number above 0, or with a label that is not a whole number in 0..num_classes-1.
     """
     records = []
-    for line, text in _lines(path, key):
-        where = f"{path}, line {line}"
-        *front, label_text = text.rsplit(maxsplit=1)
-        label = _whole_number(label_text, "label", where)
-        video, num_frames = "".join(front), None
-        front = video.rsplit(maxsplit=1)
-        if modality == "RGB" or (len(front) == 2 and WHOLE_NUMBER.fullmatch(front[1])):
-            if len(front) < 2:
-                raise AnnotationError(f"{where}: needs `path num_frames label`, not {text!r}")
-            video, num_frames = front[0], _whole_number(front[1], "number of frames", where)
-            if num_frames < 1:
-                raise AnnotationError(f"{where}: the number of frames must be above 0, not {num_frames}")
-        if not video:
-            raise AnnotationError(f"{where}: needs `path label`, not {text!r}")
-        if not 0 <= label < num_classes:
-            raise AnnotationError(f"{where}: label {label} is outside 0..{num_classes - 1}")
-        records.append(VideoRecord(video, num_frames, label, line))
+    for row in read_rows(path, modality, num_classes, key):
+        if isinstance(row, AnnotationError):
+            raise row
+        records.append(row)
     if not records:
         raise AnnotationError(f"{path}: {key} has no rows")
     return tuple(records)
+
+
+def read_rows(
+    path: str, modality: Literal["RGB", "video"], num_classes: int, key: str = "list"
+) -> Iterator[VideoRecord | AnnotationError]:
+    """The rows of a list one by one, as `read_list`; what is wrong with a row comes in its place.
+
+    Raises:
+        AnnotationError: no such file, or no text.
+    """
+    for line, text in _lines(path, key):
+        try:
+            yield _record(text, modality, num_classes, line, f"{path}, line {line}")
+        except AnnotationError as error:
+            yield error
+
+
+def _record(text: str, modality: str, num_classes: int, line: int, where: str) -> VideoRecord:
+    *front, label_text = text.rsplit(maxsplit=1)
+    label = _whole_number(label_text, "label", where)
+    video, num_frames = "".join(front), None
+    front = video.rsplit(maxsplit=1)
+    if modality == "RGB" or (len(front) == 2 and WHOLE_NUMBER.fullmatch(front[1])):
+        if len(front) < 2:
+            raise AnnotationError(f"{where}: needs `path num_frames label`, not {text!r}")
+        video, num_frames = front[0], _whole_number(front[1], "number of frames", where)
+        if num_frames < 1:
+            raise AnnotationError(f"{where}: the number of frames must be above 0, not {num_frames}")
+    if not video:
+        raise AnnotationError(f"{where}: needs `path label`, not {text!r}")
+    if not 0 <= label < num_classes:
+        raise AnnotationError(f"{where}: label {label} is outside 0..{num_classes - 1}")
+    return VideoRecord(video, num_frames, label, line)
 
 
 def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tuple[str, ...]:
