@@ -22,6 +22,7 @@ from datasets.check.__main__ import main
 from datasets.check.pictures import to_pixels
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import Rate, advice, measure, need_of_run
+from datasets.pack.writer import write_pack
 from datasets.prepare.frame_order import make
 from datasets.video_dataset import VideoSource
 
@@ -174,16 +175,36 @@ def test_labels(dataset, caplog):
     assert any("86 of 90 classes have no video: 4, 5, 6, ..." in text for _, _, text in told(report, "warning"))
 
 
-def test_a_row_that_cannot_be_read_ends_its_list_only(dataset):
-    edit(dataset / "train.txt", (" 8 1", " eight 1"))
-    (dataset / "frames/val/scene0000_left_fast/000002.jpg").unlink()
+def test_all_bad_rows_are_listed_and_the_others_checked(dataset, caplog):
+    out, rows = dataset / "out", (dataset / "train.txt").read_text().splitlines()
+    assert run(dataset)[0] == 0
+    videos = [row.split()[0] for row in rows]
+    rows[1], rows[4], rows[6] = f"{videos[1]} eight 1", "x", f"{videos[6]} 8 -1"
+    (dataset / "train.txt").write_text("\n".join(rows))
+    (dataset / "frames" / videos[7] / "000002.jpg").unlink()
     code, report = run(dataset)
-    (kind, line, message), (other, *_) = told(report, "problem")
-    assert code == 1 and kind == "list" and "line 2: the number of frames must be a whole number" in message
-    assert other == "frames missing"
+    file = dataset / "train.txt"
+    problems = [message for _, _, message in told(report, "problem")]
+    assert code == 1 and problems[:3] == [
+        f"{file}, line 2: the number of frames must be a whole number, not 'eight'",
+        f"{file}, line 5: the label must be a whole number, not 'x'",
+        f"{file}, line 7: label -1 is outside 0..3",
+    ]
+    assert "1 of 8 declared frames are missing" in problems[3] and len(problems) == 4
+    assert report["values"]["train"]["videos"] == 5 and report["values"]["val"]["videos"] == 4
+    # a picture of what there is, and what it lacks
+    lacks = f"contact_sheet.png lacks training: {file}, line 2: the number of frames"
+    assert (out / "contact_sheet.png").is_file() and lacks in caplog.text and lacks in (out / "report.md").read_text()
+
+    (dataset / "val.txt").write_text("\n")
+    file.write_text("x\ny\n")
+    code, report = run(dataset)
+    assert code == 1 and [kind for kind, *_ in told(report, "problem")] == ["list"] * 3
+    assert f"{dataset / 'val.txt'}: data.val_list has no rows" in caplog.text
+    assert sorted(file.name for file in out.iterdir()) == ["report.json", "report.md"] and not report["pictures"]
 
 
-def test_leaks_and_repeated_rows(dataset):
+def test_leaks_and_repeated_rows(dataset, caplog):
     train, val = dataset / "train.txt", dataset / "val.txt"
     rows = train.read_text().splitlines()
     train.write_text("\n".join([*rows, rows[1], rows[2][:-1] + "0"]))
@@ -198,6 +219,15 @@ def test_leaks_and_repeated_rows(dataset):
     shared = f"share 1 video: {rows[4].split()[0]} (lines 5 and 5)"
     assert shared in warnings["shared videos"] and str(train) in warnings["shared videos"]
     assert f"{rows[0].split()[0]} (line 1) = val/copy (line 6)" in warnings["copies"]
+
+    write_pack(dataset / "frames", dataset / "data.pack")
+    packed = run(dataset, *(word for s in ("train", "val") for word in ("--set", f"data.{s}_root={dataset}/data.pack")))
+    assert packed[0] == 0 and told(packed[1], "warning") == told(report, "warning")
+    for split in ("train", "val"):
+        assert packed[1]["values"][split]["bytes"] == report["values"][split]["bytes"] > 0
+    os.truncate(dataset / "data.pack/frames-00000.zip", 100)
+    assert main([str(dataset / "config.yaml"), "--set", f"data.val_root={dataset}/data.pack"]) == 1
+    assert "frames-00000.zip: holds 100 bytes" in caplog.messages[-1]
 
     code, report = run(dataset, "--set", f"data.test_list={val}", "--set", f"data.test_root={dataset}/frames")
     assert "test" not in report["values"]  # the validation list again
@@ -223,6 +253,17 @@ def test_what_cannot_be_used_is_one_sentence(dataset, caplog):
     assert code == 1 and "is this the right folder?" in told(report, "problem")[-1][2]
     code, report = run(dataset, "--set", "data.batch_size=9", "--seconds", "0.2")
     assert code == 1 and "fewer than one batch" in told(report, "problem")[0][2]
+
+
+def test_words_of_the_command_that_cannot_be(dataset, caplog, capsys):
+    config = str(dataset / "config.yaml")
+    for seconds in ("nan", "-5", "inf", "x"):
+        with pytest.raises(SystemExit):
+            main([config, f"--seconds={seconds}"])
+    assert "must be 0 or more, not nan" in capsys.readouterr().err
+    for out in (config, f"{config}/below"):
+        assert main([config, "--out", out]) == 1
+        assert caplog.messages[-1] == f"--out {out}: is a file or lies below one, not a folder"
 
 
 def test_ctrl_c_is_one_sentence(dataset, caplog, monkeypatch):
@@ -320,6 +361,9 @@ def test_advice_and_the_need_of_a_former_run(tmp_path):
     assert "40% of it" in text and "data.workers: 6" in text
     text, numbers = advice([two, one], 400, cores=4)
     assert numbers["suggested_workers"] == 4 and "12 workers" in text and "about 160 clips/s" in text
+    text, numbers = advice([one, one], 49, cores=1)
+    assert numbers["enough"] == 1 and "It would take" not in text and numbers["suggested_workers"] == 1
+    assert "enough, with little to spare: 2 workers would give 15% headroom, this machine has 1 core." in text
     text, numbers = advice([one, one], None, cores=4)
     assert "about 200 clips/s" in text and "--need" in text and "need" not in numbers
     assert "does not scale" in advice([replace(two, clips_per_s=55), one], None, cores=4)[0]

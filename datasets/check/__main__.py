@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import multiprocessing
 import os
 import shlex
@@ -39,10 +40,12 @@ from datasets.check.pictures import balance_picture, contact_sheet
 from datasets.check.report import Finding, Report, Table
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import advice, measure, need_of_run
+from datasets.readers import ReadError
 from datasets.workers import progress
 
 logger = logging.getLogger("td4v")
 ON_SCREEN = 20  # problems
+FILES = ("report.md", "report.json", "contact_sheet.png", "class_balance.png")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,12 +60,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--videos", type=_at_least_one, default=3, help="training videos on the picture (default 3)")
     parser.add_argument("--crops", type=int, choices=(1, 3, 5, 10), default=3, help="test crops on the picture")
     parser.add_argument("--clips", type=_at_least_one, default=2, help="test clips on the picture (default 2)")
-    parser.add_argument("--seconds", type=float, default=20, help="length of a measurement; 0 for none (default 20)")
+    parser.add_argument(
+        "--seconds", type=_not_negative, default=20, help="length of a measurement; 0 for none (default 20)"
+    )
     needs = parser.add_mutually_exclusive_group()
     needs.add_argument("--need", type=float, metavar="CLIPS_PER_S", help="what training takes, a process")
     needs.add_argument("--run", type=Path, metavar="RUNFOLDER", help="take that from the metrics.jsonl of a former run")
     options = parser.parse_args(argv)
-    if options.need is not None and not options.need > 0:
+    if options.need is not None and not 0 < options.need < math.inf:
         parser.error("--need must be above 0")
     return options
 
@@ -71,7 +76,8 @@ def check(options: argparse.Namespace, command: str) -> Report:
     """All steps in their order; the pictures and the report are written to the folder of the options.
 
     Raises:
-        ConfigError: the configuration, a root, a list or --run cannot be used. OSError: the folder cannot be written.
+        ConfigError: the configuration, a root, a list, --run or --out cannot be used. ReadError: a pack cannot be opened.
+        OSError: the folder cannot be written.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -80,7 +86,12 @@ def check(options: argparse.Namespace, command: str) -> Report:
     need, how = need_of_run(options.run) if options.run else (options.need, "--need")
     lists, findings = open_lists(data)
     folder = options.out or Path("exp/check", data.dataset.replace("/", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"--out {folder}: is a file or lies below one, not a folder") from None
+    for name in FILES:  # what a former check left must not look like this one's
+        (folder / name).unlink(missing_ok=True)
     report = Report(command, options.config, config.to_dict())
     report.findings += [Finding("note", "configuration", str(warning.message)) for warning in caught]
 
@@ -101,9 +112,12 @@ def check(options: argparse.Namespace, command: str) -> Report:
         report.pictures["Class balance"] = "class_balance.png"
     sheet = folder / "contact_sheet.png"
     views = {"videos": options.videos, "crops": options.crops, "clips": options.clips}
-    with _loader_problems(report):
-        if contact_sheet(data, config.seed, names, sheet, **views):
-            report.pictures["What the model will see"] = sheet.name
+    for what, reason in contact_sheet(data, config.seed, names, sheet, **views).items():
+        level = "warning" if report.of("problem") else "problem"  # mostly told already, row by row
+        report.findings.append(Finding(level, "picture", f"{sheet.name} lacks {what}: {reason}"))
+        _show(report.findings[-1:])
+    if sheet.exists():
+        report.pictures["What the model will see"] = sheet.name
     with _loader_problems(report):
         if options.seconds > 0:
             _measure(report, data, config.seed, options.seconds, need, how)
@@ -165,6 +179,13 @@ def _at_least_one(text: str) -> int:
     return number
 
 
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
@@ -172,7 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "datasets.check", *(sys.argv[1:] if argv is None else argv)])
     try:
         return 1 if check(options, command).of("problem") else 0
-    except (ConfigError, AnnotationError, OSError) as error:
+    except OSError as error:
+        logger.error("%s: %s", error.filename or "the report", error.strerror or error)
+        return 1
+    except (ConfigError, AnnotationError, ReadError) as error:
         logger.error("%s", error)
         return 1
     except KeyboardInterrupt:

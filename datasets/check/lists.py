@@ -16,10 +16,13 @@ from statistics import median
 from typing import Literal
 
 from configs.schema import DataConfig
-from datasets.annotation import AnnotationError
-from datasets.build import _source, class_names
+from datasets.annotation import AnnotationError, VideoRecord, read_rows
+from datasets.build import _reader, _setting, _source, class_names
 from datasets.check.report import Finding, Table
 from datasets.check.rows import RowResult
+from datasets.pack.format import PackError
+from datasets.pack.workers import readable
+from datasets.readers import PackReader
 from datasets.video_dataset import VideoSource
 
 Split = Literal["train", "val", "test"]
@@ -43,7 +46,8 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
     """The lists that training, validation and, where it has a list or root of its own, testing read.
 
     Raises:
-        ConfigError: a list or root is not set or not there. A list with a bad row is a finding.
+        ConfigError: a list or root is not set or not there. ReadError: a pack that cannot be opened.
+            What is wrong with a list or a row is a finding; the other rows are there.
     """
     splits: list[Split] = ["train", "val"]
     if (data.test_list or data.val_list, data.test_root or data.val_root) != (data.val_list, data.val_root):
@@ -52,9 +56,34 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
     for split in splits:
         try:
             lists.append(CheckedList(split, _source(replace(data, num_classes=ANY_LABEL), split)))
-        except AnnotationError as error:
-            findings.append(Finding("problem", "list", f"{error}; the rest of this list was not checked"))
+        except AnnotationError:
+            source, found = _good_rows(data, split)
+            findings += [Finding("problem", "list", str(error)) for error in found]
+            if source.records:
+                lists.append(CheckedList(split, source))
     return lists, findings
+
+
+def _good_rows(data: DataConfig, split: Split) -> tuple[VideoSource, list[AnnotationError]]:
+    """What `_source` gives where a list has bad rows: the source of the others, and what is wrong with each bad one."""
+    (list_key, list_file), (_, root) = _setting(data, split, "list"), _setting(data, split, "root")
+    records: list[VideoRecord] = []
+    errors: list[AnnotationError] = []
+    try:
+        any_label, real = (
+            read_rows(list_file, data.modality, num_classes, f"data.{list_key}")
+            for num_classes in (ANY_LABEL, data.num_classes)
+        )
+        for row, strict in zip(any_label, real, strict=True):
+            if isinstance(row, VideoRecord):
+                records.append(row)
+            else:
+                errors.append(strict)  # it names the real range of labels
+        if not records and not errors:
+            errors.append(AnnotationError(f"{list_file}: data.{list_key} has no rows"))
+    except AnnotationError as error:
+        errors.append(error)
+    return VideoSource(tuple(records), root, _reader(data, root), list_file), errors
 
 
 def label_names(data: DataConfig) -> tuple[tuple[str, ...] | None, list[Finding]]:
@@ -133,12 +162,12 @@ def _copies(one: CheckedList, other: CheckedList) -> Iterator[tuple[RowResult, R
     of_size = defaultdict(list)
     for result in one.results:
         of_size[result.num_bytes, result.frames].append(result)
-    digests: dict[str, bytes] = {}
+    digests: dict[str, bytes | None] = {}
 
-    def digest(checked: CheckedList, result: RowResult) -> bytes:
+    def digest(checked: CheckedList, result: RowResult) -> bytes | None:
         path = os.path.normpath(os.path.join(checked.source.root, result.record.path))
         if path not in digests:
-            digests[path] = _digest(path)
+            digests[path] = _digest(checked.source, result.record)
         return digests[path]
 
     paths = {one.path(index) for index in range(len(one.source.records))}
@@ -146,20 +175,34 @@ def _copies(one: CheckedList, other: CheckedList) -> Iterator[tuple[RowResult, R
         if os.path.normpath(os.path.join(other.source.root, result.record.path)) in paths or result.num_bytes == 0:
             continue
         for twin in of_size[result.num_bytes, result.frames]:
-            if digest(one, twin) == digest(other, result):
+            content = digest(one, twin)
+            if content is not None and content == digest(other, result):
                 yield twin, result
                 break
 
 
-def _digest(path: str) -> bytes:
-    """Of a file's bytes, or of those of all files in a folder in the order of their names."""
-    files = [path] if os.path.isfile(path) else sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+def _digest(source: VideoSource, record: VideoRecord) -> bytes | None:
+    """Of all bytes of a video's file or, in order, of its frames' files. None where one cannot be read."""
     digest = hashlib.blake2b()
+    try:
+        for block in _content(source, record):
+            digest.update(block)
+    except (OSError, PackError):
+        return None
+    return digest.digest()
+
+
+def _content(source: VideoSource, record: VideoRecord) -> Iterator[bytes]:
+    if isinstance(source.reader, PackReader):
+        pack = source.reader.pack
+        yield from (pack.read(record.path, index) for index in range(pack.num_frames(record.path)))
+        return
+    path = os.path.join(source.root, record.path)
+    files = [path] if os.path.isfile(path) else sorted(entry.path for entry in os.scandir(path) if entry.is_file())
     for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
-                digest.update(block)
-    return digest.digest()
+                yield block
 
 
 def class_counts(checked: CheckedList, num_classes: int) -> list[int]:
@@ -194,7 +237,7 @@ def _balance(checked: CheckedList, data: DataConfig) -> dict[str, str]:
         "longest video": of_length[-1].record.path if of_length else "-",
         f"shorter than {data.num_segments} frames": str(short),
         "frame sizes": ", ".join(shown) + (f", {len(sizes) - 3} more" if len(sizes) > 3 else "") or "-",
-        "size on disk": _bytes(sum(result.num_bytes for result in checked.results)),
+        "size on disk": readable(sum(result.num_bytes for result in checked.results)),
     }
 
 
@@ -224,16 +267,6 @@ def _videos(count: int) -> str:
 
 def _class(label: int, names: Sequence[str] | None) -> str:
     return f"{label} ({names[label]})" if names else str(label)
-
-
-def _bytes(count: float) -> str:
-    if count == 0:
-        return "-"  # packs share their files
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
 
 
 def sorted_results(results: Iterable[RowResult]) -> list[RowResult]:

@@ -54,28 +54,38 @@ class Block:
 
 def contact_sheet(
     data: DataConfig, seed: int, names: Sequence[str] | None, path: Path, videos: int, crops: int, clips: int
-) -> int:
+) -> dict[str, str]:
     """Draw `videos` training videos (all draws), as many of validation, and one of testing (clips * crops views).
 
+    Broken videos are passed over. There is no picture if nothing can be drawn.
+
     Returns:
-        Videos shown; broken ones are passed over.
+        Which of training, validation and testing is lacking, and why: its loader refuses its list, say.
     Raises:
-        ConfigError, AnnotationError, ValueError: as the loaders of datasets.build. OSError: `path` cannot be written.
+        OSError: `path` cannot be written.
     """
-    train = train_loader(replace(data, workers=0, batch_size=1), seed).dataset
-    val = val_loader(replace(data, workers=0), seed).dataset
-    test = test_loader(replace(data, workers=0), seed, crops=crops, clips=clips).dataset
+    alone = replace(data, workers=0, batch_size=1)
     drawn = [f"draw {draw + 1}" for draw in range(data.num_sample)]
     mirrored = CROP_NAMES.get(crops) or (*CROP_NAMES[5], *(f"{name}, mirrored" for name in CROP_NAMES[5]))
     views = [f"clip {clip + 1}: {crop}" for clip in range(clips) for crop in mirrored]
-    blocks = [
-        *_blocks(train, "training", drawn, data, names, videos, seed),
-        *_blocks(val, "validation", ["centre"], data, names, videos, seed),
-        *_blocks(test, "testing", views, data, names, 1, seed + 1),
-    ]
+    parts = {
+        "training": (lambda: train_loader(alone, seed), drawn, videos, seed),
+        "validation": (lambda: val_loader(alone, seed), ["centre"], videos, seed),
+        "testing": (lambda: test_loader(alone, seed, crops=crops, clips=clips), views, 1, seed + 1),
+    }
+    blocks, lacking = [], {}
+    for what, (loader, rows, count, order) in parts.items():
+        try:
+            found = _blocks(loader().dataset, what, rows, data, names, count, order)
+        except ValueError as error:  # also AnnotationError, ConfigError
+            lacking[what] = str(error)
+            continue
+        blocks += found
+        if not found:
+            lacking[what] = "not one of the videos that were tried can be read"
     if blocks:
         _draw(blocks, data).save(path)
-    return len(blocks)
+    return lacking
 
 
 def to_pixels(video: torch.Tensor, data: DataConfig) -> np.ndarray:

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from datasets.annotation import VideoRecord
-from datasets.readers import Clip, FrameFolderReader, ReadError, VideoReader
+from datasets.readers import Clip, FrameFolderReader, PackReader, ReadError, VideoReader
 from datasets.video_dataset import VideoSource
 from datasets.workers import Workers
 
@@ -29,7 +29,7 @@ DECODED_AT_ONCE = 2**28  # bytes of pixels, where everything is decoded
 class RowResult:
     """What disk says of a row. `frames` and `size` (width, height; pixels) are None where they could not be found out.
 
-    `problems` and `notes` are (kind, sentence) pairs; `num_bytes` counts the files of the row.
+    `problems` and `notes` are (kind, sentence) pairs; `num_bytes` counts the files of the row's frames, in a pack, too.
     """
 
     record: VideoRecord
@@ -93,7 +93,7 @@ class RowChecker:
             further += 1
         notes = (("more frames", f"{path}: holds {further} frames, the list declares {declared}"),)
         clip = reader.open(path, declared)
-        frames = decode_frames(clip, np.array([0, declared - 1]))
+        frames = clip.read(np.array([0, declared - 1]))
         if self.full:
             _decode_all(clip, frames[0].nbytes)
         height, width = frames.shape[1:3]
@@ -103,18 +103,15 @@ class RowChecker:
         clip = self.source.reader.open(path, record.num_frames)
         declared, frames = record.num_frames, clip.num_frames
         notes = (("more frames", f"{path}: holds {frames} frames, the list declares {declared}"),)
-        pixels = decode_frames(clip, np.array([frames // 2, frames - 1]))
+        pixels = clip.read(np.array([frames // 2, frames - 1]))
         if self.full:
             _decode_all(clip, pixels[0].nbytes)
         height, width = pixels.shape[1:3]
         num_bytes = os.path.getsize(path) if os.path.isfile(path) else 0
+        if isinstance(self.source.reader, PackReader):
+            num_bytes = self.source.reader.pack.num_bytes(record.path, frames)
         more = declared is not None and frames > declared
         return RowResult(record, frames, (width, height), num_bytes, notes=notes[:more])
-
-
-def decode_frames(clip: Clip, indices: np.ndarray) -> np.ndarray:
-    """Whole frames of an opened video, as they are stored: (n, H, W, 3) uint8. Raises ReadError."""
-    return clip.read(indices)
 
 
 def check_rows(checker: RowChecker, records: Sequence[VideoRecord], jobs: int) -> Iterator[RowResult]:
@@ -151,4 +148,4 @@ def _file_sizes(folder: str) -> dict[str, int]:
 def _decode_all(clip: Clip, frame_bytes: int) -> None:
     step = max(1, DECODED_AT_ONCE // frame_bytes)
     for start in range(0, clip.num_frames, step):
-        decode_frames(clip, np.arange(start, min(start + step, clip.num_frames)))
+        clip.read(np.arange(start, min(start + step, clip.num_frames)))

@@ -155,20 +155,22 @@ def advice(rates: list[Rate], need: float | None, cores: int) -> tuple[str, dict
         text.append(f"That is {configured.clips_per_s / one.clips_per_s:.1f} times one worker's rate: it does not scale "
                     "(other work on this machine, slow storage, or memory).")  # fmt: skip
     if configured.workers > cores:
-        text.append(f"More workers than the {cores} cores of this machine gain little.")
+        text.append(f"More workers than this machine has cores ({cores}) gain little.")
     if need is None:
-        text.append(f"All {cores} cores together would feed about {most:.0f} clips/s, shared by its processes. "
+        text.append(f"All cores together ({cores}) would feed about {most:.0f} clips/s, shared by its processes. "
                     "Compare with --need CLIPS_PER_S, or with --run RUNFOLDER of a former run.")  # fmt: skip
         return " ".join(text), numbers
     workers = math.ceil(need * HEADROOM / per_worker)
-    numbers |= {"need": need, "suggested_workers": workers, "enough": int(configured.clips_per_s >= need)}
     share = configured.clips_per_s / need
+    numbers |= {"need": need, "suggested_workers": min(workers, cores), "enough": int(share >= 1)}
     verdict = "enough" if share >= 1 else f"{share:.0%} of it: training would wait for data"
-    text.append(f"Training needs {need:.1f} clips/s: {verdict}.")
-    if workers > cores:
-        numbers["suggested_workers"] = cores
-        text.append(f"It would take {workers} workers; this machine has {cores} cores, about {most:.0f} clips/s at most. "
-                    f"Set data.workers: {cores}; beyond that, smaller frames on disk or a larger num_sample help.")  # fmt: skip
+    has = f"this machine has {cores} core{'' if cores == 1 else 's'}"
+    if workers <= cores:
+        advised = f". Suggested: data.workers: {workers} a process (with {HEADROOM - 1:.0%} to spare)."
+    elif share >= 1:
+        advised = f", with little to spare: {workers} workers would give {HEADROOM - 1:.0%} headroom, {has}."
     else:
-        text.append(f"Suggested: data.workers: {workers} a process (with {HEADROOM - 1:.0%} to spare).")
+        advised = (f". It would take {workers} workers; {has}, about {most:.0f} clips/s at most. Set data.workers: {cores}; "
+                   "beyond that, smaller frames on disk or a larger num_sample help.")  # fmt: skip
+    text.append(f"Training needs {need:.1f} clips/s: {verdict}{advised}")
     return " ".join(text), numbers

@@ -143,6 +143,11 @@ class Pack:
         """Frames of the video at `path`, relative to the root that was packed. PackError if it is not in the pack."""
         return int(self.videos[self._row(path)]["frames"])
 
+    def num_bytes(self, path: str, frames: int) -> int:
+        """The files of the first `frames` frames of the video at `path`. PackError if it is not in the pack."""
+        first = int(self.videos[self._row(path)]["first"])
+        return int(self.frames["length"][first : first + frames].sum(dtype=np.int64))
+
     def read(self, path: str, index: int) -> bytes:
         """The file of frame `index`, from 0, of the video at `path`.
 

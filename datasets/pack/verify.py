@@ -49,7 +49,7 @@ def reindex(root: Path, jobs: int = 1) -> None:
     files = sorted(root.glob("frames-*.zip"))
     if not files or (root / UNFINISHED).exists():
         raise PackError(f"{root}: holds {'an unfinished pack' if files else 'no shards frames-00000.zip ...'}")
-    with progress_bar("reindex", "B", sum(file.stat().st_size for file in files)) as bar:
+    with progress_bar("reindex", "iB", sum(file.stat().st_size for file in files)) as bar:
         listings: list[Listing] = run_tasks(_list_shard, {str(file): (file,) for file in files}, jobs, bar)
     packs = [(listing.comment["shards"], Settings(**listing.comment["settings"])) for listing in listings]
     (shards, settings), _ = Counter(packs).most_common(1)[0]  # what most say
@@ -77,7 +77,7 @@ def verify(root: Path, jobs: int = 1) -> None:
         PackError: the pack does not open, or a frame differs; up to 20 of them are logged.
     """
     pack = Pack(root)
-    with progress_bar("verify", "B", int(pack.frames["length"].sum(dtype=np.int64))) as bar:
+    with progress_bar("verify", "iB", int(pack.frames["length"].sum(dtype=np.int64))) as bar:
         tasks = {pack.shard(number): (root, number) for number in range(pack.num_shards)}
         found = run_tasks(_verify_shard, tasks, jobs, bar)
     problems = [problem for shard in found for problem in shard]

@@ -117,11 +117,11 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
 
 
 def progress_bar(what: str, unit: str, total: int, done: int = 0) -> Any:
-    """A bar on stderr with the time that is left."""
+    """A bar on stderr with the time that is left; `unit` iB shows KiB, MiB and so on."""
     from tqdm import tqdm
 
     return tqdm(
-        desc=what, total=total, initial=done, unit=unit, unit_scale=unit == "B", unit_divisor=1024, mininterval=0.5
+        desc=what, total=total, initial=done, unit=unit, unit_scale=unit == "iB", unit_divisor=1024, mininterval=0.5
     )
 
 

@@ -210,7 +210,7 @@ def _write_shards(frames: Path, out: Path, shards: Sequence[Shard], settings: Se
     if done:
         logger.info("%s: going on, %d of %d shards are done", out, len(done), len(shards))
     try:
-        with progress_bar("pack", "B", done_bytes + todo_bytes, done_bytes) as bar:
+        with progress_bar("pack", "iB", done_bytes + todo_bytes, done_bytes) as bar:
             tasks = {str(shard.file(out)): (frames, out, shard, settings) for shard in todo}
             run_tasks(_write_shard, tasks, jobs, bar)
     finally:
