@@ -156,6 +156,9 @@ def test_half_written_folders_and_changed_videos_are_not_trusted(videos, tmp_pat
     assert folder(videos, out) == 0
     before = state(out)
     (out / "frames/class 0/clip 0/000002.jpg").unlink()  # a folder that lost a file
+    (out / "frames/class 0/clip 2/000001.jpg").write_bytes(b"")  # a file that lost its content
+    changed = (videos / "class 1/clip 3.avi").stat().st_mtime_ns + 1
+    os.utime(videos / "class 1/clip 3.avi", ns=(changed, changed))  # another video of the same size
     write_avi(videos / "class 1/clip 1.avi", frames=9)  # a video that was downloaded again
     with (out / "frames.jsonl").open("a") as file:
         file.write('\n{"video": "class 0/cl')  # a line that the end of power cut off
@@ -163,7 +166,7 @@ def test_half_written_folders_and_changed_videos_are_not_trusted(videos, tmp_pat
     assert folder(videos, out) == 0
     after = state(out)
     again = {name for name in after if before.get(name) != after[name]}
-    assert {str(Path(name).parent) for name in again} == {"frames/class 0/clip 0", "frames/class 1/clip 1"}
+    assert {str(Path(name).parent) for name in again} == {f"frames/class {n % 2}/clip {n}" for n in range(4)}
     assert len(list((out / "frames/class 1/clip 1").iterdir())) == 9
     assert not (out / "partial").exists()
 
@@ -242,6 +245,15 @@ def test_second_run_at_the_same_time(videos, tmp_path, caplog):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert folder(videos, tmp_path / "out") == 1
     assert "another run is writing there" in caplog.text
+
+
+def test_out_and_the_videos_folder(videos, tmp_path, caplog):
+    assert folder(videos, videos) == 1
+    assert f"--out must not be the videos' folder {videos}" in caplog.text and not (videos / "prepare.json").exists()
+    videos.rename(tmp_path / "videos")
+    for _ in range(2):
+        assert folder(tmp_path / "videos", tmp_path) == 0
+    assert len((tmp_path / "train.txt").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])

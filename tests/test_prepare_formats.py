@@ -255,6 +255,39 @@ def test_annotations_in_an_archive(run, tmp_path):
     assert code == 0, said
 
 
+def test_everything_in_one_folder(run, tmp_path):
+    """Archives of both kinds, a note beside them, and a video that lies there too."""
+    downloads = tmp_path / "downloads"
+    write(downloads, {"README.txt": "from the owners"})
+    write(tmp_path / "raw" / "ucfTrainTestlist", UCF)
+    shutil.make_archive(str(downloads / "UCF101TrainTestSplits"), "zip", tmp_path / "raw")
+    for name in UCF_NAMES[:3]:
+        write_avi(tmp_path / "raw2" / "UCF-101" / f"{name}.avi")
+    shutil.make_archive(str(downloads / "UCF101"), "zip", tmp_path / "raw2")
+    write_avi(downloads / f"{UCF_NAMES[0]}.avi")
+    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"1 of 4 videos of UCF101 are missing below {out}/unpacked/videos" in said
+    write_avi(downloads / f"{UCF_NAMES[3]}.avi")
+    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"{UCF_NAMES[0]}.avi both could be {UCF_NAMES[0]}; keep one" in said
+    (downloads / f"{UCF_NAMES[0]}.avi").unlink()
+    for _ in range(2):
+        code, out, said = run("ucf101", downloads, downloads, "--videos-only")
+        assert code == 0, said
+        assert lists(out)[1] == f"UCF101/UCF-101/{UCF_NAMES[2]}.avi 0\nloose/{UCF_NAMES[3]}.avi 1\n"
+        assert not list((out / "unpacked" / "annotations").rglob("*.avi"))
+    assert (downloads / "UCF101.zip").exists()
+
+
+def test_archives_beside_class_folders_are_left_alone(tmp_path, caplog):
+    for name in ("a/1.avi", "a/2.avi", "b/3.avi", "b/4.avi"):
+        write_avi(tmp_path / "in" / name)
+    shutil.make_archive(str(tmp_path / "more"), "zip", tmp_path / "in")
+    shutil.move(tmp_path / "more.zip", tmp_path / "in" / "more.zip")
+    arguments = ["folder", "--videos", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert command.main(arguments) == 0 and "more.zip is left alone, videos lie beside it" in caplog.text
+
+
 def test_videos_in_an_archive(run, tmp_path):
     for name in UCF_NAMES:
         write_avi(tmp_path / "raw" / "UCF-101" / name.split("_")[1] / f"{name}.avi")

@@ -4,7 +4,7 @@ Each archive becomes a folder of its own, written beside under a hidden name and
 inside are unpacked likewise and then removed. A rerun goes on: finished archives are left alone, files already out of an
 interrupted zip or tar are not written again. Nothing is written outside the folder. rar needs one of EXTRACTORS.
 
-    root = unpacked(Path("downloads"), Path("out"), "videos", VIDEO_SUFFIXES)
+    unpack(find_archives(Path("downloads")), Path("out/unpacked/videos"))
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -71,34 +71,24 @@ class Archive:
         return str(self.files[0]) + (f" ... -{self.files[-1].name[-2:]}" if len(self.files) > 1 else "")
 
 
-def unpacked(source: Path, out: Path, name: str, suffixes: Collection[str]) -> Path:
-    """The folder with the files of `suffixes`: `source` where it holds one, else `out / name`, its archives unpacked.
+def unpack(archives: Sequence[Archive], target: Path, suffixes: Collection[str] | None = None) -> None:
+    """Unpacks archives, and those inside them, to folders in `target`, unless an earlier run did.
 
-    `source` may be an archive itself; what is below `out` does not count. Without an archive it is returned as it is.
+    Args:
+        suffixes: of the members that are wanted, in lower case; a rar is unpacked whole. None: all.
 
     Raises:
         PrepareError: an archive is broken, holds paths that lead out, there is no extractor for a rar, or no space.
-        OSError: `out` cannot be written.
+        OSError: `target` cannot be written.
     """
-    if source.is_dir() and any(
-        Path(file).suffix.lower() in suffixes for _, files in walk(source, out) for file in files
-    ):
-        return source
-    archives = find_archives(source, skip=out) if source.exists() else []
-    if not archives:
-        if source.is_file():
-            raise PrepareError(f"{source}: is neither a folder nor an archive of a known kind")
-        return source
-    target = out / name
     target.mkdir(parents=True, exist_ok=True)
     for number, archive in enumerate(archives, 1):
-        _unpack(archive, target, f"{number} of {len(archives)}")
+        _unpack(archive, target, suffixes, f"{number} of {len(archives)}")
     while inner := find_archives(target):
         for archive in inner:
-            _unpack(archive, target, "found inside")
+            _unpack(archive, target, suffixes, "found inside")
             for file in archive.files:
                 file.unlink()
-    return target
 
 
 def find_archives(source: Path, skip: Path | None = None) -> list[Archive]:
@@ -134,7 +124,7 @@ def _stem(name: str) -> str:
     return name
 
 
-def _unpack(archive: Archive, target: Path, which: str) -> None:
+def _unpack(archive: Archive, target: Path, suffixes: Collection[str] | None, which: str) -> None:
     """Unpacks one archive to `target / archive.name`, unless an earlier run did."""
     folder, done = target / archive.name, target / DONE
     record = f"{archive.size} {archive.name}"
@@ -146,8 +136,10 @@ def _unpack(archive: Archive, target: Path, which: str) -> None:
     logger.info("unpacking %s (%s)", archive, which)
     partial = _partial(archive, folder)
     try:
-        require_space(target, archive.unpacked_size(), f"unpacking {archive}")
-        if archive.files[0].name.lower().endswith(RAR):
+        rar = archive.files[0].name.lower().endswith(RAR)
+        if rar or suffixes is None:
+            require_space(target, archive.unpacked_size(), f"unpacking {archive}")
+        if rar:
             shutil.rmtree(partial, ignore_errors=True)  # an extractor may leave a half-written file
             partial.mkdir(parents=True)
             _run_extractor(archive, partial)
@@ -155,14 +147,14 @@ def _unpack(archive: Archive, target: Path, which: str) -> None:
             partial.mkdir(parents=True, exist_ok=True)
             members = _zip_members if archive.files[0].name.lower().endswith(ZIP) else _tar_members
             for name, size, content in members(archive):
-                _write(partial, name, size, content, archive)
+                if suffixes is None or Path(name).suffix.lower() in suffixes:
+                    _write(partial, name, size, content, archive)
     except (*BROKEN, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the archive's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PrepareError(
-            f"{archive}: is broken or incomplete ({reason}); download it again, what came out stays in {partial}"
-        ) from error
+        stays = f", what came out stays in {partial}" if any(path.is_file() for path in partial.rglob("*")) else ""
+        raise PrepareError(f"{archive}: is broken or incomplete ({reason}); download it again{stays}") from error
     with done.open("a", encoding="utf-8") as file:
         file.write(f"{record}\n")
     os.replace(partial, folder)
@@ -231,8 +223,8 @@ def _run_extractor(archive: Archive, folder: Path) -> None:
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if result.returncode == 0 and any(folder.iterdir()):
             return
-        lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
     raise PrepareError(
-        f"{archive}: {name} cannot unpack it ({lines[-1] if lines else f'exit code {result.returncode}'}); download it "
+        f"{archive}: {name} cannot unpack it ({lines[0] if lines else f'exit code {result.returncode}'}); download it "
         f"again, or install another of {PACKAGES}"
     )

@@ -45,6 +45,20 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What tells whether a video is still the one that was extracted."""
+
+    bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, video: Path) -> Source:
+        """Raises OSError."""
+        status = video.stat()
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Job:
     """One video to extract, and how."""
 
@@ -94,6 +108,7 @@ def extract(job: Job) -> Outcome:
     partial.chmod(0o755)
     declared = frames = size = 0
     try:
+        source = Source.of(job.source)  # before decoding: a video that changes meanwhile is done again
         video = open_video(str(job.source), job.decoder)
         declared = declared_frames(job.source, video)
         for frames, frame in enumerate(video.frames(), 1):
@@ -105,7 +120,7 @@ def extract(job: Job) -> Outcome:
             return outcome
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(job.folder, ignore_errors=True)  # of a video that has changed since
-        append_record(job.records, job.video, job.source.stat().st_size, outcome)
+        append_record(job.records, job.video, source, outcome)
         os.replace(partial, job.folder)  # last: a folder in place is whole, and there is a record of it
         return outcome
     except DecodeError as error:
@@ -146,13 +161,14 @@ def sample(job: Job) -> Sample | None:
     return Sample(video.declared_frames, sum(sizes) / len(sizes)) if sizes else None
 
 
-def append_record(records: Path, video: str, source_bytes: int, outcome: Outcome) -> None:
+def append_record(records: Path, video: str, source: Source, outcome: Outcome) -> None:
     """Notes a finished video in one write, which the system appends as a whole even where several processes write.
 
     The line break comes first, so that a record that a full disk cut off spoils no other.
     """
-    record = {"video": video, "source_bytes": source_bytes, "declared": outcome.declared}
-    data = ("\n" + json.dumps({**record, "frames": outcome.frames, "bytes": outcome.bytes})).encode()
+    record = {"video": video, "source_bytes": source.bytes, "source_mtime_ns": source.mtime_ns}
+    record |= {"declared": outcome.declared, "frames": outcome.frames, "bytes": outcome.bytes}
+    data = ("\n" + json.dumps(record)).encode()
     handle = os.open(records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if os.write(handle, data) < len(data):

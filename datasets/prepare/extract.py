@@ -1,10 +1,11 @@
 """All videos of a plan: extracted, opened or counted in parallel, going on where an earlier run stopped.
 
     OUT/frames/<video without suffix>/000001.jpg ...   in place only when whole
-    OUT/frames.jsonl                                   a line a finished video: source size, frames declared and written
+    OUT/frames.jsonl                                   a line a finished video: its source, frames declared and written
     OUT/partial/                                       unfinished work, removed at the next start
 
-A finished video is one with a folder, a line, and as many JPEGs as the line says, whose source has kept its size.
+A finished video is one with a folder, a line, and the JPEGs and bytes that the line says, whose source has kept its size and
+time of change.
 Does not live here: what happens to one video (decode.py), and the processes (workers.py).
 """
 
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from datasets.decoders import Decoder
-from datasets.prepare.decode import Job, Outcome, count_frames, extract, probe, sample
+from datasets.prepare.decode import Job, Outcome, Source, count_frames, extract, probe, sample
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.space import require_space
 from datasets.workers import Workers, progress
@@ -69,9 +70,9 @@ class FrameStore:
                         "them, or use --videos-only"
                     )
 
-    def read_records(self) -> dict[str, tuple[int, Outcome]]:
-        """Video -> (bytes of its source, outcome), the last line of each; a line that was cut off is passed over."""
-        records: dict[str, tuple[int, Outcome]] = {}
+    def read_records(self) -> dict[str, tuple[Source, Outcome]]:
+        """Video -> (its source then, outcome), the last line of each; a line that was cut off is passed over."""
+        records: dict[str, tuple[Source, Outcome]] = {}
         file = self.out / "frames.jsonl"
         for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
             if not line:
@@ -79,7 +80,7 @@ class FrameStore:
             try:
                 row = json.loads(line)
                 outcome = Outcome(row["declared"], row["frames"], row["bytes"])
-                records[row["video"]] = row["source_bytes"], outcome
+                records[row["video"]] = Source(row["source_bytes"], row["source_mtime_ns"]), outcome
             except (ValueError, KeyError, TypeError):
                 logger.warning("%s: passes over a damaged line", file)
         return records
@@ -98,8 +99,8 @@ def extract_all(store: FrameStore, videos: Path, paths: Sequence[str], jobs: int
     pending = []
     for path in paths:
         job = store.job(videos, path)
-        source_bytes, outcome = records.get(path, (None, None))
-        if outcome and source_bytes == job.source.stat().st_size and _holds(job.folder, outcome.frames):
+        source, outcome = records.get(path, (None, None))
+        if outcome and source == Source.of(job.source) and _holds(job.folder, outcome):
             outcomes[path] = outcome
         else:
             pending.append(job)
@@ -124,9 +125,12 @@ def look_at_all(videos: Path, paths: Sequence[str], decoder: Decoder | None, job
         return {files[file]: outcome or CRASH for file, outcome in results}
 
 
-def _holds(folder: Path, frames: int) -> bool:
-    """Whether the folder has just so many JPEGs."""
-    return folder.is_dir() and sum(entry.name.endswith(".jpg") for entry in os.scandir(folder)) == frames
+def _holds(folder: Path, outcome: Outcome) -> bool:
+    """Whether the folder has just so many JPEGs of just so many bytes."""
+    if not folder.is_dir():
+        return False
+    sizes = [entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".jpg")]
+    return (len(sizes), sum(sizes)) == (outcome.frames, outcome.bytes)
 
 
 def _require_space(store: FrameStore, workers: Workers, pending: Sequence[Job]) -> None:

@@ -20,20 +20,27 @@ from datasets.prepare.walk import walk
 SHOWN = 6  # names of what is there instead, in a message
 
 
+class AbsentError(PrepareError):
+    """An annotation file that is not there; it may be in an archive."""
+
+
 class Owners:
-    """The files below a folder, by name; hidden ones are passed over.
+    """The files below folders, by name; hidden ones are passed over.
+
+    Args:
+        root: the folder that was given, for messages.
+        more: a folder with what was unpacked, which counts only for names that `root` does not have.
 
     Raises PrepareError where `root` is not a folder.
     """
 
-    def __init__(self, root: Path, title: str):
-        if not root.is_dir():
+    def __init__(self, root: Path, title: str, more: Path | None = None):
+        if not root.is_dir() and more is None:
             raise PrepareError(f"--annotations {root}: is not a folder")
         self.root, self.title = root, title
-        self._files: dict[str, list[Path]] = defaultdict(list)
-        for folder, names in walk(root):
-            for name in names:
-                self._files[name].append(folder / name)
+        self._files = _by_name(root, skip=more)
+        if more is not None:
+            self._files = {**_by_name(more), **self._files}
 
     def find(self, *names: str) -> Path | None:
         """The file of one of these names; None where there is none. Raises PrepareError where there are several."""
@@ -48,7 +55,7 @@ class Owners:
         if path is None:
             there = sorted(self._files)
             shown = ", ".join(there[:SHOWN]) + (" ..." if len(there) > SHOWN else "") if there else "nothing"
-            raise PrepareError(
+            raise AbsentError(
                 f"--annotations {self.root}: {self.title} needs {' or '.join(names[:2])}; there is {shown}"
             )
         return path
@@ -72,10 +79,18 @@ class Owners:
         """`need`, which in its message says how to go on with the splits whose files are there."""
         try:
             return self.need(*names[split])
-        except PrepareError as error:
+        except AbsentError as error:
             others = [other for other in names if other != split and any(self._files.get(n) for n in names[other])]
             hint = f" (--splits {','.join(others)} prepares only what is there)" if others else ""
-            raise PrepareError(f"{error}{hint}") from None
+            raise AbsentError(f"{error}{hint}") from None
+
+
+def _by_name(root: Path, skip: Path | None = None) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = defaultdict(list)
+    for folder, names in walk(root, skip) if root.is_dir() else ():
+        for name in names:
+            files[name].append(folder / name)
+    return dict(files)
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
