@@ -204,6 +204,19 @@ def test_rar_of_rars_by_an_extractor(tmp_path, monkeypatch):
         run(path.parent, tmp_path / "out2")
 
 
+def test_the_reason_is_the_extractors_first_complaint(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(archives, "EXTRACTORS", {"bsdtar": archives.EXTRACTORS["bsdtar"]})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "bsdtar").write_text(
+        "#!/bin/sh\necho x a.avi\necho 'Truncated RAR' >&2\necho 'Error exit' >&2\nexit 1\n"
+    )
+    (tmp_path / "bin" / "bsdtar").chmod(0o755)
+    path = write_rar(tmp_path / "in" / "u.rar", FILES)
+    with pytest.raises(PrepareError, match=r"bsdtar cannot unpack it \(Truncated RAR\)"):
+        run(path, tmp_path / "out")
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("unrar", "unar", "bsdtar"))), reason="no extractor for rar is installed")
 def test_rar_by_a_real_extractor(tmp_path):
     path = write_rar(tmp_path / "in" / "u.rar", FILES)

@@ -313,6 +313,33 @@ def test_frames_that_are_not_to_be_shown_are_no_loss(tmp_path, decoder):
     assert (outcome.declared, outcome.frames, outcome.error) == (28, 28, None)
 
 
+@pytest.mark.parametrize("decoder", ["decord", "pyav"])
+def test_videos_narrower_than_64_pixels(tmp_path, decoder):
+    if decoder == "pyav":
+        pytest.importorskip("av")
+    for number in range(4):
+        write_avi(tmp_path / "in" / "ab"[number % 2] / f"{number}.avi", size=(50, 40), seed=number)
+    out = tmp_path / "out"
+    assert folder(tmp_path / "in", out, "--short-side", "0", "--decoder", decoder) == 0
+    for frame in out.glob("frames/*/*/*.jpg"):
+        pixels = np.asarray(Image.open(frame), int)  # (H, W, 3)
+        assert pixels.shape == (40, 50, 3)
+        np.testing.assert_allclose(pixels, int(frame.parent.name) + 20 * (int(frame.stem) - 1), atol=3)
+    assert len(state(out)) == 16
+
+
+@pytest.mark.parametrize("mode", ["--frames", "--videos-only"])
+def test_transport_streams(videos, tmp_path, mode):
+    """decord misses their first frames, so it is not trusted with them; PyAV reads them."""
+    make = pytest.importorskip("tests.test_decoders").make
+    make(videos / "class 0" / "stream.ts", **{"x264-params": "bframes=2:keyint=15"})
+    out = tmp_path / "out"
+    assert folder(videos, out, mode) == 1
+    assert re.search(r"class 0/stream\.ts: only \d+ of 40 frames can be decoded\n", (out / "report.txt").read_text())
+    assert folder(videos, tmp_path / "out2", mode, "--decoder", "pyav") == 0
+    assert "stream" in "".join((tmp_path / "out2" / f"{side}.txt").read_text() for side in ("train", "val"))
+
+
 def full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
