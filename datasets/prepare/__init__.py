@@ -9,7 +9,7 @@ formats/       owners' annotations -> plan.py's Plan, one file a dataset; owners
 archives.py    unpacks what was downloaded (pieces.py: files cut in pieces)
 catalogue.py   which videos are there, and which are the plan's (walk.py: the way through a folder)
 extract.py     frames of all videos; decode.py of one (declared.py: how many it should have); space.py room on the disk
-report.py, lists.py, snippet.py, workplace.py    what is left in the output folder
+report.py, lists.py, snippet.py, workplace.py    what is left in the output folder; unpacked/ there is archives.py's
 
 Does not live here: reading lists or frames for training (datasets/annotation.py, datasets/readers.py). Nothing outside
 this room imports from it; what crosses its door are files: list rows `path num_frames label` for frame folders or

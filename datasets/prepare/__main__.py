@@ -27,12 +27,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m datasets.prepare",
         description="From a dataset's downloads to frames or videos, lists, labels and a piece of configuration.",
-        epilog="Interrupted runs go on where they stopped: give the same command again. Videos of which more than "
-        f"{LARGEST_LOSS * 100:.0f} %% of the declared frames do not decode count as unreadable.",
+        epilog="Interrupted runs go on where they stopped: give the same command again.",
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--videos", type=Path, required=True, help="folder of the videos or of the archives with them")
-    common.add_argument("--annotations", type=Path, help="folder of the owners' annotation files")
+    common.add_argument("--annotations", type=Path, help="folder of the owners' annotation files or of archives")
     common.add_argument("--out", type=Path, required=True, help="folder to write to")
     kind = common.add_mutually_exclusive_group()
     kind.add_argument("--frames", dest="frames", action="store_true", default=True, help="extract JPEGs (default)")
@@ -41,7 +40,12 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (90)")
     common.add_argument("--decoder", choices=DECODERS, default="decord", help="of the videos (decord)")
     common.add_argument("--jobs", type=int, default=cores(), help="processes (all cores that this one may use)")
-    common.add_argument("--allow-missing", action="store_true", help="leave missing and unreadable videos out")
+    lost = f"unreadable is also a video of which more than {LARGEST_LOSS:.0%} of the frames do not decode"
+    common.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help=f"leave missing and unreadable videos out; {lost}".replace("%", "%%"),
+    )
     datasets = parser.add_subparsers(dest="dataset", required=True)
     for name, form in FORMATS.items():
         dataset = datasets.add_parser(name, parents=[common], help=form.title)
