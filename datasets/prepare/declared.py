@@ -18,7 +18,7 @@ VP8_SHOWN = 0x10  # of the first byte of a VP8 packet; others are references tha
 
 
 def declared_frames(source: Path, video: VideoFile) -> int:
-    """The larger of the packets' count and the header's, without frames that are not to be shown; 0: nothing is said."""
+    """The larger of the packets' count and the header's, without frames not to be shown; 0: nothing is said."""
     try:
         import av
     except ImportError:

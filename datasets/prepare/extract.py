@@ -4,8 +4,8 @@
     OUT/frames.jsonl                                   a line a finished video: its source, frames declared and written
     OUT/partial/                                       unfinished work, removed at the next start
 
-A finished video is one with a folder, a line, and the JPEGs and bytes that the line says, whose source has kept its size and
-time of change.
+A finished video is one with a folder, a line, and the JPEGs and bytes that the line says, whose source has kept its size
+and time of change.
 Does not live here: what happens to one video (decode.py), and the processes (workers.py).
 """
 
