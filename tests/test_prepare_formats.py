@@ -265,6 +265,10 @@ def test_everything_in_one_folder(run, tmp_path):
         write_avi(tmp_path / "raw2" / "UCF-101" / f"{name}.avi")
     shutil.make_archive(str(downloads / "UCF101"), "zip", tmp_path / "raw2")
     write_avi(downloads / f"{UCF_NAMES[0]}.avi")
+    shutil.move(downloads / "UCF101.zip", tmp_path)
+    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"3 of 4 videos of UCF101 are missing below {downloads}," in said
+    shutil.move(tmp_path / "UCF101.zip", downloads)
     code, out, said = run("ucf101", downloads, downloads, "--videos-only")
     assert code == 1 and f"1 of 4 videos of UCF101 are missing below {out}/unpacked/videos" in said
     write_avi(downloads / f"{UCF_NAMES[3]}.avi")

@@ -5,6 +5,7 @@
 
 __main__.py    the command line
 run.py         the order of the steps: below, from left to right
+survey.py      which annotations and archives are needed; options.py what is asked for
 formats/       owners' annotations -> plan.py's Plan, one file a dataset; owners.py finds and reads the files
 archives.py    unpacks what was downloaded (pieces.py: files cut in pieces)
 catalogue.py   which videos are there, and which are the plan's (walk.py: the way through a folder)

@@ -16,7 +16,8 @@ from datasets.prepare.decode import LARGEST_LOSS
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping, parse_groups
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.run import DECODERS, Options, prepare
+from datasets.prepare.options import DECODERS, Options
+from datasets.prepare.run import prepare
 from datasets.prepare.space import explain
 
 logger = logging.getLogger("td4v")
