@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, Sampler
 
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
+from datasets.decoders import DecoderMissing, require
 from datasets.loader import VideoLoader
 from datasets.pack.format import is_pack
-from datasets.readers import FrameFolderReader, PackReader, Reader, VideoReader
+from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, VideoReader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.traits import traits_of
 from datasets.transforms import EvalTransform, TrainTransform
@@ -141,9 +142,13 @@ def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSo
 
 
 def _reader(data: DataConfig, root: str) -> Reader:
-    if data.modality == "video":
-        return VideoReader(data.decoder)
-    return PackReader(root) if is_pack(root) else FrameFolderReader(data.image_tmpl)
+    try:
+        if data.modality == "video":
+            require(data.decoder)
+            return VideoReader(data.decoder)
+        return PackReader(root) if is_pack(root) else FrameFolderReader(data.image_tmpl)
+    except (DecoderMissing, ReadError) as error:  # the latter for a pack that is not whole
+        raise ConfigError(str(error)) from None
 
 
 def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:

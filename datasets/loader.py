@@ -29,6 +29,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 PREFETCH = 2  # batches that each worker works ahead
 SPARE = 2  # buffers beyond those of batches on their way: the batch in use, and the one that has just arrived
 SHARED_MEMORY = Path("/dev/shm")
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ class Ring:
     def __init__(self, buffers: int, size: int):
         needed = buffers * size
         if SHARED_MEMORY.is_dir() and (there := shutil.disk_usage(SHARED_MEMORY).free) < needed:
-            raise ValueError(
-                f"the loader's workers need {needed >> 20} MiB of shared memory, {SHARED_MEMORY} has {there >> 20}: "
-                "lower data.workers or data.batch_size, or enlarge it (docker: --shm-size)"
-            )
-        self.memory = torch.empty(buffers, size, dtype=torch.uint8).share_memory_()
+            raise ValueError(_too_little(needed, there))
+        try:
+            self.memory = torch.empty(buffers, size, dtype=torch.uint8).share_memory_()
+        except RuntimeError:  # another process was quicker
+            raise ValueError(_too_little(needed, shutil.disk_usage(SHARED_MEMORY).free)) from None
         self.free = deque(range(buffers))  # lives in the main process; threads may append to it
 
     def put(self, claim: Claim, videos: Sequence[torch.Tensor], join: Callable[..., torch.Tensor]) -> Parcel:
@@ -87,6 +88,13 @@ class Ring:
     def _tensor(parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
         size = math.prod(parcel.shape) * parcel.dtype.itemsize
         return buffer[:size].view(parcel.dtype).view(parcel.shape)
+
+
+def _too_little(needed: int, there: int) -> str:
+    return (
+        f"the loader's workers need {-(-needed // MIB)} MiB of shared memory, {SHARED_MEMORY} has {there // MIB}: "
+        "lower data.workers or data.batch_size, or enlarge it (docker: --shm-size)"
+    )
 
 
 class _Claims(BatchSampler):
@@ -163,22 +171,46 @@ class VideoLoader(DataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.ring is None:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                yield self._finished(batch)
             return
         claimed = self.batch_sampler.claimed
         abandoned = tuple(claimed)
         claimed.clear()
-        batches = super().__iter__()  # which waits until the workers have done what they were asked for before
-        self.ring.free.extend(abandoned)
-        for batch in batches:
-            claim, video = batch.pop("claim"), batch["video"]
-            if claim is not None:
-                claimed.discard(claim.buffer)
-            if isinstance(video, Parcel):
-                batch["video"] = video = self.ring.open(video).movedim(-1, -3)
-            elif claim is not None:
-                self.ring.free.append(claim.buffer)
-            if self.pin and video is not None:
-                batch["video"] = video.pin_memory()
-            del video
-            yield batch
+        try:
+            batches = super().__iter__()  # which waits until workers have done what they were asked for before
+            self.ring.free.extend(abandoned)
+            while (batch := next(batches, None)) is not None:
+                yield self._arrived(batch)
+        except RuntimeError as error:
+            if (sentence := _reason(str(error))) is None:
+                raise
+            raise ChildProcessError(sentence) from error
+
+    def _arrived(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Unpack what a worker sent."""
+        claim, video = batch["claim"], batch["video"]
+        if claim is not None:
+            self.batch_sampler.claimed.discard(claim.buffer)
+        if isinstance(video, Parcel):
+            batch["video"] = self.ring.open(video).movedim(-1, -3)
+        elif claim is not None:
+            self.ring.free.append(claim.buffer)
+        batch |= {key: torch.from_numpy(batch[key]) for key in ("label", "index")}
+        return self._finished(batch)
+
+    def _finished(self, batch: dict[str, Any]) -> dict[str, Any]:
+        del batch["claim"]
+        if self.pin and batch["video"] is not None:
+            batch["video"] = batch["video"].pin_memory()
+        return batch
+
+
+def _reason(text: str) -> str | None:
+    """One sentence where torch says that a worker was killed or found no shared memory; None for errors of ours."""
+    advice = "lower data.workers or data.batch_size"
+    if "exited unexpectedly" in text or "killed by signal" in text:
+        return f"a worker of the loader was killed; if it was for want of memory, {advice} ({text.splitlines()[0]})"
+    if "shared memory" in text or "unable to write to file" in text:
+        return f"a worker of the loader found no shared memory in {SHARED_MEMORY}: {advice} (docker: --shm-size)"
+    return None

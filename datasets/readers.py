@@ -2,7 +2,7 @@
 
 Lives here: one reader for each kind of storage behind one small protocol,
 `Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(box) -> pixels`.
-Frames know their size before they are decoded, so that a crop can be drawn first and little more than it is decoded.
+Frames know their size before they are decoded, so that a crop can be drawn first and no more than it is kept.
 Does not live here: which frames are wanted (sampling.py), what happens to them (transforms.py), how a JPEG or a video
 is decoded (jpeg.py, decoders/) and how packs are made (pack.py).
 
@@ -15,6 +15,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -202,11 +203,10 @@ class _Jpeg:
 
     def decode(self, box: Box, fast: bool) -> np.ndarray:
         try:
-            if self.factor > 1:
-                return jpeg.decode_reduced(self.data, self.factor)[box.top : box.bottom, box.left : box.right]
-            return jpeg.decode(self.data, box.top, box.bottom, fast)[:, box.left : box.right]
+            pixels = jpeg.decode_reduced(self.data, self.factor) if self.factor > 1 else jpeg.decode(self.data, fast)
         except jpeg.JpegError as error:
             raise _not_readable(self.name, error) from error
+        return pixels[box.top : box.bottom, box.left : box.right]
 
     def reduced(self, least_height: int, least_width: int) -> _Jpeg:
         factor = jpeg.reduction(self.height, self.width, least_height, least_width)
@@ -229,12 +229,13 @@ class _Pixels:
 
 def _image(name: str, data: bytes) -> _Jpeg | _Pixels:
     """JPEGs wait to be decoded; whatever else Pillow reads is decoded at once. Raises ReadError."""
-    try:
-        if jpeg.is_jpeg(data):
+    if jpeg.is_jpeg(data):
+        with suppress(jpeg.JpegError):  # an unusual one, which Pillow may know, or a damaged one
             return _Jpeg(name, data)
+    try:
         with Image.open(io.BytesIO(data)) as image:
             return _Pixels(name, np.asarray(image.convert("RGB")))
-    except (jpeg.JpegError, OSError, SyntaxError, ValueError) as error:  # the last three from Pillow
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged images
         raise _not_readable(name, error) from error
 
 

@@ -175,12 +175,13 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
 
     Args:
         items: those of a dataset; before them maybe a claim on a buffer.
-        ring: where the buffer is.
+        ring: where the buffer is; None in the process that uses the batch.
     Returns:
         video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
             pixels as uint8, or float32 where the transform normalised them. None where no video of the batch could be
             read: evaluation passes over such a batch, training ends. With a claim, a Parcel: (..., S, S, 3) in memory.
-        label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list.
+        label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list. With a
+            ring, arrays of NumPy.
         skipped: one sentence for each video that was left out.
         error: None, or the sentence that must end the run; its reader raises it.
         claim: the claim, or None.
@@ -200,7 +201,14 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
         join = torch.cat if good[0]["label"].ndim else torch.stack
         batch |= {key: join([item[key] for item in good]) for key in ("label", "index")}
         videos = [item["video"].movedim(-3, -1) for item in good]  # (..., S, S, 3), as they lie in memory
-        batch["video"] = ring.put(claim, videos, join) if claim and ring else _colours_third(join(videos))
+        if claim is not None and ring is not None:
+            batch["video"] = ring.put(claim, videos, join)
+        else:
+            batch["video"] = _colours_third(join(videos))
+            if ring is not None:
+                batch["video"].share_memory_()  # here, where a lack of it is an error that the main process hears of
+    if ring is not None:  # small arrays travel as they are, tensors by a file each
+        batch |= {key: batch[key].numpy() for key in ("label", "index")}
     return batch
 
 

@@ -26,7 +26,7 @@ class Normalizer:
         """(..., C, H, W) uint8 or float32 -> float32 on the device, contiguous."""
         video = video.to(device, non_blocking=True)
         if video.dtype != torch.uint8:
-            return video
+            return video.contiguous()
         mean, std = self.mean.to(device, non_blocking=True), self.std.to(device, non_blocking=True)
         video = video.to(torch.float32, memory_format=torch.contiguous_format)
         return video.div_(255).sub_(mean).div_(std)

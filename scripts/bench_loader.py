@@ -2,14 +2,14 @@
 
     python -m scripts.bench_loader CONFIG [CONFIG ...] [--clips 160] [--repeats 5] [--core 0] [--out DIR]
 
-A CONFIG is a configuration or the config_snippet.yaml of datasets.prepare; of it the training list is read, at 224
-pixels out of 256. The usual recipe (scripts/bench_reference.py) and the loaders here read the same frames of the same
+A CONFIG is a configuration or the config_snippet.yaml of datasets.prepare, of frame folders or of videos; its training
+list is read, 8 frames a clip, at 224 pixels out of 256. The usual recipe (scripts/bench_reference.py) and the loaders here read the same frames of the same
 videos, in turn, on the same core, with one thread, and each is measured in two ways:
 
     loader   a DataLoader with one worker, batches of 8: what training waits for
     item     one clip in this process, without the way from the worker: what a core works
 
-Ratios are of one repeat each; median, lowest and highest are given. Also: where the time of an item goes, how far it is
+Ours end as uint8 pixels, the recipe normalises in the worker. Ratios are of one repeat each; median, lowest and highest are given. Also: where the time of an item goes, how far it is
 from decoding alone, and how far its pixels are from the recipe's for the same random draw.
 
 Lives here: the measurement, the table and the picture. Does not live here: the recipe, and the loaders (datasets/).
@@ -41,15 +41,16 @@ from datasets.annotation import AnnotationError
 from datasets.build import train_loader
 from datasets.jpeg import decode as decode_jpeg
 from datasets.loader import PREFETCH, VideoLoader
+from datasets.pack.format import is_pack
 from datasets.seeding import seeded
-from datasets.video_dataset import TrainDataset, collate
+from datasets.video_dataset import BadVideo, TrainDataset, collate
 from engine.distributed import Process
 from engine.log import run_meta, setup_logging
 from scripts.bench_reference import Reference, Stages
 
 BATCH = 8
 SEED = 0
-INPUT_SIZE, SCALE_SIZE = 224, 256
+SEGMENTS, INPUT_SIZE, SCALE_SIZE = 8, 224, 256
 WAYS = ("loader", "item")
 PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "opencv-python-headless", "decord", "av", "numpy", "timm")
 
@@ -74,7 +75,8 @@ class Result:
         times: way -> "recipe" or "ours" -> milliseconds a clip of each repeat.
         stages: "recipe" or "ours" -> part -> milliseconds a clip.
         decoding: milliseconds a clip that decoding its frames alone takes with our decoder, files in memory.
-        pixels: how far ours are from the recipe's for the same draw, in 255ths.
+        pixels: how far ours are from the same draw carried out by PIL, in 255ths; None where the recipe augments the
+            crop, which ours never do.
     """
 
     case: str
@@ -82,7 +84,7 @@ class Result:
     times: dict[str, dict[str, list[float]]]
     stages: dict[str, dict[str, float]]
     decoding: float
-    pixels: dict[str, float]
+    pixels: dict[str, float] | None
 
     def ratio(self, way: str) -> tuple[float, float, float]:
         """Median, lowest and highest of recipe / ours."""
@@ -97,11 +99,14 @@ def cases_of(path: str) -> Iterator[Case]:
     data = replace(
         data, batch_size=BATCH, workers=1, num_sample=1, input_size=INPUT_SIZE, scale_size=SCALE_SIZE, gray_prob=0.0,
         flip=True, flip_pairs=None, rand_aug=False, rand_erase=False, style="kinetics", shot=None, dense=False,
+        num_segments=SEGMENTS, crop_scale=(0.08, 1.0), random_shift=True,
     )  # fmt: skip
     if data.modality == "video":
         for decoder in ("pyav", "decord"):
             yield Case(f"video files by {decoder}", replace(data, decoder=decoder))
         return
+    if is_pack(data.train_root or ""):
+        raise ConfigError(f"{path}: data.train_root is a pack, which the recipe does not read")
     yield Case("frames", data)
     yield Case("frames, RandAugment", replace(data, rand_aug=True))
     yield Case("frames, RandAugment before the crop", replace(data, rand_aug=True), augments_whole=True)
@@ -119,6 +124,8 @@ def measure(case: Case, clips: int, repeats: int) -> Result:
         ),
         "ours": VideoLoader(dataset, order, BATCH, size, collate, workers=1),
     }
+    if isinstance(bad := dataset[order[0]], BadVideo):
+        raise ValueError(bad.message)
     items = {"recipe": reference.__getitem__, "ours": dataset.__getitem__}
     times: dict[str, dict[str, list[float]]] = {way: {who: [] for who in loaders} for way in WAYS}
     for repeat in tqdm(range(repeats + 1), desc=case.name, disable=None):
@@ -130,9 +137,9 @@ def measure(case: Case, clips: int, repeats: int) -> Result:
     for key in order:
         reference.read(key, timing)
     stages = {"recipe": timing.milliseconds(clips), "ours": _our_stages(dataset, order)}
-    return Result(
-        case.name, clips, times, stages, _decoding(dataset, order), _pixels(dataset, reference, order[: 4 * BATCH])
-    )
+    comparable = case.augments_whole or not case.data.rand_aug
+    pixels = _pixels(dataset, reference, order[: 4 * BATCH]) if comparable else None
+    return Result(case.name, clips, times, stages, _decoding(dataset, order), pixels)
 
 
 def _pass(loader: DataLoader) -> float:
@@ -197,7 +204,10 @@ def _pixels(dataset: TrainDataset, reference: Reference, order: Sequence[Key]) -
     """How far our pixels are from PIL's for the same draw."""
     differences = []
     for key in order:
-        ours = dataset[key]["video"][0].permute(0, 2, 3, 1).numpy().astype(int)  # (T, 224, 224, 3)
+        item = dataset[key]
+        if isinstance(item, BadVideo):
+            raise ValueError(item.message)
+        ours = item["video"][0].permute(0, 2, 3, 1).numpy().astype(int)  # (T, 224, 224, 3)
         differences.append(np.abs(ours - reference.with_our_draw(key)))
     found = np.stack(differences)
     return {"mean": float(found.mean()), "99 %": float(np.percentile(found, 99)), "highest": float(found.max())}
@@ -215,7 +225,7 @@ def table(results: Sequence[Result]) -> str:
         times = [
             ", ".join(f"{statistics.median(result.times[way][who]):.2f}" for who in ("recipe", "ours")) for way in WAYS
         ]
-        pixels = "{mean:.2f}, {99 %:.0f}, {highest:.0f}".format(**result.pixels)
+        pixels = "{mean:.2f}, {99 %:.0f}, {highest:.0f}".format(**result.pixels) if result.pixels else ""
         lines.append(f"| {' | '.join([result.case, *ratios, *times, f'{result.decoding:.2f}', pixels])} |")
     return "\n".join(lines) + "\n"
 

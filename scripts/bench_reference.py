@@ -79,7 +79,7 @@ class Reference(Dataset):
         with stage("resize"):
             width, height = images[0].size
             scale = self.data.scale_size / min(width, height)
-            size = (round(width * scale), round(height * scale))
+            size = (int(width * scale), int(height * scale))
             images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
         with stage("crop"):
             left, top, width, height = self.random_crop(*size)
@@ -152,11 +152,11 @@ class Reference(Dataset):
             draw: Draw = self.dataset.transform.draw(height, width)
         crop: Box = draw.boxes[-1]
         scale = self.data.scale_size / min(width, height)
-        size = (round(width * scale), round(height * scale))
-        box = (crop.left * scale, crop.top * scale, crop.right * scale, crop.bottom * scale)
+        size = (int(width * scale), int(height * scale))
+        box = tuple(round(edge * scale) for edge in (crop.left, crop.top, crop.right, crop.bottom))
         side = (self.data.input_size,) * 2
-        images = [image.resize(size, Image.Resampling.BICUBIC) for image in images]
-        images = [image.resize(side, Image.Resampling.BILINEAR, box=box) for image in images]
+        images = [image.resize(size, Image.Resampling.BICUBIC).crop(box) for image in images]
+        images = [image.resize(side, Image.Resampling.BILINEAR) for image in images]
         if draw.flip:
             images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
         return np.stack([np.asarray(image) for image in images])

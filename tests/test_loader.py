@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import time
 from collections import namedtuple
 
@@ -141,6 +142,43 @@ def test_too_little_shared_memory(monkeypatch):
         Ring(3, 1 << 20)
 
 
+class Fatal(Numbers):
+    """One item kills its worker, another fails in it."""
+
+    def __init__(self, kill):
+        super().__init__()
+        self.kill = kill
+
+    def __getitem__(self, key):
+        if key[1] == 9:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("of ours")
+        return super().__getitem__(key)
+
+
+def test_a_worker_that_is_killed_is_one_sentence():
+    with pytest.raises(OSError, match=r"worker of the loader was killed; .* lower data\.workers") as caught:
+        list(make(1, Fatal(kill=True)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_ours_in_a_worker_stays_what_it_is():
+    with pytest.raises(ZeroDivisionError, match="of ours"):
+        list(make(1, Fatal(kill=False)))
+
+
+def test_no_shared_memory_for_a_batch_without_a_buffer(monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    loader = make(1)
+    loader.ring.free.clear()
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forks of this process
+    with pytest.raises(OSError, match=r"found no shared memory in /dev/shm: lower data\.workers"):
+        list(loader)
+
+
 class Thread:
     """Like an opened video of decord: its end waits for a thread of the process that made it."""
 
@@ -153,13 +191,20 @@ class Thread:
 
 
 def test_workers_do_not_collect_what_they_inherit():
+    def give_up(*_):
+        raise TimeoutError("the worker waits for a thread that it does not have")
+
     gc.collect()
     gc.disable()
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
     try:
         Thread()
         loader = make(1, Collecting())
         assert len(list(loader)) == 5
     finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
         gc.enable()
 
 

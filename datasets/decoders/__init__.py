@@ -4,7 +4,7 @@ Lives here: the choice of a library and what is refused before any library looks
 Does not live here: the interface itself (base.py), what each library does (decord_file.py, pyav_file.py), which frames
 are wanted (sampling.py), what a list promises about a file (readers.py).
 
-Every library gives the same frames for the same indices: frame k is the k-th, in the order of presentation, that
+Of files that are whole, every library gives the same frames for the same indices: frame k is the k-th, in the order of presentation, that
 decodes when the file is decoded from its beginning. Pixels differ by the libraries' colour conversion alone.
 torchcodec 0.17 is no choice: it needs FFmpeg's shared libraries on the system, and trusts the time stamps of every
 file: on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frames. It is no faster than PyAV here.
@@ -12,6 +12,7 @@ file: on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frame
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 
@@ -19,9 +20,19 @@ from datasets.decoders.base import DecodeError, Decoder, DecoderMissing, VideoFi
 from datasets.decoders.decord_file import DecordFile
 from datasets.decoders.pyav_file import PyAVFile
 
-__all__ = ["DecodeError", "Decoder", "DecoderMissing", "VideoFile", "open_video"]
+__all__ = ["DecodeError", "Decoder", "DecoderMissing", "VideoFile", "open_video", "require"]
 
+PACKAGES = {"decord": "decord", "pyav": "av"}
 OPENERS: dict[str, Callable[[str], VideoFile]] = {"decord": DecordFile, "pyav": PyAVFile}
+
+
+def require(decoder: Decoder) -> None:
+    """Raises DecoderMissing where the library of a decoder cannot be imported."""
+    package = PACKAGES[decoder]
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise DecoderMissing(f"data.decoder: {decoder} needs the package {package}: pip install {package}") from None
 
 
 def open_video(path: str, decoder: Decoder = "decord") -> VideoFile:
