@@ -1,6 +1,6 @@
 """How much faster than the field's usual recipe clips are read, on one core, in one run.
 
-    python -m scripts.bench_loader CONFIG [CONFIG ...] [--clips 160] [--repeats 5] [--core 0] [--out DIR]
+    python -m scripts.bench_loader CONFIG [CONFIG ...] [--videos 160] [--repeats 5] [--core 0] [--out DIR]
 
 A CONFIG is a configuration or the config_snippet.yaml of datasets.prepare, of frame folders or of videos; its training
 list is read, 8 frames a clip, at 224 pixels out of 256. The usual recipe (scripts/bench_reference.py) and the loaders here read the same frames of the same
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from configs.schema import ConfigError, DataConfig, load_config
 from datasets.annotation import AnnotationError
+from datasets.box import Box
 from datasets.build import train_loader
 from datasets.jpeg import decode as decode_jpeg
 from datasets.loader import PREFETCH, VideoLoader
@@ -74,13 +76,14 @@ class Result:
     Attributes:
         times: way -> "recipe" or "ours" -> milliseconds a clip of each repeat.
         stages: "recipe" or "ours" -> part -> milliseconds a clip.
-        decoding: milliseconds a clip that decoding its frames alone takes with our decoder, files in memory.
+        decoding: milliseconds that decoding the frames of a video alone takes with our decoder, files in memory.
         pixels: how far ours are from the same draw carried out by PIL, in 255ths; None where the recipe augments the
             crop, which ours never do.
     """
 
     case: str
-    clips: int
+    videos: int
+    draws: int
     times: dict[str, dict[str, list[float]]]
     stages: dict[str, dict[str, float]]
     decoding: float
@@ -108,16 +111,18 @@ def cases_of(path: str) -> Iterator[Case]:
     if is_pack(data.train_root or ""):
         raise ConfigError(f"{path}: data.train_root is a pack, which the recipe does not read")
     yield Case("frames", data)
+    yield Case("frames, two draws a video", replace(data, num_sample=2))
     yield Case("frames, RandAugment", replace(data, rand_aug=True))
     yield Case("frames, RandAugment before the crop", replace(data, rand_aug=True), augments_whole=True)
 
 
-def measure(case: Case, clips: int, repeats: int) -> Result:
+def measure(case: Case, videos: int, repeats: int) -> Result:
     """Read the same clips by the recipe and by ours, `repeats` times in turn."""
     dataset: TrainDataset = train_loader(replace(case.data, workers=0), SEED).dataset
     reference = Reference(dataset, case.data, augments_whole=case.augments_whole)
-    order: list[Key] = [(number // len(dataset), number % len(dataset)) for number in range(clips)]
-    size = case.data.num_segments * INPUT_SIZE**2 * 3
+    order: list[Key] = [(number // len(dataset), number % len(dataset)) for number in range(videos)]
+    draws = case.data.num_sample
+    size = draws * SEGMENTS * INPUT_SIZE**2 * 3
     loaders = {
         "recipe": DataLoader(
             reference, BATCH, sampler=order, num_workers=1, prefetch_factor=PREFETCH, persistent_workers=True
@@ -130,23 +135,23 @@ def measure(case: Case, clips: int, repeats: int) -> Result:
     times: dict[str, dict[str, list[float]]] = {way: {who: [] for who in loaders} for way in WAYS}
     for repeat in tqdm(range(repeats + 1), desc=case.name, disable=None):
         for who in loaders:
-            found = {"loader": _pass(loaders[who]), "item": _each(items[who], order)}
+            found = {"loader": _pass(loaders[who]), "item": _each(items[who], order) / draws}
             for way in WAYS if repeat else ():  # the first repeat warms everything up
                 times[way][who].append(found[way])
     timing = Stages()
     for key in order:
         reference.read(key, timing)
-    stages = {"recipe": timing.milliseconds(clips), "ours": _our_stages(dataset, order)}
+    stages = {"recipe": timing.milliseconds(videos * draws), "ours": _our_stages(dataset, order)}
     comparable = case.augments_whole or not case.data.rand_aug
     pixels = _pixels(dataset, reference, order[: 4 * BATCH]) if comparable else None
-    return Result(case.name, clips, times, stages, _decoding(dataset, order), pixels)
+    return Result(case.name, videos, draws, times, stages, _decoding(dataset, order), pixels)
 
 
 def _pass(loader: DataLoader) -> float:
     """Milliseconds a clip of one pass; from the second pass on the worker is there already."""
     start, seen = time.perf_counter(), 0
     for batch in loader:
-        seen += len(batch["label"])
+        seen += batch["label"].numel()
     return 1000 * (time.perf_counter() - start) / seen
 
 
@@ -159,30 +164,36 @@ def _each(item: Callable[[Key], Any], order: Sequence[Key]) -> float:
 
 
 def _our_stages(dataset: TrainDataset, order: Sequence[Key]) -> dict[str, float]:
-    """What TrainDataset does for one draw, part by part; `rest` is the remainder of the whole item."""
+    """What TrainDataset does, part by part; `rest` is the remainder of the whole item."""
     stage, transform = Stages(), dataset.transform
     for epoch, index in order:
         record = dataset.source.records[index]
         with stage("read and decode"):
             clip = dataset.source.reader.open(os.path.join(dataset.source.root, record.path), record.num_frames)
             frames = clip.fetch(dataset._indices(clip.num_frames, epoch, index))
-        with stage("draw"), seeded(dataset.seed, epoch, index, 0):
-            draw = transform.draw(frames.height, frames.width)
+        draws = []
+        for number in range(dataset.num_sample):
+            with stage("draw"), seeded(dataset.seed, epoch, index, number):
+                draws.append(transform.draw(frames.height, frames.width))
+        origin = reduce(Box.joined, [draw.needs for draw in draws])
         with stage("read and decode"):
-            pixels = frames.decode(draw.needs, fast=True)
-        if draw.steps:
-            with stage("RandAugment"):
-                pixels = transform.rand_augment(pixels, draw.steps, draw.boxes, draw.height, draw.width)
-        with stage("crop and flip"):
-            done = replace(draw, steps=(), boxes=draw.boxes[-1:])
-            transform(pixels, done.needs, done, record.label)
-    whole = _each(dataset.__getitem__, order)
-    found = stage.milliseconds(len(order))
+            whole = frames.decode(origin, fast=True)
+        for draw in draws:
+            pixels = draw.needs.cut(whole, origin)
+            if draw.steps:
+                with stage("RandAugment"):
+                    pixels = transform.rand_augment(pixels, draw.steps, draw.boxes, draw.height, draw.width)
+            with stage("crop and flip"):
+                done = replace(draw, steps=(), boxes=draw.boxes[-1:])
+                transform(pixels, done.needs, done, record.label)
+    clips = len(order) * dataset.num_sample
+    whole = _each(dataset.__getitem__, order) / dataset.num_sample
+    found = stage.milliseconds(clips)
     return found | {"rest": max(0.0, whole - sum(found.values()))}
 
 
 def _decoding(dataset: TrainDataset, order: Sequence[Key]) -> float:
-    """Milliseconds a clip of nothing but decoding: images from memory, whole; videos from the file."""
+    """Milliseconds a video of nothing but decoding: images from memory, whole; videos from the file."""
     seconds = 0.0
     for epoch, index in order:
         record = dataset.source.records[index]
@@ -226,7 +237,9 @@ def table(results: Sequence[Result]) -> str:
             ", ".join(f"{statistics.median(result.times[way][who]):.2f}" for who in ("recipe", "ours")) for way in WAYS
         ]
         pixels = "{mean:.2f}, {99 %:.0f}, {highest:.0f}".format(**result.pixels) if result.pixels else ""
-        lines.append(f"| {' | '.join([result.case, *ratios, *times, f'{result.decoding:.2f}', pixels])} |")
+        lines.append(
+            f"| {' | '.join([result.case, *ratios, *times, f'{result.decoding / result.draws:.2f}', pixels])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -248,7 +261,7 @@ def picture(results: Sequence[Result], path: Path) -> None:
                 left += width
             axes.text(left, y, f" {left:.1f}", va="center")
         y = 2.6 * row
-        axes.plot([result.decoding] * 2, [y - 0.5, y + 1.5], color="black", linewidth=1.5)
+        axes.plot([result.decoding / result.draws] * 2, [y - 0.5, y + 1.5], color="black", linewidth=1.5)
     axes.set_yticks(*zip(*labels, strict=True))
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds a clip on one core; black line: decoding alone")
@@ -263,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_loader", description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", help="configurations, or snippets of datasets.prepare")
-    parser.add_argument("--clips", type=int, default=160, help="clips of a pass (default 160)")
+    parser.add_argument("--videos", type=int, default=160, help="videos of a pass (default 160)")
     parser.add_argument("--repeats", type=int, default=5, help="passes that count (default 5)")
     parser.add_argument("--core", type=int, default=0, help="the core to measure on (default 0)")
     parser.add_argument(
@@ -271,15 +284,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     setup_logging(Process())
-    if options.clips < BATCH or options.repeats < 1:
-        logger.error("--clips must be at least %d and --repeats at least 1", BATCH)
+    if options.videos < BATCH or options.repeats < 1:
+        logger.error("--videos must be at least %d and --repeats at least 1", BATCH)
         return 1
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {options.core})
     torch.set_num_threads(1)
     try:
         cases = [case for path in options.configs for case in cases_of(path)]
-        results = [measure(case, options.clips, options.repeats) for case in cases]
+        results = [measure(case, options.videos, options.repeats) for case in cases]
         options.out.mkdir(parents=True, exist_ok=True)
     except (ConfigError, AnnotationError, ValueError, OSError) as error:
         logger.error("%s", error)

@@ -69,10 +69,15 @@ class Reference(Dataset):
         return self.read(key, Stages())
 
     def read(self, key: tuple[int, int], stage: Stages) -> dict[str, Any]:
-        """One clip: video (T * 3, 224, 224) float32, and label."""
-        label = self.dataset.source.records[key[1]].label
+        """data.num_sample draws of one clip: video (draws, T * 3, 224, 224) float32, label (draws,)."""
         with stage("read and decode"):
             images = self.images(key)
+        videos = [self.draw(images, stage) for _ in range(self.data.num_sample)]
+        label = torch.full((len(videos),), self.dataset.source.records[key[1]].label)
+        return {"video": torch.stack(videos) if len(videos) > 1 else videos[0][None], "label": label}
+
+    def draw(self, images: list[Image.Image], stage: Stages) -> torch.Tensor:
+        """One draw: (T * 3, 224, 224) float32."""
         if self.augment and self.augments_whole:
             with stage("RandAugment"):
                 images = self.each_augmented(images)
@@ -99,7 +104,7 @@ class Reference(Dataset):
         with stage("normalise"):
             clip = video.view(len(images), 3, *video.shape[1:])  # (T, 3, 224, 224)
             clip.sub_(torch.tensor(self.data.mean).view(3, 1, 1)).div_(torch.tensor(self.data.std).view(3, 1, 1))
-        return {"video": video, "label": label}
+        return video
 
     def images(self, key: tuple[int, int]) -> list[Image.Image]:
         """The frames that our dataset takes for this key."""

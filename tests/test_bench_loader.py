@@ -34,11 +34,11 @@ def config(tmp_path_factory):
 
 
 def test_the_command(config, tmp_path, capsys):
-    arguments = [str(config), "--clips", "8", "--repeats", "1", "--out", str(tmp_path)]
+    arguments = [str(config), "--videos", "8", "--repeats", "1", "--out", str(tmp_path)]
     assert bench_loader.main(arguments) == 0
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     assert [result["case"] for result in results] == [
-        "frames", "frames, RandAugment", "frames, RandAugment before the crop"
+        "frames", "frames, two draws a video", "frames, RandAugment", "frames, RandAugment before the crop"
     ]  # fmt: skip
     first = results[0]["times"]["item"]
     ratio = first["recipe"][0] / first["ours"][0]
@@ -47,7 +47,7 @@ def test_the_command(config, tmp_path, capsys):
 
 
 def test_bad_arguments(config, tmp_path):
-    assert bench_loader.main([str(config), "--clips", "1"]) == 1
+    assert bench_loader.main([str(config), "--videos", "1"]) == 1
     assert bench_loader.main([str(tmp_path / "none.yaml")]) == 1
 
 
