@@ -79,7 +79,10 @@ class Ring:
         return parcel
 
     def open(self, parcel: Parcel) -> torch.Tensor:
-        """In the main process: the videos of a parcel, (..., S, S, 3). The buffer is free again when nothing looks at them any more."""
+        """In the main process: the videos of a parcel, (..., S, S, 3).
+
+        The buffer is free again when nothing looks at them any more.
+        """
         owner = self.memory[parcel.buffer].numpy()
         weakref.finalize(owner, self.free.append, parcel.buffer)
         return self._tensor(parcel, torch.from_numpy(owner))  # its storage, shared by all views, keeps `owner`
