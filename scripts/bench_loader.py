@@ -1,6 +1,6 @@
 """How much faster than the field's usual recipe clips are read, on one core, in one run.
 
-    python -m scripts.bench_loader CONFIG [CONFIG ...] [--videos 160] [--repeats 5] [--core 0] [--out DIR]
+    python -m scripts.bench_loader CONFIG [CONFIG ...] [--videos 160] [--repeats 5] [--core N] [--out DIR]
 
 A CONFIG is a configuration or the config_snippet.yaml of datasets.prepare, of frame folders or of videos; its training
 list is read, 8 frames a clip, at 224 pixels out of 256. The usual recipe (scripts/bench_reference.py) and the loaders here read the same frames of the same
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("configs", nargs="+", help="configurations, or snippets of datasets.prepare")
     parser.add_argument("--videos", type=int, default=160, help="videos of a pass (default 160)")
     parser.add_argument("--repeats", type=int, default=5, help="passes that count (default 5)")
-    parser.add_argument("--core", type=int, default=0, help="the core to measure on (default 0)")
+    parser.add_argument("--core", type=int, help="the core to measure on (default: the last that is allowed)")
     parser.add_argument(
         "--out", type=Path, default=Path("exp/bench_loader"), help="for table.md, result.json, stages.png"
     )
@@ -287,10 +287,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.videos < BATCH or options.repeats < 1:
         logger.error("--videos must be at least %d and --repeats at least 1", BATCH)
         return 1
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {options.core})
     torch.set_num_threads(1)
     try:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if options.core is None else options.core})
         cases = [case for path in options.configs for case in cases_of(path)]
         results = [measure(case, options.videos, options.repeats) for case in cases]
         options.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,10 @@
 """The benchmark of reading: it runs, its table holds what it measured, and our pixels are the recipe's."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from PIL import Image
 from datasets.build import train_loader
 from scripts import bench_loader
 from scripts.bench_reference import Reference
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +38,33 @@ def config(tmp_path_factory):
     return path
 
 
-def test_the_command(config, tmp_path, capsys):
-    arguments = [str(config), "--videos", "8", "--repeats", "1", "--out", str(tmp_path)]
-    assert bench_loader.main(arguments) == 0
+def run(*arguments):
+    """In a process of its own, which the command ties to one core."""
+    command = [sys.executable, "-m", "scripts.bench_loader", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command(config, tmp_path):
+    done = run(config, "--videos", "8", "--repeats", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     assert [result["case"] for result in results] == [
         "frames", "frames, two draws a video", "frames, RandAugment", "frames, RandAugment before the crop"
     ]  # fmt: skip
     first = results[0]["times"]["item"]
     ratio = first["recipe"][0] / first["ours"][0]
-    assert "| frames | " in capsys.readouterr().out and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
+    assert "| frames | " in done.stdout and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
     assert Image.open(tmp_path / "stages.png").width > 800
 
 
 def test_bad_arguments(config, tmp_path):
-    assert bench_loader.main([str(config), "--videos", "1"]) == 1
-    assert bench_loader.main([str(tmp_path / "none.yaml")]) == 1
+    for arguments, message in (
+        ((config, "--videos", "1"), "--videos must be at least 8"),
+        ((tmp_path / "none.yaml",), "none.yaml"),
+        ((config, "--core", "4000"), "Invalid argument"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("rand_aug", "mean", "most"), [(False, 1.2, 6), (True, 1.5, 10)])
