@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import decord
 import numpy as np
 import torch
 from PIL import Image
@@ -112,6 +111,8 @@ class Reference(Dataset):
         record = self.dataset.source.records[index]
         path = os.path.join(self.dataset.source.root, record.path)
         if self.data.modality == "video":
+            import decord  # not before it is needed: its libraries get in the way of PyAV's if they are loaded first
+
             video = decord.VideoReader(path, num_threads=1)
             frames = video.get_batch(self.dataset._indices(record.num_frames or len(video), epoch, index)).asnumpy()
             return [Image.fromarray(frame) for frame in frames]
