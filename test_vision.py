@@ -57,7 +57,7 @@ def main() -> None:
         raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
     names = class_names(config.data)
     path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
-    if not path.parent.is_dir():
+    if arguments.json and not path.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {path.parent} for the results")
     content = checkpoint.load(arguments.weights)
     model = build_model(config, pretrained=False)  # the checkpoint brings the frozen weights too

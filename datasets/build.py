@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
-from datasets.decoders import DecoderMissing, require
+from datasets.decoders import DecoderMissing, library
 from datasets.loader import VideoLoader
 from datasets.pack.format import is_pack
 from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, VideoReader
@@ -144,7 +144,7 @@ def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSo
 def _reader(data: DataConfig, root: str) -> Reader:
     try:
         if data.modality == "video":
-            require(data.decoder)
+            library(data.decoder)  # missing in a worker, it would be pages of text
             return VideoReader(data.decoder)
         return PackReader(root) if is_pack(root) else FrameFolderReader(data.image_tmpl)
     except (DecoderMissing, ReadError) as error:  # the latter for a pack that is not whole

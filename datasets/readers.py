@@ -4,7 +4,7 @@ Lives here: one reader for each kind of storage behind one small protocol,
 `Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(box) -> pixels`.
 Frames know their size before they are decoded, so that a crop can be drawn first and no more than it is kept.
 Does not live here: which frames are wanted (sampling.py), what happens to them (transforms.py), how a JPEG or a video
-is decoded (jpeg.py, decoders/) and how packs are made (pack.py).
+is decoded (jpeg.py, decoders/) and how packs are made (pack/).
 
 T frames of H x W pixels.
 """
@@ -91,7 +91,7 @@ class FrameFolderReader:
 
 
 class PackReader:
-    """The frame folders of a pack (pack.py); `path` begins with the pack's own.
+    """The frame folders of a pack (pack/format.py); `path` begins with the pack's own.
 
     A list's number of frames is a promise: a pack with fewer is an error, of one with more the first ones count.
     """

@@ -12,27 +12,16 @@ file: on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frame
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 
-from datasets.decoders.base import DecodeError, Decoder, DecoderMissing, VideoFile
+from datasets.decoders.base import PACKAGES, DecodeError, Decoder, DecoderMissing, VideoFile, library
 from datasets.decoders.decord_file import DecordFile
 from datasets.decoders.pyav_file import PyAVFile
 
-__all__ = ["DecodeError", "Decoder", "DecoderMissing", "VideoFile", "open_video", "require"]
+__all__ = ["PACKAGES", "DecodeError", "Decoder", "DecoderMissing", "VideoFile", "library", "open_video"]
 
-PACKAGES = {"decord": "decord", "pyav": "av"}
 OPENERS: dict[str, Callable[[str], VideoFile]] = {"decord": DecordFile, "pyav": PyAVFile}
-
-
-def require(decoder: Decoder) -> None:
-    """Raises DecoderMissing where the library of a decoder cannot be imported."""
-    package = PACKAGES[decoder]
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise DecoderMissing(f"data.decoder: {decoder} needs the package {package}: pip install {package}") from None
 
 
 def open_video(path: str, decoder: Decoder = "decord") -> VideoFile:

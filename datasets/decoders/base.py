@@ -1,20 +1,23 @@
 """What every decoder offers: the interface of an opened video, its errors and what the libraries' modules share.
 
-Lives here: VideoFile, DecodeError, DecoderMissing. Does not live here: anything that knows a library.
+Lives here: VideoFile, DecodeError, DecoderMissing, and importing a library. Does not live here: anything that calls one.
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
 
 Decoder = Literal["decord", "pyav"]
 
+PACKAGES: dict[Decoder, str] = {"decord": "decord", "pyav": "av"}  # the package that each decoder needs
 EMPTY_MPEG4 = 16  # bytes: an MPEG-4 packet up to this size may hold no frame ("not coded"), a larger one holds one
 KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded whole are kept for reading up to this size
 
@@ -25,6 +28,15 @@ class DecodeError(RuntimeError):
 
 class DecoderMissing(RuntimeError):
     """The library that is asked for is not installed: the setup is wrong, not the file."""
+
+
+def library(decoder: Decoder) -> ModuleType:
+    """The library of a decoder, imported when it is first needed. Raises DecoderMissing."""
+    package = PACKAGES[decoder]
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise DecoderMissing(f"data.decoder: {decoder} needs the package {package}: pip install {package}") from None
 
 
 class VideoFile(ABC):

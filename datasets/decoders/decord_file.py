@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, DecoderMissing, VideoFile, decoding
+from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, VideoFile, decoding, library
 
 NO_SUBSTITUTES = 1e-9  # decord's fault_tol: the share of frames that it may replace by others
 KNOWN_STARTS = {b"RIFF", b"\x1aE\xdf\xa3", b"FLV\x01", b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
@@ -161,11 +161,8 @@ def _open(path: str) -> Any:
 
 
 def _decoding(path: str) -> AbstractContextManager[None]:
-    try:
-        from decord import DECORDError, DECORDLimitReachedError
-    except ImportError:
-        raise DecoderMissing("data.decoder: decord needs the package decord: pip install decord") from None
-    return decoding(path, DECORDError, DECORDLimitReachedError)
+    decord = library("decord")
+    return decoding(path, decord.DECORDError, decord.DECORDLimitReachedError)
 
 
 def _pixels(frame: Any) -> np.ndarray:

@@ -18,12 +18,11 @@ found by time stamp. What is exact, and where that ends:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, DecodeError, DecoderMissing, VideoFile, decoding
+from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, DecodeError, VideoFile, decoding, library
 
 DATED_CONTAINERS = {"avi", "matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2"}
 ONE_FRAME_A_PACKET = {"h264", "hevc", "mpeg4", "vp9", "av1", "libdav1d", "mjpeg"}
@@ -32,7 +31,7 @@ I_PICTURE = 1  # AV_PICTURE_TYPE_I
 
 class PyAVFile(VideoFile):
     def __init__(self, path: str):
-        av = _library()
+        av = library("pyav")
         self.path = path
         with decoding(path, av.FFmpegError):
             self._container = av.open(path, metadata_errors="ignore")
@@ -52,7 +51,7 @@ class PyAVFile(VideoFile):
     def read(self, indices: np.ndarray) -> np.ndarray:
         wanted, places = self._wanted(indices)
         frames: dict[int, np.ndarray] = {}
-        with decoding(self.path, _library().FFmpegError):
+        with decoding(self.path, library("pyav").FFmpegError):
             if self._order is not None:
                 frames = {index: self._rgb(frame) for index, frame in self._by_time(wanted)}
                 if len(frames) < len(wanted):
@@ -140,7 +139,7 @@ class PyAVFile(VideoFile):
         """Frames that decode, found by decoding them, and kept, unconverted, if they are not too many."""
         kept: list[Any] | None = []
         count = 0
-        with decoding(self.path, _library().FFmpegError):
+        with decoding(self.path, library("pyav").FFmpegError):
             for frame in self._decoded():
                 count += 1
                 if kept is not None:
@@ -156,11 +155,3 @@ class PyAVFile(VideoFile):
         pixels = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
         turns = frame.rotation // 90 if frame.rotation % 90 == 0 else 0
         return np.ascontiguousarray(np.rot90(pixels, turns))
-
-
-def _library() -> ModuleType:
-    try:
-        import av
-    except ImportError:
-        raise DecoderMissing("data.decoder: pyav needs the package av: pip install av") from None
-    return av

@@ -12,11 +12,12 @@ import logging
 import os
 from pathlib import Path
 
+from datasets.decoders import PACKAGES
 from datasets.prepare.decode import LARGEST_LOSS
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping, parse_groups
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.options import DECODERS, Options
+from datasets.prepare.options import Options
 from datasets.prepare.run import prepare
 from datasets.prepare.space import explain
 
@@ -39,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     kind.add_argument("--videos-only", dest="frames", action="store_false", help="lists of the videos as they are")
     common.add_argument("--short-side", type=int, default=256, help="of the frames, pixels; 0: the video's (256)")
     common.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (90)")
-    common.add_argument("--decoder", choices=DECODERS, default="decord", help="of the videos (decord)")
+    common.add_argument("--decoder", choices=PACKAGES, default="decord", help="of the videos (decord)")
     common.add_argument("--jobs", type=int, default=cores(), help="processes (all cores that this one may use)")
     lost = f"unreadable is also a video of which more than {LARGEST_LOSS:.0%} of the frames do not decode"
     common.add_argument(

@@ -6,13 +6,11 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.decoders import Decoder
+from datasets.decoders import PACKAGES, Decoder
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.workplace import Use
-
-DECODERS = {"decord": "decord", "pyav": "av"}  # and the package that each needs
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Options:
             raise PrepareError(f"--short-side must be positive, or 0 for the video's own, not {self.short_side}")
         if not 1 <= self.quality <= 100:
             raise PrepareError(f"--quality must lie between 1 and 100, not be {self.quality}")
-        if importlib.util.find_spec(DECODERS[self.decoder]) is None:
-            package = DECODERS[self.decoder]
+        if importlib.util.find_spec(PACKAGES[self.decoder]) is None:
+            package = PACKAGES[self.decoder]
             raise PrepareError(f"--decoder {self.decoder} needs the package {package}: pip install {package}")
         if self.dataset == "folder":
             self.grouping.check()
