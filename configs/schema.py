@@ -1,6 +1,6 @@
 """What may stand in a configuration file: typed, frozen dataclasses and the one function that fills them.
 
-Lives here: the sections of the published YAML layout (data, network, solver, logging), their types, defaults and
+Lives here: the sections of the published YAML layout (data, network, solver, logging, and checkpoint), their types, defaults and
 units; reading a YAML with overrides; every error a configuration can have on its own.
 Does not live here: anything that needs a model, a dataset or torch. This file imports nothing of the project.
 
@@ -230,15 +230,17 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """How it is trained. Learning rates are for one step as given: no scaling by batch size."""
+    """How it is trained. Learning rates are for one step as given, unless `lr_base_batch` scales them."""
 
     type: Literal["cosine"] = "cosine"
     epochs: int = 30
     start_epoch: int = 0
     optim: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
+    lr_base_batch: Optional[int] = None  # clips a step that lr is meant for: lr grows in proportion to the real ones
     lr_warmup_step: float = 4.0  # epochs of linear warm-up from 0
     weight_decay: float = 0.15
+    decay_norms: bool = True  # false: no weight decay for norms, biases and scalars; the paper decays all alike
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9  # sgd only
@@ -251,11 +253,15 @@ class SolverConfig:
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
     smoothing: float = 0.1
-    layer_decay: float = 1.0
+    layer_decay: float = 1.0  # learning-rate factor from each layer to the one before it
+    ema_decay: Optional[float] = None  # validate and keep an exponential moving average of the tuned weights
+    early_stop: Optional[int] = None  # end after so many validations without a better top-1
+    max_bad_steps: int = 10  # end after so many steps in a row whose gradients are not finite; fewer are left out
     precision: Literal["amp", "fp16", "bf16", "fp32"] = "amp"  # amp: fp16 with loss scaling on a GPU, fp32 on a CPU
 
     def check(self) -> None:
-        _positive(self, "solver", "epochs", "grad_accumulation_steps", "lr", "clip_ratio", "clip_grad", "eps")
+        _positive(self, "solver", "epochs", "grad_accumulation_steps", "lr", "clip_ratio", "clip_grad", "eps",
+                  "lr_base_batch", "early_stop", "max_bad_steps")  # fmt: skip
         _within(self, "solver", 0, 1, "smoothing", "momentum")
         for key in ("lr_warmup_step", "weight_decay", "mixup_alpha", "cutmix_alpha"):
             _require(getattr(self, key) >= 0, f"solver.{key}", f"must not be negative, not {getattr(self, key)}")
@@ -266,9 +272,12 @@ class SolverConfig:
             self.start_epoch == 0, "solver.start_epoch", "must be 0: a resumed run takes its epoch from the checkpoint"
         )
         _require(
-            self.layer_decay == 1.0,
-            "solver.layer_decay",
-            f"must be 1.0, not {self.layer_decay}: no method here decays the rate by layer",
+            0 < self.layer_decay <= 1, "solver.layer_decay", f"must lie above 0 and up to 1, not {self.layer_decay}"
+        )
+        _require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "solver.ema_decay",
+            f"must lie between 0 and 1, not {self.ema_decay}",
         )
         _require(self.smoothing < 1, "solver.smoothing", "must be below 1")
         _require(
@@ -294,6 +303,19 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved besides the end of each epoch, and what stays. The clock's saves are no other than a step's."""
+
+    every_steps: Optional[int] = None
+    every_minutes: Optional[float] = 10.0
+    keep: int = 2  # checkpoints to go on from: last_model.pt and those before it
+    full: bool = False  # hold the frozen weights too, instead of where they come from and their hash
+
+    def check(self) -> None:
+        _positive(self, "checkpoint", "every_steps", "every_minutes", "keep")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole configuration, as resolved: defaults filled, overrides applied, everything checked."""
 
@@ -301,6 +323,7 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     solver: SolverConfig = field(default_factory=SolverConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: Optional[str] = None  # a checkpoint: continue that run
     pretrain: Optional[str] = None  # a checkpoint: start from its weights
     pretrain_head: Literal["keep", "drop"] = "keep"  # drop: leave out the checkpoint's classifier, start a new one
@@ -397,7 +420,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 
 # What may change when a run is resumed: where things are, how fast, how much is told; `solver.epochs` warns.
-_FREE_ON_RESUME = ("resume", "pretrain", "logging.", "data.workers", "data.on_error", "network.init", "network.weights",
+_FREE_ON_RESUME = ("resume", "pretrain", "logging.", "checkpoint.", "data.workers", "data.on_error", "network.init", "network.weights",
                    "data.train_", "data.val_", "data.test_", "data.label_list", "solver.evaluate")  # fmt: skip
 
 
@@ -410,7 +433,7 @@ def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> 
     Raises:
         ConfigError: a setting that makes another run of it, with both values. More epochs only warn.
     """
-    old, new = _flat(former), _flat(config.to_dict())
+    old, new = _flat(config_from_dict(former).to_dict()), _flat(config.to_dict())  # keys it lacks had their defaults
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key) or key.startswith(_FREE_ON_RESUME):
             continue
