@@ -7,33 +7,27 @@ Does not live here: what is measured (loop.py, metrics.py) and the checkpoints, 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import os
-import platform
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from engine.distributed import EngineError, Process, gather
 from engine.pixels import Normalizer
+from engine.record import run_meta
 
 logger = logging.getLogger("td4v")
 
-SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _RUN_FILES = ("last_model.pt", "config.yaml", "log.txt")
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
 
 
 class RunFolderError(EngineError):
@@ -91,39 +85,6 @@ def progress_line(
     return (
         f"epoch {epoch}/{epochs} step {step:{width}d}/{steps} loss {loss:.4f} lr {lr:.3e} {rate:.1f} clips/s eta {eta}"
     )
-
-
-def source_revision(root: Path = SOURCE_ROOT) -> dict[str, Any]:
-    """`revision` and `dirty` (uncommitted or untracked files) of the git tree at `root`; "unknown" and None without."""
-    unknown: dict[str, Any] = {"revision": "unknown", "dirty": None}
-    try:
-        top, revision, status = (
-            subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=True).stdout
-            for command in (("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("status", "--porcelain"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return unknown
-    if Path(top.strip()).resolve() != root.resolve():  # a copy of the sources inside somebody else's repository
-        return unknown
-    return {"revision": revision.strip(), "dirty": bool(status.strip())}
-
-
-def run_meta() -> dict[str, Any]:
-    """Where numbers come from: git revision, versions of Python and packages, device, command line, time."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {
-        "git": source_revision(),
-        "versions": versions,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": [sys.executable, *sys.argv],
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
 
 
 class RunFolder:

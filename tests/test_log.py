@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.distributed import Process
-from engine.log import Eta, RunFolder, RunFolderError, close_logging, progress_line, source_revision
+from engine.log import Eta, RunFolder, RunFolderError, close_logging, progress_line
 
 CONFIG = {"solver": {"lr": 0.001, "betas": [0.9, 0.999]}, "resume": None}
 
@@ -102,19 +101,6 @@ def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
     for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text()):
         assert "[rank 1] trouble" in text and "chatter" not in text
-
-
-def test_revision_of_a_tree_clean_dirty_and_without_git(tmp_path: Path) -> None:
-    assert source_revision(tmp_path) == {"revision": "unknown", "dirty": None}
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
-    clean = source_revision(tmp_path)
-    assert len(clean["revision"]) == 40 and clean["dirty"] is False
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "new.py").write_text("")
-    assert source_revision(tmp_path) == {**clean, "dirty": True}
-    assert source_revision(tmp_path / "inner")["revision"] == "unknown"  # another tree's revision says nothing
 
 
 def test_progress_line_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
