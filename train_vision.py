@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from clip.build import build_model, load_weights, parameter_groups, parameter_report
+from clip.build import build_model, load_weights, parameter_report
+from clip.groups import parameter_groups
 from configs.schema import Config, check_same_run, load_config
 from datasets.build import class_names, train_loader, val_loader
 from engine import checkpoint

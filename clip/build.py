@@ -104,15 +104,6 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     return ParameterReport(_count(model), sum(by_module.values()), by_module)
 
 
-def parameter_groups(model: nn.Module, lr: float, clip_ratio: float) -> list[dict]:
-    """Optimizer groups: the tuned parts at lr * clip_ratio, the classifier at lr."""
-    groups = []
-    for name, part in model.tuned_modules().items():
-        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        groups.append({"name": name, "params": parameters, "lr": lr if name == "head" else lr * clip_ratio})
-    return groups
-
-
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, drop_head: bool = False) -> None:
     """Load a whole model's state_dict, ours or the authors', strictly.
 

@@ -17,11 +17,21 @@ ALLOWED = {
     "clip.build": ("clip.methods", "clip.authors", "clip.backbone", "configs.schema"),
     "clip.side_network": ("clip.adapter", "clip.layers"),
     "clip.adapter": ("clip.layers",),
+    "clip.groups": ("configs.schema",),
     "clip": (),
     "engine": ("engine", "configs.schema"),
     "datasets": ("datasets", "configs.schema"),
-    "scripts": ("scripts", "train_vision", "test_vision", "clip.build", "engine", "datasets", "configs.schema"),
-    "train_vision": ("clip.build", "engine", "datasets.build", "configs.schema"),
+    "scripts": (
+        "scripts",
+        "train_vision",
+        "test_vision",
+        "clip.build",
+        "clip.groups",
+        "engine",
+        "datasets",
+        "configs.schema",
+    ),
+    "train_vision": ("clip.build", "clip.groups", "engine", "datasets.build", "configs.schema"),
     "test_vision": ("clip.build", "engine", "datasets.build", "configs.schema"),
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS]

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from clip.build import METHODS, WeightsError, build_model, load_weights, parameter_groups, parameter_report
+from clip.build import METHODS, WeightsError, build_model, load_weights, parameter_report
+from clip.groups import parameter_groups
 from configs.schema import ConfigError, config_from_dict
 
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}

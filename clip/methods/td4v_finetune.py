@@ -78,6 +78,13 @@ class TD4VFinetune(nn.Module):
         tuned = {"td4v": self.td4v, "temporal_embedding": self.temporal_embedding, "head": self.head}
         return {name: module for name, module in tuned.items() if module is not None}
 
+    def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The same from input to classifier: one layer a block, the temporal embedding with the first, then the head."""
+        layers = [list(modules) for modules in zip(*self.td4v.values(), strict=True)]
+        if self.temporal_embedding is not None:
+            layers[0].insert(0, self.temporal_embedding)
+        return [*layers, [self.head]]
+
     def adapt(self, place: str, index: int, x: Tensor, frames: int) -> Tensor:
         """Add TD4V to the patch tokens, if there is one at this place: (B*T, 1 + N, D) -> the same."""
         if place not in self.td4v:

@@ -63,6 +63,10 @@ class TD4VSide(nn.Module):
         """Everything that is trained, by name."""
         return {"side": self.side, "head": self.head}
 
+    def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The same from input to classifier: stem, levels of the pyramid, last norm, head."""
+        return [[part] for part in (self.side.stem, *self.side.layers, self.side.norm, self.head)]
+
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, n of the last level)."""
         B, T = video.shape[:2]

@@ -1,0 +1,76 @@
+"""Which tuned parameter learns at which rate: the groups that an optimizer takes.
+
+Lives here: factors of the learning rate (classifier, layers) and exemptions from weight decay, by module.
+Does not live here: what is tuned (`tuned_modules` and `tuned_layers` of a method say so), the optimizer itself
+(engine/optim.py, whose `check_groups` makes sure that nothing is missing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from configs.schema import ConfigError
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, clip_ratio: float, layer_decay: float = 1.0, decay_norms: bool = True
+) -> list[dict]:
+    """The tuned parameters, each once, in the order of the method's `tuned_modules`; one group a tuned module by default.
+
+    Args:
+        model: a method, as `clip.build.build_model` gives it.
+        lr: of the classifier (`head`). clip_ratio: factor of everything else.
+        layer_decay: factor from each entry of the method's `tuned_layers` to the one before it; the last has factor 1.
+        decay_norms: False exempts what has no or one dimension from weight decay: norms, biases and scalars, as timm
+            (param_groups_weight_decay) and open_clip do. Temporal embeddings (T, D) decay as weights do.
+
+    Returns:
+        Dicts with `name`, `params` and `lr`, and with `weight_decay` 0.0 where there is to be none. Names are the
+        module's, then `_` and the layer's number with layer_decay, then `_no_decay` for the exempt.
+
+    Raises:
+        ConfigError: layer_decay for a method without `tuned_layers`, or one whose layers are not what it tunes.
+    """
+    layers = _layers(model) if layer_decay != 1 else {}
+    last = max(layers.values(), default=0)
+    groups: dict[tuple, dict] = {}
+    for part, module in model.tuned_modules().items():
+        for parameter in _parameters(module):
+            layer = layers.get(parameter)
+            exempt = not decay_norms and parameter.ndim <= 1
+            if (part, layer, exempt) not in groups:
+                rate = lr if part == "head" else lr * clip_ratio
+                group = {"name": part, "params": [], "lr": rate}
+                if layer is not None:
+                    group |= {"name": f"{part}_{layer:02d}", "lr": rate * layer_decay ** (last - layer)}
+                if exempt:
+                    group |= {"name": f"{group['name']}_no_decay", "weight_decay": 0.0}
+                groups[part, layer, exempt] = group
+            groups[part, layer, exempt]["params"].append(parameter)
+    return list(groups.values())
+
+
+def _layers(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The number of its layer for every tuned parameter, counted from the input."""
+    method = type(model).__name__
+    if not hasattr(model, "tuned_layers"):
+        raise ConfigError(f"solver.layer_decay: {method} does not say its layers (tuned_layers), so it must be 1")
+    numbers: dict[nn.Parameter, int] = {}
+    for number, layer in enumerate(model.tuned_layers()):
+        for parameter in (parameter for part in layer for parameter in _parameters(part)):
+            if numbers.setdefault(parameter, number) != number:
+                raise ConfigError(
+                    f"solver.layer_decay: a parameter of {method} is in its layers {numbers[parameter]} and {number}"
+                )
+    tuned = {parameter for part in model.tuned_modules().values() for parameter in _parameters(part)}
+    if tuned != numbers.keys():
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        odd = min(names.get(parameter, "a foreign parameter") for parameter in tuned ^ numbers.keys())
+        raise ConfigError(f"solver.layer_decay: tuned_layers and tuned_modules of {method} differ in {odd}")
+    return numbers
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else part.parameters()
