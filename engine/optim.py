@@ -60,9 +60,10 @@ def build_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate; weight decay is for all alike.
+    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate.
 
-    `betas` and `eps` are AdamW's, `momentum` SGD's. Raises OptimError for another name or where nothing is to be tuned.
+    `weight_decay` is for every group that does not bring its own under that name. `betas` and `eps` are AdamW's,
+    `momentum` SGD's. Raises OptimError for another name or where nothing is to be tuned.
     """
     groups = [{**group, "params": list(group["params"])} for group in groups]
     groups = [group for group in groups if group["params"]]
@@ -73,6 +74,23 @@ def build_optimizer(
     if optim == "sgd":
         return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
     raise OptimError(f"the optimizer must be adamw or sgd, not {optim!r}")
+
+
+def scaled_lr(lr: float, base_batch: int | None, batch: int) -> float:
+    """The learning rate for `batch` clips a step, where `lr` is meant for `base_batch`: lr * batch / base_batch.
+
+    Linear scaling after Goyal et al. 2017 (arXiv 1706.02677), section 2.1, to go with a warm-up.
+
+    Args:
+        lr: as configured. base_batch: clips a step that it is meant for; None leaves it as it is.
+        batch: clips that one optimizer step averages over: batch size x clips a video (num_sample) x processes x
+            accumulated batches.
+    """
+    if base_batch is None:
+        return lr
+    scaled = lr * (batch / base_batch)  # exactly lr where both are equal
+    logger.info("learning rate %g for %d clips a step: %g for %d, scaled linearly", scaled, batch, lr, base_batch)
+    return scaled
 
 
 def warmup_cosine(

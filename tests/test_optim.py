@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy
@@ -16,6 +17,7 @@ from engine.optim import (
     build_optimizer,
     check_groups,
     resolve_precision,
+    scaled_lr,
     warmup_cosine,
 )
 
@@ -66,6 +68,53 @@ def test_optimizers_take_their_settings() -> None:
         build_optimizer([_group("empty")])
     with pytest.raises(OptimError, match="not 'adam'"):
         build_optimizer(groups, "adam")
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_a_group_may_bring_its_own_weight_decay(optim: str) -> None:
+    model = Two().double()
+    groups = [_group("body", model.body), {**_group("head", model.head), "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, optim, weight_decay=0.15)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.15, 0.0]
+    assert "weight_decay" not in groups[0], "what was given stays as it was"
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in model.named_parameters():
+        factor = 1 - 0.1 * 0.15 if name.startswith("body") else 1.0
+        torch.testing.assert_close(value.detach(), before[name] * factor, rtol=1e-14, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(("optim", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_nothing_but_the_settings_differs_from_torchs_own_optimizer(optim: str, kind: type) -> None:
+    """Same kernels (foreach and fused are left to torch) and the same weights, bit for bit."""
+    results = []
+    for build in (lambda p: build_optimizer([{"name": "all", "params": p, "lr": 0.1}], optim, 0.15),
+                  lambda p: kind(p, lr=0.1, weight_decay=0.15, **({"momentum": 0.9} if optim == "sgd" else {}))):  # fmt: skip
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = build([p for p in model.parameters() if p.requires_grad])
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.head(model.body(torch.randn(5, 2))).square().mean().backward()
+            optimizer.step()
+        settings = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("name", "params")}
+        results.append((settings, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
+    (one, weights), (other, expected) = results
+    assert one == other and one["foreach"] is one["fused"] is None
+    assert torch.equal(weights, expected)
+
+
+def test_linear_scaling(caplog) -> None:
+    with caplog.at_level(logging.INFO, "td4v"):
+        assert scaled_lr(1e-3, None, 12) == 1e-3 and not caplog.text
+        assert scaled_lr(1e-3, 64, 256) == pytest.approx(4e-3)
+    assert "learning rate 0.004 for 256 clips a step: 0.001 for 64" in caplog.text
+    for batch in range(1, 200):
+        assert scaled_lr(1e-3, batch, batch) == 1e-3
+    assert scaled_lr(1e-3, 64, 16) == pytest.approx(2.5e-4)
 
 
 def _curve(steps: int, epochs: int, warmup: float) -> list[float]:
