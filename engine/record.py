@@ -91,7 +91,8 @@ def versions(requirements: Path = SOURCE_ROOT / "requirements.txt") -> dict[str,
 def hardware() -> dict[str, Any]:
     """cpu (model), cores (that this process may use), memory_gib, gpus [{name, memory_gib}], cuda, cudnn, nccl."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.cuda.get_device_properties(number) for number in range(count)]
     distributed = torch.distributed
     nccl = torch.cuda.nccl.version() if distributed.is_available() and distributed.is_nccl_available() else None
     return {
