@@ -182,6 +182,8 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
             read: evaluation passes over such a batch, training ends. With a claim, a Parcel: (..., S, S, 3) in memory.
         label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list. With a
             ring, arrays of NumPy.
+        path: list of str, the names of the videos as the list has them, in the order of label: one for each clip in
+            training, one a video in evaluation; empty where nothing could be read.
         skipped: one sentence for each video that was left out.
         error: None, or the sentence that must end the run; its reader raises it.
         claim: the claim, or None.
@@ -193,6 +195,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
         "video": None,
         "label": torch.empty(0, dtype=torch.int64),
         "index": torch.empty(0, dtype=torch.int64),
+        "path": [],
         "skipped": [item.message for item in bad if item.skip],
         "error": next((item.message for item in bad if not item.skip), None),
         "claim": claim,
@@ -200,6 +203,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
     if good and batch["error"] is None:
         join = torch.cat if good[0]["label"].ndim else torch.stack
         batch |= {key: join([item[key] for item in good]) for key in ("label", "index")}
+        batch["path"] = [item["path"] for item in good for _ in range(item["label"].numel())]
         videos = [item["video"].movedim(-3, -1) for item in good]  # (..., S, S, 3), as they lie in memory
         if claim is not None and ring is not None:
             batch["video"] = ring.put(claim, videos, join)

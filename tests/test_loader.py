@@ -33,7 +33,8 @@ class Numbers(Dataset):
             return BadVideo(f"video {index}", index, True)
         video = torch.full((2, 3, 4, 4, 3), (10 * epoch + index) % 256, dtype=self.dtype)
         video += torch.arange(3, dtype=self.dtype)  # the colours differ
-        return {"video": video.movedim(-1, -3), "label": torch.tensor([1, 2]), "index": torch.tensor([index, index])}
+        both = {"label": torch.tensor([1, 2]), "index": torch.tensor([index, index])}
+        return {**both, "video": video.movedim(-1, -3), "path": f"video {index}"}
 
     def __getitems__(self, keys):
         return [key if isinstance(key, Claim) else self[key] for key in keys]
@@ -53,10 +54,14 @@ def make(workers, dataset=None, batch_size=4, sampler=None):
 
 
 def same(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype
-        for a, b in zip(one, other, strict=True)
-        for key in ("video", "label", "index")
+    return (
+        len(one) == len(other)
+        and all(
+            torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype
+            for a, b in zip(one, other, strict=True)
+            for key in ("video", "label", "index")
+        )
+        and [batch["path"] for batch in one] == [batch["path"] for batch in other]
     )
 
 

@@ -63,7 +63,7 @@ def batches(data, epoch=0, **arguments):
 def same(one, other):
     return all(
         torch.equal(a[key], b[key]) for a, b in zip(one, other, strict=True) for key in ("video", "label", "index")
-    )
+    ) and [batch["path"] for batch in one] == [batch["path"] for batch in other]
 
 
 def test_training_batches(data):
@@ -75,6 +75,7 @@ def test_training_batches(data):
         assert batch["label"].shape == batch["index"].shape == (6,)
         assert (batch["index"][::2] == batch["index"][1::2]).all() and (batch["label"] == batch["index"] % 2).all()
         assert (batch["video"][0] != batch["video"][1]).any()  # another draw
+        assert batch["path"] == [f"video {index}" for index in batch["index"].tolist()]
         assert batch["skipped"] == [] and batch["error"] is None
     seen = torch.cat([batch["index"] for batch in found]).tolist()
     assert len(set(seen)) == 6
@@ -159,6 +160,7 @@ def test_evaluation_batches(data):
     assert [len(batch["index"]) for batch in found] == [3, 3, 1]
     assert torch.cat([batch["index"] for batch in found]).tolist() == list(range(7))
     assert found[0]["video"].shape == (3, 1, 4, 3, 16, 16) and found[0]["label"].tolist() == [0, 1, 0]
+    assert [batch["path"] for batch in found] == [[f"video {i}" for i in part] for part in ((0, 1, 2), (3, 4, 5), (6,))]
     tested = list(loader_of_test(replace(data, batch_size=12), crops=3, clips=2))
     assert [batch["video"].shape for batch in tested] == [(2, 6, 4, 3, 16, 16)] * 3 + [(1, 6, 4, 3, 16, 16)]
 
@@ -198,7 +200,7 @@ def test_broken_video_ends_the_run_with_one_sentence(data, workers):
     first, second, _ = val_loader(replace(data, workers=workers, num_segments=16))
     message = first["error"]
     assert "video 1/000010.jpg" in message and f"({data.val_list}, line 2)" in message and "\n" not in message
-    assert first["video"] is None and first["skipped"] == []
+    assert first["video"] is None and first["skipped"] == first["path"] == []
     assert "video 4" in second["error"] and "line 5" in second["error"]
 
 
@@ -208,6 +210,7 @@ def test_broken_videos_are_skipped_and_listed(data):
     data = replace(data, on_error="skip")
     first, second, third = val_loader(data)
     assert first["index"].tolist() == [0, 2] and first["video"].shape[0] == 2 and first["error"] is None
+    assert first["path"] == ["video 0", "video 2"] and third["path"] == []
     assert len(first["skipped"]) == 1 and "video 1" in first["skipped"][0]
     assert second["skipped"] == []
     assert (
