@@ -2,34 +2,43 @@
 
 python train_vision.py --config configs/ssv2.yaml [--set solver.lr=5e-4 ...]
 bash scripts/run_train_vision.sh configs/ssv2.yaml          the same on all GPUs, through torchrun
+
+The same command goes on with the run that it began, until that is finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from clip.build import build_model, load_weights, parameter_report
+from clip.build import backbone_identity, build_model, load_weights, parameter_report
 from clip.groups import parameter_groups
-from configs.schema import Config, check_same_run, load_config
+from configs.schema import Config, check_same_run, difference, load_config
 from datasets.build import class_names, train_loader, val_loader
 from engine import checkpoint
 from engine.distributed import EngineError, Process, gather, run, seed_everything, start, unwrap, wrap
-from engine.log import RunFolder, setup_logging
-from engine.loop import LoopSettings, Trainee, evaluate, fit, log_accuracy, steps_per_epoch
+from engine.dry_run import dry_run
+from engine.ema import TunedEma
+from engine.evaluation import evaluate, log_accuracy
+from engine.log import setup_logging
+from engine.loop import LoopSettings, Trainee, Trainer, steps_per_epoch
 from engine.optim import (
     ClipMixup,
     build_criterion,
     build_optimizer,
     check_groups,
     resolve_precision,
+    scaled_lr,
     warmup_cosine,
 )
 from engine.pixels import Normalizer
+from engine.record import check_same_lists, run_meta
+from engine.run_folder import RunFolder, choose_folder
+from engine.state import is_resumable
 
 logger = logging.getLogger("td4v")
 
@@ -39,39 +48,61 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", "-cfg", required=True, help="a YAML file, see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. solver.lr=5e-4")
-    parser.add_argument("--output", help="run folder (default: OUTPUT_DIR/DATASET/ARCH/LOG_TIME, or that of resume)")
-    parser.add_argument("--log_time", help="name of the run (default: the time)")
+    parser.add_argument(
+        "--output", help="run folder (default: the unfinished run of this configuration, else a new one)"
+    )
+    parser.add_argument("--log_time", help="name of the run in OUTPUT_DIR/DATASET/ARCH (default: the time)")
+    parser.add_argument("--fresh", action="store_true", help="begin another run, do not go on with an unfinished one")
+    parser.add_argument("--dry-run", action="store_true", help="one batch of each kind through everything, then tell")
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA where there is a GPU")
     return parser.parse_args()
 
 
-def run_folder(config: Config, arguments: argparse.Namespace, resumable: bool) -> tuple[Path, bool]:
-    """Where the run goes, the same on every process, and whether it goes on with what is there.
-
-    Only last_model.pt goes on in its own folder: an older checkpoint would overwrite what came after it.
-    """
-    home = Path(config.resume).parent if resumable and Path(config.resume).name == "last_model.pt" else None
+def find_run(
+    config: Config, meta: dict[str, Any], arguments: argparse.Namespace, process: Process
+) -> tuple[Path, bool]:
+    """Where the run goes, the same on every process, and whether it goes on with what is there."""
+    home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
     name = arguments.log_time or gather(datetime.now().strftime("%Y%m%d_%H%M%S"))[0]
-    default = home or Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"), name)
-    folder = Path(arguments.output) if arguments.output else default
-    return folder, home is not None and folder.resolve() == home.resolve()
+    explicit = Path(arguments.output) if arguments.output else home / name if arguments.log_time else None
+    if explicit is None and config.resume and Path(config.resume).name == checkpoint.LAST:
+        explicit = Path(config.resume).parent  # it goes on where it is; an older one would overwrite what came after
+
+    def differs(former: dict[str, Any], began: dict[str, Any]) -> str | None:
+        if (reason := difference(former, config, named=explicit is not None)) is not None:
+            return reason
+        if began.get("world_size") != process.world_size:
+            return f"it began with {began.get('world_size')} processes, here are {process.world_size}"
+        try:
+            check_same_lists(began, meta, explicit or home)
+        except EngineError as error:
+            return str(error)
+        return None
+
+    return choose_folder(process, explicit, home, name, differs, arguments.fresh)
 
 
-def initial_weights(model: torch.nn.Module, config: Config) -> bool:
-    """Load `pretrain` or `resume`; True if the latter holds a whole run to go on with, not weights alone."""
-    path = config.resume or config.pretrain
+def starting_point(
+    config: Config, meta: dict[str, Any], folder: Path | None, process: Process
+) -> tuple[str | None, dict[str, Any], bool]:
+    """The checkpoint to begin with, its content, and whether it is a whole run to go on with, not weights alone.
+
+    Args:
+        folder: of a run to go on with, whose newest whole checkpoint comes before `resume` and `pretrain`.
+    """
+    newest = checkpoint.newest(folder) if folder is not None and process.is_main else None
+    path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
     if path is None:
-        return False
+        return None, {}, False
     content = checkpoint.load(path)
-    drop_head = config.pretrain_head == "drop" and path == config.pretrain
-    load_weights(model, checkpoint.weights_of(content, path), path, drop_head)
-    resumable = config.resume is not None and checkpoint.is_resumable(content)
-    if resumable:
+    whole = path != config.pretrain and is_resumable(content)
+    if whole:
         check_same_run(content["config"], config, path)
-    elif config.resume:
+        check_same_lists(content["meta"], meta, path)
+    elif path == config.resume:
         logger.warning("%s: holds weights but no run of ours to go on with: training starts at epoch 0 with them", path)
-    return resumable
+    return path, content, whole
 
 
 def main() -> None:
@@ -81,17 +112,25 @@ def main() -> None:
     setup_logging(process)
     overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
     config = load_config(arguments.config, overrides)
-    data, solver = config.data, config.solver
+    data, solver, saving = config.data, config.solver, config.checkpoint
     precision = resolve_precision(solver.precision, process.device)
     normalizer = Normalizer(data.mean, data.std)
-
-    torch.manual_seed(config.seed)  # the same start on every process
-    model = build_model(config, pretrained=not (config.resume or config.pretrain))
-    ours = (process.rank, process.world_size)
     class_names(data)  # a label list that does not fit should not be found out at the end
+    ours = (process.rank, process.world_size)
     validation = val_loader(data, config.seed, *ours)
-    resumable = initial_weights(model, config)
+    meta = run_meta({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
+    trains = not solver.evaluate and not arguments.dry_run
+    folder, going_on = find_run(config, meta, arguments, process) if trains else (None, False)
+    path, content, whole = starting_point(config, meta, folder if going_on else None, process)
+
+    model = build_model(config, pretrained=not content or checkpoint.lacks_backbone(content))
+    backbone = backbone_identity(model) if not content or checkpoint.lacks_backbone(content) else None
+    if content and not whole:
+        drop_head = config.pretrain_head == "drop" and path == config.pretrain
+        identity = content["backbone"] if checkpoint.lacks_backbone(content) else None
+        load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
     report = parameter_report(model)
+    meta["parameters"] = dataclasses.asdict(report)
     if solver.evaluate:
         logger.info("%s", report)
         model.to(process.device)
@@ -101,44 +140,45 @@ def main() -> None:
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
     model = wrap(model, process, config.network.sync_bn)
     seed_everything(config.seed, process)
-    groups = parameter_groups(unwrap(model), solver.lr, solver.clip_ratio)
+    clips = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
+    lr = scaled_lr(solver.lr, solver.lr_base_batch, clips)
+    groups = parameter_groups(unwrap(model), lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
     check_groups(unwrap(model), groups)
     optimizer = build_optimizer(groups, solver.optim, solver.weight_decay, solver.betas, solver.eps, solver.momentum)
-    steps = steps_per_epoch(training, solver.grad_accumulation_steps)
+    steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
     mixing = (solver.mixup_alpha, solver.cutmix_alpha, solver.smoothing, data.num_classes)
     trainee = Trainee(
         model=model,
-        criterion=build_criterion(solver.smoothing, solver.mixup),
         optimizer=optimizer,
         scheduler=warmup_cosine(optimizer, steps, solver.epochs, solver.lr_warmup_step),
         scaler=precision.scaler(process.device),
+        ema=TunedEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
+        backbone=backbone,
+        criterion=build_criterion(solver.smoothing, solver.mixup),
         precision=precision,
         mixup=ClipMixup(*mixing) if solver.mixup else None,
         normalizer=normalizer,
     )
     settings = LoopSettings(
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
-        solver.grad_accumulation_steps, solver.clip_grad,
+        solver.grad_accumulation_steps, solver.clip_grad, solver.early_stop, solver.max_bad_steps,
+        saving.every_steps, saving.every_minutes, saving.keep, saving.full,
     )  # fmt: skip
-    folder, resume = run_folder(config, arguments, resumable)
-    shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips}
-    with RunFolder(folder, config.to_dict(), process, resume=resume, **shown) as record:
+    loaders = (training, validation, len(validation.dataset))
+    if arguments.dry_run:
         logger.info("%s", report)
-        describe(config, process, len(training.dataset), len(validation.dataset), folder)
-        from_run = config.resume if resumable else None
-        state = fit(trainee, training, validation, len(validation.dataset), process, settings, record, from_run)
+        dry_run(trainee, *loaders, process, settings)
+        return
+    shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips}
+    with RunFolder(folder, config.to_dict(), meta, process, resume=going_on, **shown) as record:
+        logger.info("%s", report)
+        logger.info(
+            "%s on %s: %d training and %d validation videos, %d classes, T = %d, %d clips a step on %d x %s, %s",
+            *(config.network.method_name, data.dataset, len(training.dataset), len(validation.dataset)),
+            *(data.num_classes, data.num_segments, clips, process.world_size, process.device.type, folder),
+        )
+        state = Trainer(trainee, *loaders, process, settings, record).fit(path if whole else None)
         logger.info("finished: best top-1 %.2f, checkpoints and curves in %s", state.best, folder)
-
-
-def describe(config: Config, process: Process, train: int, val: int, folder: Path) -> None:
-    """Say what is about to happen."""
-    data, solver = config.data, config.solver
-    batch = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
-    logger.info(
-        "%s on %s: %d training and %d validation videos, %d classes, T = %d, %d clips a step on %d x %s, %s",
-        *(config.network.method_name, data.dataset, train, val, data.num_classes, data.num_segments, batch),
-        *(process.world_size, process.device.type, folder),
-    )
 
 
 if __name__ == "__main__":

@@ -45,13 +45,15 @@ class VisionTower(nn.Module):
     Args:
         visual: an open_clip VisionTransformer with a class token; its projection to the text space is dropped.
         quick_gelu: which activation it was built with.
+        name: of the architecture.
 
     Attributes:
-        width (D), patch_size (pixels), grid ((H, W) patches), image_size ((height, width) pixels), blocks.
+        weights: where they are from, in words. width (D), patch_size (pixels), grid ((H, W) patches), image_size ((height, width) pixels), blocks.
     """
 
-    def __init__(self, visual: VisionTransformer, quick_gelu: bool):
+    def __init__(self, visual: VisionTransformer, quick_gelu: bool, name: str = "custom"):
         super().__init__()
+        self.name, self.weights = name, "random weights"
         if visual.attn_pool is not None:
             raise BackboneError("a tower with attentional pooling has no class token for TD4V to use")
         visual.proj = None
@@ -205,7 +207,7 @@ def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: in
         image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads, mlp_ratio=mlp_ratio,
         act_layer=QuickGELU if quick_gelu else nn.GELU, **extra,
     )  # fmt: skip
-    tower = VisionTower(visual, quick_gelu)
+    tower = VisionTower(visual, quick_gelu, name)
     if source is not None:
         _load(tower, source, name)
         logger.info("%s: weights from %s", name, source)

@@ -9,6 +9,7 @@ Does not live here: any layer, any loop.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -37,7 +38,8 @@ class WeightsError(ValueError):
 def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
 
-    Random parts follow torch's global seed.
+    Random parts follow from config.seed, the frozen tower's first: a configuration always gives the same model, and
+    torch's generators are left as they were.
 
     Args:
         config: of configs.schema.load_config.
@@ -56,8 +58,26 @@ def build_model(config: Config, pretrained: bool = True) -> nn.Module:
         warnings.warn("network.method td4v_side overrides network.fine_tuning", stacklevel=2)
     method = METHODS[network.method_name]
     options = fill_options(method.Options, network.options, "network.options")
-    model = method.build(config, build_config_tower(config, pretrained), options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        model = method.build(config, build_config_tower(config, pretrained), options)
     return tune_only(model)
+
+
+def backbone_identity(model: nn.Module) -> dict[str, str] | None:
+    """Which frozen weights a model of `build_model` stands on: their name, where they are from, and their sha256.
+
+    The hash goes over the names and bytes of all frozen parameters, on the CPU. None where nothing is frozen.
+    """
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(frozen):
+        value = frozen[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return {"name": model.tower.name, "weights": model.tower.weights, "sha256": digest.hexdigest()}
 
 
 def build_config_tower(config: Config, pretrained: bool = True) -> VisionTower:
@@ -67,9 +87,11 @@ def build_config_tower(config: Config, pretrained: bool = True) -> VisionTower:
     if pretrained and source is None:
         logger.warning("network.init is false: %s starts from RANDOM weights, nothing of CLIP is loaded", network.arch)
     if network.vision is None:
-        return build_tower(network.arch, size, source)
-    vision = {**dataclasses.asdict(network.vision), "image_size": size}
-    return build_custom_tower(**vision, source=source)
+        tower = build_tower(network.arch, size, source)
+    else:
+        tower = build_custom_tower(**{**dataclasses.asdict(network.vision), "image_size": size}, source=source)
+    tower.weights = source or f"random weights of seed {config.seed}"
+    return tower
 
 
 def tune_only(model: nn.Module) -> nn.Module:
@@ -104,7 +126,13 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     return ParameterReport(_count(model), sum(by_module.values()), by_module)
 
 
-def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str, drop_head: bool = False) -> None:
+def load_weights(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    source: str,
+    drop_head: bool = False,
+    backbone: Mapping[str, str] | None = None,
+) -> None:
     """Load a whole model's state_dict, ours or the authors', strictly.
 
     Args:
@@ -112,9 +140,10 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         state_dict: our names or the authors' (see clip/authors.py), with or without `module.`.
         source: the file, for messages.
         drop_head: leave out the classifier.
+        backbone: of a checkpoint without the frozen weights: their identity, which the model's must have.
 
     Raises:
-        WeightsError: another method, another number of classes or frames, any other difference. Nothing is loaded
+        WeightsError: another frozen backbone, another method, another number of classes or frames, any other difference. Nothing is loaded
             then.
     """
     values = {key.removeprefix("module."): value for key, value in state_dict.items()}
@@ -126,6 +155,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
             raise WeightsError(f"{source}: {error}") from None
         optional = {"tower.visual.ln_post.weight", "tower.visual.ln_post.bias"}  # theirs never reads it
     own = model.state_dict()
+    if backbone is not None:
+        optional |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if drop_head:
         values = {key: value for key, value in values.items() if not key.startswith("head.")}
         optional |= {key for key in own if key.startswith("head.")}
@@ -140,6 +171,12 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         )
     if unfit:
         raise WeightsError(f"{source}: {_explain(unfit, values, own)}")
+    if backbone is not None and backbone["sha256"] != (ours := backbone_identity(model) or {}).get("sha256"):
+        raise WeightsError(
+            f"{source}: was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
+            f"(sha256 {backbone['sha256'][:12]}), here are {ours.get('name')}, {ours.get('weights')} "
+            f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
+        )
     model.load_state_dict(values, strict=not optional)
 
 

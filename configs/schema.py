@@ -445,6 +445,21 @@ def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> 
         warnings.warn(f"solver.epochs was {old[key]} and is now {new[key]}: the learning rate follows", stacklevel=2)
 
 
+def difference(former: dict[str, Any], config: Config, named: bool) -> str | None:
+    """Why a run with the configuration `former` (as `Config.to_dict` wrote it) is another run, in words; or None.
+
+    Args:
+        named: the user named the run, which may then go on with more epochs; else it must also have begun alike.
+    """
+    old, new = _flat(former), _flat(config.to_dict())
+    begins, free = ("resume", "pretrain"), (*_FREE_ON_RESUME, *(("solver.epochs",) if named else ()))
+    for key in sorted(old.keys() | new.keys()):
+        same = old.get(key) == new.get(key) or (key.startswith(free) and (named or key not in begins))
+        if not same:
+            return f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
+    return None
+
+
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():

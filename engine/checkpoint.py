@@ -1,49 +1,35 @@
-"""Checkpoint files: written all or nothing, read without running code from them, complete enough to go on exactly.
+"""Checkpoint files: written all or nothing, checked when read, read without running code from them.
 
-Lives here: the file and its content, which is plain values and tensors under these keys:
-    epoch              epochs finished, so also the number of the next one
-    step               optimizer steps so far
-    best               best top-1 so far, in percent
-    pending            the record of an epoch that was trained, but not evaluated yet, or None
-    model_state_dict   names as in the model alone, without DistributedDataParallel's "module."
-    optimizer_state_dict, scheduler, scaler
-    rng                one entry a process: the states of Python's, NumPy's, torch's and the GPU's generators
-    config             the resolved configuration
-    meta               versions and git revision
-Does not live here: when to save (loop.py), and what a frozen tower's weights look like elsewhere.
+Lives here: one file at a time (save, load, the weights in it), and the row of files of a run: the newest one, those
+before it, and which of them is whole. Does not live here: what a run consists of (state.py) and when it is saved
+(loop.py).
+
+A run folder holds last_model.pt and, as `keep` says, what was last_model.pt before as step_00000123.pt.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import pickle
-import random
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.distributed import EngineError, Process, gather, unwrap
+from engine.distributed import EngineError
 
 logger = logging.getLogger("td4v")
 
-_RESUMABLE = (
-    "epoch",
-    "step",
-    "best",
-    "pending",
-    "model_state_dict",
-    "optimizer_state_dict",
-    "scheduler",
-    "scaler",
-    "rng",
-)
+METADATA = "td4v"  # the key of what a safetensors file of ours tells besides its tensors
+LAST, BEST, FAILED = "last_model.pt", "model_best.pt", "failed_model.pt"
 
 
 class CheckpointError(EngineError):
@@ -57,32 +43,93 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
         CheckpointError: it cannot be written (no folder, no space, no permission).
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")  # left behind by a kill, it is written over by the next
     try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot write this checkpoint ({_first_line(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | None) -> None:
+    """Write last_model.pt; what it was before stays beside it as step_*.pt, so that `keep` files are there in all.
+
+    Args:
+        former: the step of the present last_model.pt, None where there is none or it is not whole.
+
+    Raises CheckpointError as `save` does; whatever was there before then still is.
+    """
+    last = folder / LAST
+    if keep > 1 and former is not None and last.exists():
+        kept, second = folder / f"step_{former:08d}.pt", folder / ".second_name.pt"
+        try:
+            second.unlink(missing_ok=True)
+            os.link(last, second)  # so last_model.pt is there at any moment
+            os.replace(second, kept)
+        except OSError:  # a file system where a file has one name
+            save(kept, load(last))
+        finally:
+            second.unlink(missing_ok=True)
+    save(last, content)
+    for old in _formers(folder)[max(0, keep - 1) :]:
+        old.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, None where it has none at all; what is passed over is said.
+
+    Raises:
+        CheckpointError: there are files, and none of them is whole.
+    """
+    found = [path for path in (folder / LAST, *_formers(folder)) if path.exists()]
+    for path in found:
+        try:
+            load(path)
+        except CheckpointError as error:
+            logger.warning("%s", error)
+            continue
+        if path != found[0]:
+            logger.warning("going back to %s, the newest whole checkpoint of this run", path)
+        return path
+    if found:
+        raise CheckpointError(f"{folder}: none of its checkpoints is whole ({', '.join(path.name for path in found)})")
+    return None
+
+
+def _formers(folder: Path) -> list[Path]:
+    """The former last_model.pt, newest first."""
+    return sorted(folder.glob("step_????????.pt"), reverse=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours or of others (.pt, .pth, .safetensors) onto the CPU, refusing pickled code.
 
+    The sums that torch keeps of every part of a file are compared, so a single flipped bit is found. A safetensors
+    file that scripts.export wrote has the keys of a checkpoint; any other is a dict of its tensors.
+
     Raises:
-        CheckpointError: missing, truncated, holding code, or no checkpoint at all.
+        CheckpointError: missing, truncated, damaged, holding code, or no checkpoint at all.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _load_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (part := archive.testzip()) is not None:
+                    raise CheckpointError(f"{path}: damaged, its part {part} is not what was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except SafetensorError as error:
         raise CheckpointError(f"{path}: truncated, or not a safetensors file ({_first_line(error)})") from None
     except pickle.UnpicklingError as error:
@@ -99,11 +146,43 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    if METADATA not in metadata:
+        return tensors
+    return {**json.loads(metadata[METADATA]), "model_state_dict": tensors}
+
+
+def save_safetensors(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `model_state_dict` as safetensors, and the rest, which must be plain values, as JSON into its metadata.
+
+    Raises CheckpointError as `save` does.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    rest = {key: value for key, value in content.items() if key != "model_state_dict"}
+    tensors = {name: value.contiguous() for name, value in content["model_state_dict"].items()}
+    try:
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata={METADATA: json.dumps(rest), "format": "pt"})
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot write this file ({_first_line(error)})") from error
+
+
 def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     """The model's state dict in a checkpoint of ours or another layout.
 
     Looks under `model_state_dict`, `state_dict` and `model`, else takes the dict itself; strips "module." where every
-    name has it. Raises CheckpointError, naming `path`, where that gives anything but named tensors.
+    name has it. Where a run of ours averaged its weights (`ema_state_dict`), these are the ones: they were validated.
+    Raises CheckpointError, naming `path`, where that gives anything but named tensors.
     """
     found = next((checkpoint[key] for key in ("model_state_dict", "state_dict", "model") if key in checkpoint), None)
     weights = checkpoint if found is None else found
@@ -111,126 +190,27 @@ def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor
         keys = ", ".join(map(str, list(checkpoint)[:5]))
         raise CheckpointError(f"{path}: no model weights in this checkpoint, which holds {keys or 'nothing'}")
     if all(name.startswith("module.") for name in weights):
-        return {name.removeprefix("module."): value for name, value in weights.items()}
-    return dict(weights)
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return {**weights, **(checkpoint.get("ema_state_dict") or {})}
+
+
+def lacks_backbone(checkpoint: dict[str, Any]) -> bool:
+    """Whether the frozen weights were left out of a checkpoint, and only their origin and hash are in it."""
+    return isinstance(checkpoint.get("backbone"), dict) and not checkpoint.get("full", False)
 
 
 def _is_state_dict(weights: dict[Any, Any]) -> bool:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())
 
 
-def put_weights(model: nn.Module, content: dict[str, Any], path: str | Path) -> None:
-    """Give `model` all the weights of a loaded checkpoint; CheckpointError where names or shapes are others."""
-    weights = weights_of(content, path)
-    target = unwrap(model)
-    own = target.state_dict()
-    missing = [name for name in own if name not in weights]
-    surplus = [name for name in weights if name not in own]
-    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    faults = [f"{len(missing)} weights missing ({missing[0]}, ...)"] if missing else []
-    faults += [f"{len(surplus)} unknown ({surplus[0]}, ...)"] if surplus else []
-    faults += [
-        f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}" for name in unlike[:1]
-    ]
-    if faults:
-        raise CheckpointError(f"{path}: does not fit this model: {'; '.join(faults)}")
-    target.load_state_dict(weights)
-
-
-def is_resumable(content: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds a whole run, and not weights alone."""
-    return all(key in content for key in _RESUMABLE)
-
-
-def collect(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    process: Process,
-    *,
-    epoch: int,
-    step: int,
-    best: float,
-    pending: dict[str, Any] | None,
-    config: dict[str, Any],
-    meta: dict[str, Any],
-) -> dict[str, Any]:
-    """The content of a checkpoint, by the keys above; every process must call it, for its generators."""
-    return {
-        "epoch": epoch,
-        "step": step,
-        "best": best,
-        "pending": pending,
-        "model_state_dict": unwrap(model).state_dict(),
-        "optimizer_state_dict": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": gather(rng_state(process.device)),
-        "config": config,
-        "meta": meta,
-    }
-
-
-def restore(
-    path: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
-    process: Process,
-) -> dict[str, Any]:
-    """Put model, optimizer, scheduler, scaler and this process's generators back as `collect` found them.
-
-    Returns:
-        The whole content, with epoch, step and best.
-
-    Raises:
-        CheckpointError: unreadable, weights only, of another model or optimizer, or of another number of processes.
-    """
-    content = load(path)
-    lacking = [key for key in _RESUMABLE if key not in content]
-    if lacking:
-        raise CheckpointError(f"{path}: holds no run to resume, for it lacks {', '.join(lacking)}")
-    if len(content["rng"]) != process.world_size:
-        raise CheckpointError(
-            f"{path}: was written by {len(content['rng'])} processes and cannot be resumed with {process.world_size}"
-        )
-    if bool(content["scaler"]) != scaler.is_enabled():
-        raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
-    put_weights(model, content, path)
-    try:
-        optimizer.load_state_dict(content["optimizer_state_dict"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: does not fit this optimizer ({_first_line(error)})") from None
-    scheduler.load_state_dict(content["scheduler"])
-    scaler.load_state_dict(content["scaler"])
-    set_rng_state(content["rng"][process.rank], process.device)
-    logger.info("resumed from %s after %d epochs, best top-1 %.2f", path, content["epoch"], content["best"])
-    return content
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators of this process, as tensors and plain values."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = numpy.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype(numpy.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators back as `rng_state` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, keys.numpy().astype(numpy.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.stop import INTERRUPTED, Stopped
+
 logger = logging.getLogger("td4v")
 
 
@@ -98,16 +100,21 @@ def stop() -> None:
 def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
     """Call an entry script's main so that no process waits for one that failed.
 
-    One of `errors`, which a user can cause, is logged as its one sentence; any other exception with its traceback. Then
-    this process exits with status 1, at once where there are others: torchrun ends them.
+    One of `errors`, which a user can cause, is logged as its one sentence, as is what health.py can explain; any other
+    exception with its traceback. Then this process exits with status 1, at once where there are others: torchrun ends
+    them. A run that was stopped on request exits with the status that says so (stop.py).
     """
     status = 0
     try:
         main()
         barrier()
     except KeyboardInterrupt:
-        logger.error("interrupted: last_model.pt, if there is one, holds the last finished epoch")
-        status = 130
+        logger.error("interrupted: last_model.pt, if there is one, holds what was saved last")
+        status = INTERRUPTED
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            logger.warning("%s", stopped)
+        status = stopped.status
     except Exception as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # where rank 0 failed alike it has said so, and torchrun ends this process meanwhile

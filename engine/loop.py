@@ -1,21 +1,25 @@
-"""The training loop, readable in one go, and evaluation; for any model, any loader.
+"""The training loop, readable in one go; for any model, any loader.
 
-Lives here: epochs, steps, accumulation, what is checked, measured, saved and when.
+Lives here: epochs, steps, accumulation, what is checked, measured, saved and when, and where a run can be interrupted:
+between any two steps, and anywhere in an evaluation.
 Does not live here: how a step, a checkpoint, an accuracy or a log line is made; any model or dataset.
 
-Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `skipped` (names of videos that could not be read)
-and `error` (a sentence that stops the run, or None). `video` is (B, T, C, H, W) in training and (B, V, T, C, H, W), V
-views a video, in evaluation, or None where all of the batch was skipped: pixels as uint8, which are normalised here on
-the model's device, or float32, which are so already. Epochs count from 0.
+Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `path` (names of the B videos), `skipped`
+(sentences on videos that could not be read) and `error` (a sentence that stops the run, or None). `video` is
+(B, T, C, H, W) in training and (B, V, T, C, H, W), V views a video, in evaluation, or None where all of the batch was
+skipped: pixels as uint8, which are normalised here on the model's device, or float32, which are so already. Epochs
+count from 0.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +29,43 @@ from torch.utils.data import DataLoader
 
 from engine import checkpoint
 from engine.distributed import EngineError, Process, barrier, gather, gradient_sync, sync_buffers, unwrap
-from engine.log import Eta, RunFolder, progress_line
-from engine.metrics import Accuracy, Scores
+from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
+from engine.log import Eta, progress_line
+from engine.meter import Meter, Window
 from engine.optim import Precision
 from engine.pixels import Normalizer
+from engine.run_folder import RunFolder
+from engine.state import Parts, TrainState, bare, collect, restore, rng_state, set_rng_state
+from engine.stop import Consensus, Stopped, StopSignals
 
 logger = logging.getLogger("td4v")
 
 
-class DataError(EngineError):
-    """The loader reports data that cannot be used, or gives none."""
-
-
 class TrainingError(EngineError):
-    """Training cannot go on: the loss is not finite."""
-
-
-@dataclass
-class TrainState:
-    """How far training is: finished epochs, optimizer steps (those left out included), best top-1 in percent (-1: none yet).
-
-    `pending` is the record of an epoch that was trained, but not evaluated and written down yet.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    best: float = -1.0
-    pending: dict[str, Any] | None = None
+    """Training cannot go on: gradients are not finite time and again, or a parameter gets none."""
 
 
 @dataclass(frozen=True)
-class Trainee:
+class Trainee(Parts):
     """A model (as wrapped for the processes), all that changes it, and what its input goes through on the device.
 
     `mixup` maps (video, label) to (video, target).
     """
 
-    model: nn.Module
-    criterion: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
-    precision: Precision
+    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    precision: Precision = field(default_factory=lambda: Precision("fp32", None, scaled=False))
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     normalizer: Normalizer = field(default_factory=Normalizer)
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, how often. `accumulation` batches make one optimizer step; `clip_grad` is the largest gradient norm."""
+    """How long, how often. `accumulation` batches make one optimizer step; `clip_grad` is the largest gradient norm.
+
+    `early_stop` validations without a better top-1 end the run, `max_bad_steps` steps in a row that are not finite
+    too. Checkpoints are written after each epoch and each `save_steps` steps or `save_minutes` minutes; `keep` and
+    `full`: see checkpoint.save_last and state.weights.
+    """
 
     epochs: int
     print_freq: int = 20
@@ -81,6 +73,12 @@ class LoopSettings:
     skip_epoch: tuple[int, ...] = ()
     accumulation: int = 1
     clip_grad: float | None = None
+    early_stop: int | None = None
+    max_bad_steps: int = 10
+    save_steps: int | None = None
+    save_minutes: float | None = None
+    keep: int = 2
+    full: bool = False
 
     def evaluates(self, epoch: int) -> bool:
         """Whether the model is evaluated after this epoch: after the last even if it is one of `skip_epoch`."""
@@ -88,296 +86,318 @@ class LoopSettings:
         return due or epoch == self.epochs - 1
 
 
-def steps_per_epoch(loader: DataLoader, accumulation: int) -> int:
+def steps_per_epoch(batches: int, accumulation: int) -> int:
     """Optimizer steps in an epoch; the last may be of fewer batches. Raises DataError for a loader without batches."""
-    if len(loader) == 0:
+    if batches == 0:
         raise DataError("the training list gives no full batch: it is shorter than one batch over all processes")
-    return -(-len(loader) // accumulation)
+    return -(-batches // accumulation)
 
 
-def fit(
-    trainee: Trainee,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    expected: int,
-    process: Process,
-    settings: LoopSettings,
-    run: RunFolder,
-    resume: str | Path | None = None,
-) -> TrainState:
-    """Train, evaluate and save, from the start or from a checkpoint, which is continued exactly.
+class Trainer:
+    """Trains, evaluates and saves, from the start or from a checkpoint, which is continued exactly.
 
     Args:
         expected: videos that `val_loader` gives on all processes together, each once.
-        run: takes the logs, last_model.pt after each epoch, and model_best.pt whenever top-1 is the best so far.
-        resume: a checkpoint of this function, made with the same settings and number of processes.
-
-    Raises:
-        DataError, TrainingError, CheckpointError, MetricsError: one sentence on what is wrong.
+        run: takes the logs, last_model.pt, and model_best.pt whenever top-1 is the best so far.
     """
-    state = TrainState()
-    steps = steps_per_epoch(train_loader, settings.accumulation)
-    if resume is not None:
-        parts = (trainee.model, trainee.optimizer, trainee.scheduler, trainee.scaler)
-        content = checkpoint.restore(resume, *parts, process)
-        state = TrainState(content["epoch"], content["step"], content["best"], content["pending"])
-        if state.step != state.epoch * steps:
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        expected: int,
+        process: Process,
+        settings: LoopSettings,
+        run: RunFolder,
+    ) -> None:
+        self.trainee, self.process, self.settings, self.run = trainee, process, settings, run
+        self.train_loader, self.val_loader, self.expected = train_loader, val_loader, expected
+        self.steps = steps_per_epoch(len(train_loader), settings.accumulation)
+        self.state, self.meter = TrainState(), Meter()
+        self.consensus, self.signals = Consensus(), StopSignals()
+        self.buffers = list(unwrap(trainee.model).buffers())
+        self.saved_step: int | None = None
+        self.saved_at = time.monotonic()
+        self.rehearsed = False
+
+    def fit(self, resume: str | Path | None = None) -> TrainState:
+        """Train to the end.
+
+        Args:
+            resume: a checkpoint of this function, made with the same settings and number of processes.
+
+        Raises:
+            DataError, TrainingError, CheckpointError, MetricsError: one sentence on what is wrong.
+            Stopped: after SIGTERM, SIGUSR1 or Ctrl-C, when everything is saved.
+        """
+        if resume is not None:
+            self._restore(Path(resume))
+        self.run.rewind(self.state.history, self.state.step if resume is not None else -1)
+        self.eta = Eta(done=self.state.step, total=self.steps * self.settings.epochs)
+        with self.signals:
+            if self.state.pending is not None:
+                self._finish_epoch()
+            while self.state.epoch < self.settings.epochs and not self._stale():
+                self._train_epoch()
+                self._finish_epoch()
+        self.run.finish()
+        barrier()
+        return self.state
+
+    def _restore(self, path: Path) -> None:
+        content = checkpoint.load(path)
+        self.state, meter = restore(content, path, self.trainee, self.process)
+        self.meter = Meter.of(meter)
+        done = self.state.epoch * self.steps + self.state.place
+        if self.state.step != done:
             raise checkpoint.CheckpointError(
-                f"{resume}: made {state.step} steps in {state.epoch} epochs, where an epoch now has {steps}: "
-                "resume with the same list, batch size and accumulation"
+                f"{path}: made {self.state.step} steps in {self.state.epoch} epochs and {self.state.place} steps, where "
+                f"an epoch now has {self.steps}: resume with the same list, batch size and accumulation"
             )
-        run.rewind(state.epoch, state.step)
-    eta = Eta(done=state.step, total=steps * settings.epochs)
-    if state.pending is not None:
-        _finish_epoch(trainee, val_loader, expected, process, state, settings, run)
-    for epoch in range(state.epoch, settings.epochs):
-        row = train_one_epoch(trainee, train_loader, process, state, settings, run, eta)
+        if path.name == checkpoint.LAST and path.parent.resolve() == self.run.path.resolve():
+            self.saved_step = self.state.step
+
+    def _stale(self) -> bool:
+        """Whether validation has not improved for so long that the run ends early."""
+        limit = self.settings.early_stop
+        if limit is None or self.state.stale < limit:
+            return False
+        logger.info("stopping early: no better top-1 than %.2f in %d validations", self.state.best, self.state.stale)
+        return True
+
+    def _train_epoch(self) -> None:
+        """What is left of an epoch, which may have been begun before the run was resumed."""
+        state, settings, trainee = self.state, self.settings, self.trainee
+        skip = _place(self.train_loader, state.epoch, state.place * settings.accumulation)
+        if self.process.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.process.device)
+        trainee.model.train()
+        for group in self.groups(skip):
+            if not self.rehearsed:
+                self.rehearse(group[0]["video"])
+            if state.step == 0:
+                self.run.show_clips(group[0]["video"])
+            lr = max(part["lr"] for part in trainee.optimizer.param_groups)
+            asked, due = self.step(group)
+            self._progress(lr)
+            if state.place < self.steps and (asked or due):
+                self.save()
+                self._stop_if(asked)
         sync_buffers(trainee.model)
-        state.epoch, state.pending = epoch + 1, row
-        if settings.evaluates(epoch):
-            _save(trainee, process, state, run, improved=False)  # a failing evaluation must not cost the epoch
-        _finish_epoch(trainee, val_loader, expected, process, state, settings, run)
-    barrier()
-    return state
+        row = {"epoch": state.epoch, "step": state.step, "lr": lr, **self.meter.summary(self.process.device)}
+        state.epoch, state.place, state.pending = state.epoch + 1, 0, row
+        self.meter = Meter()
+        if asked or settings.evaluates(row["epoch"]):
+            self.save()  # an evaluation that fails or is interrupted must not cost the epoch
+            self._stop_if(asked)
 
+    def _stop_if(self, asked: int) -> None:
+        if asked:
+            barrier()  # whoever exits first has the others ended
+            place = f"and {self.state.place} steps of {self.steps} " if self.state.place else ""
+            raise Stopped(asked, f"after {self.state.epoch} epochs {place}and saved")
 
-def _finish_epoch(
-    trainee: Trainee,
-    val_loader: DataLoader,
-    expected: int,
-    process: Process,
-    state: TrainState,
-    settings: LoopSettings,
-    run: RunFolder,
-) -> None:
-    """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
-    row, accuracy = state.pending, None
-    if settings.evaluates(row["epoch"]):
-        accuracy = evaluate(
-            trainee.model, val_loader, process, trainee.precision, expected, settings.print_freq, trainee.normalizer
-        )
-        log_accuracy(f"epoch {row['epoch']}", accuracy)
-    improved = accuracy is not None and accuracy.top1 > state.best
-    state.best = accuracy.top1 if improved else state.best
-    state.pending = None
-    _save(trainee, process, state, run, improved)
-    run.record_epoch(row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}, state.step)
+    def groups(self, skip: int) -> Iterator[list[dict[str, Any]]]:
+        """The checked batches of one optimizer step at a time, with the time spent waiting for them."""
+        size = self.settings.accumulation
+        batches = itertools.islice(self.train_loader, skip, None)
+        for place in range(self.state.place, self.steps):
+            group = []
+            asked = time.perf_counter()
+            for batch in itertools.islice(batches, size):
+                self.meter.skipped += check_batch(batch)
+                if batch["video"] is None:
+                    raise DataError(
+                        f"none of the videos of training batch {place * size + len(group) + 1} could be read"
+                    )
+                group.append(batch)
+            self.meter.waited += time.perf_counter() - asked
+            if not group:
+                raise DataError(f"the training loader ended before step {place + 1} of {self.steps}")
+            yield group
 
+    def step(self, group: list[dict[str, Any]]) -> tuple[int, int]:
+        """One optimizer step, which averages over the clips of its batches, however many there are in each.
 
-def train_one_epoch(
-    trainee: Trainee,
-    loader: DataLoader,
-    process: Process,
-    state: TrainState,
-    settings: LoopSettings,
-    run: RunFolder,
-    eta: Eta,
-) -> dict[str, Any]:
-    """One pass over the loader, counting `state.step` up.
-
-    A step averages over the clips of its `accumulation` batches, however many there are in the last one.
-
-    Returns:
-        What metrics.jsonl tells of an epoch: loss, learning rate, clips a second, share of time spent waiting for
-        data, GPU memory in GiB (None on a CPU), skipped videos and steps left out for overflowing gradients.
-    """
-    for part in (loader, loader.sampler):  # the first of them that knows of epochs
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(state.epoch)
-            break
-    trainee.model.train()
-    steps = steps_per_epoch(loader, settings.accumulation)
-    meter = _Meter(process.device)
-    for number, group in enumerate(_groups(loader, settings.accumulation, meter), start=1):
-        if state.step == 0:
-            run.show_clips(group[0]["video"])
+        A step whose loss or gradients are not finite leaves no trace in the model. Returns the signal by which any
+        process was asked to stop (0: none), and whether a checkpoint is due.
+        """
+        trainee, state = self.trainee, self.state
+        former = [buffer.clone() for buffer in self.buffers]
         clips = sum(len(batch["label"]) for batch in group)
-        loss = torch.zeros((), device=process.device)
+        loss = torch.zeros((), device=self.process.device)
         for place, batch in enumerate(group, start=1):
-            video = trainee.normalizer(batch["video"], process.device)  # (B, T, C, H, W)
-            target = batch["label"].to(process.device, non_blocking=True)  # (B,)
+            video = trainee.normalizer(batch["video"], self.process.device)  # (B, T, C, H, W)
+            target = batch["label"].to(self.process.device, non_blocking=True)  # (B,)
             if trainee.mixup is not None:
                 video, target = trainee.mixup(video, target)  # (B, T, C, H, W), (B, K)
             with gradient_sync(trainee.model, enabled=place == len(group)):
-                with trainee.precision.autocast(process.device):
+                with trainee.precision.autocast(self.process.device):
                     logits = trainee.model(video)  # (B, K)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 part = trainee.criterion(logits, target) * (len(video) / clips)
                 trainee.scaler.scale(part).backward()
             loss = loss + part.detach()
-        lr = max(group["lr"] for group in trainee.optimizer.param_groups)
-        stepped = _optimizer_step(trainee, settings.clip_grad)
-        state.step += 1
-        meter.add(number, loss, clips, stepped)
-        if number % settings.print_freq == 0 or number == steps:
-            shown = meter.check(state.epoch, steps)
-            rate = meter.rate() * process.world_size
-            left = eta.seconds(state.step)
-            logger.info(progress_line(state.epoch, settings.epochs, number, steps, shown, lr, rate, left))
-            run.scalars({"train/loss": shown, "train/lr": lr, "train/clips_per_s": rate}, state.step)
-    return {"epoch": state.epoch, "step": state.step, "lr": lr, **meter.summary()}
-
-
-def _optimizer_step(trainee: Trainee, clip_grad: float | None) -> bool:
-    """Apply and drop the gradients. False where the scaler found them overflowing and left the step out."""
-    trainee.scaler.unscale_(trainee.optimizer)
-    if clip_grad is not None:
-        parameters = [p for group in trainee.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, clip_grad)
-    scale = trainee.scaler.get_scale()  # 1 where nothing is scaled, without a look at the device
-    trainee.scaler.step(trainee.optimizer)
-    trainee.scaler.update()
-    trainee.optimizer.zero_grad(set_to_none=True)
-    stepped = trainee.scaler.get_scale() >= scale
-    if stepped:
-        trainee.scheduler.step()
-    else:
-        logger.info("gradients overflowed in fp16: step left out, loss scale now %g", trainee.scaler.get_scale())
-    return stepped
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    loader: DataLoader,
-    process: Process,
-    precision: Precision,
-    expected: int,
-    print_freq: int | None = None,
-    normalizer: Normalizer | None = None,
-    max_clips: int = 32,
-) -> Accuracy:
-    """Accuracy over the videos of all processes, each of which gives its own part; the same result on each.
-
-    Args:
-        expected: videos in the list (see metrics.Scores.accuracy).
-        print_freq: batches between lines of progress; None for none.
-        normalizer: of uint8 pixels; None scales them to 0..1.
-        max_clips: clips in one forward pass at most; views beyond that wait on the CPU.
-
-    Raises:
-        DataError: the loader reports an error. MetricsError: not every video has one finite score.
-    """
-    model = unwrap(model)  # processes may have different numbers of batches, so nothing may wait for the others
-    was_training = model.training
-    model.eval()
-    normalizer = normalizer or Normalizer()
-    scores = Scores()
-    eta = Eta(done=0, total=len(loader))
-    try:
-        for number, batch in enumerate(loader, start=1):
-            if print_freq is not None and number % print_freq == 0 and number < len(loader):
-                left = timedelta(seconds=round(eta.seconds(number)))
-                logger.info("evaluating: batch %d/%d eta %s", number, len(loader), left)
-            scores.skipped += _check(batch)
-            if batch["video"] is None:
-                continue
-            views = batch["video"].shape[1]
-            clips = batch["video"].flatten(0, 1)  # (B*V, T, C, H, W)
-            with precision.autocast(process.device):
-                parts = [model(normalizer(part, process.device)) for part in clips.split(max_clips)]
-            logits = torch.cat(parts).unflatten(0, (-1, views))  # (B, V, K)
-            scores.add(batch["index"], logits, batch["label"])
-    finally:
-        model.train(was_training)
-    return scores.accuracy(expected)
-
-
-def log_accuracy(what: str, accuracy: Accuracy) -> None:
-    """One line with the three percentages."""
-    skipped = f", {accuracy.skipped} more skipped" if accuracy.skipped else ""
-    logger.info(
-        "%s: top-1 %.2f top-5 %.2f mean class %.2f over %d videos%s",
-        *(what, accuracy.top1, accuracy.top5, accuracy.mean_class, accuracy.videos, skipped),
-    )
-
-
-def _save(trainee: Trainee, process: Process, state: TrainState, run: RunFolder, improved: bool) -> None:
-    parts = (trainee.model, trainee.optimizer, trainee.scheduler, trainee.scaler)
-    content = checkpoint.collect(*parts, process, **vars(state), config=run.config, meta=run.meta)
-    if process.is_main:
-        if improved:
-            checkpoint.save(run.path / "model_best.pt", content)
-        checkpoint.save(run.path / "last_model.pt", content)
-
-
-def _check(batch: dict[str, Any]) -> int:
-    """Stop on an error of the loader, warn of each skipped video, and return how many there are."""
-    if batch["error"] is not None:
-        raise DataError(batch["error"])
-    for name in batch["skipped"]:
-        logger.warning("skipped: %s", name)
-    return len(batch["skipped"])
-
-
-def _groups(loader: DataLoader, size: int, meter: _Meter) -> Iterator[list[dict[str, Any]]]:
-    """The checked batches of one optimizer step at a time, with the time spent waiting for them."""
-    group: list[dict[str, Any]] = []
-    asked = time.perf_counter()
-    for number, batch in enumerate(loader, start=1):
-        meter.waited += time.perf_counter() - asked
-        meter.skipped += _check(batch)
-        if batch["video"] is None:
-            raise DataError(f"none of the videos of training batch {number} could be read")
-        group.append(batch)
-        if len(group) == size or number == len(loader):
-            yield group
-            group = []
-        asked = time.perf_counter()
-
-
-@dataclass
-class _Meter:
-    """Sums over an epoch on this process. The loss stays on the device until `check` reads it."""
-
-    device: torch.device
-    waited: float = 0.0
-    skipped: int = 0
-    clips: int = 0
-    overflows: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def __post_init__(self) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.bad = torch.zeros((), dtype=torch.int64, device=self.device)  # the first step without a finite loss
-        self._read = (0.0, 0)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    def add(self, step: int, loss: Tensor, clips: int, stepped: bool) -> None:
-        self.loss += loss.double() * clips
-        self.bad = torch.where((self.bad == 0) & ~loss.isfinite(), step, self.bad)
-        self.clips += clips
-        self.overflows += not stepped
-
-    def check(self, epoch: int, steps: int) -> float:
-        """The mean loss since the last call; TrainingError where it was not finite."""
-        bad, total = int(self.bad), float(self.loss)
+        trainee.scaler.unscale_(trainee.optimizer)
+        parameters = [p for part in trainee.optimizer.param_groups for p in part["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss_value, norm_value = torch.stack([loss.double(), norm.double().to(loss.device)]).tolist()
+        own = not (math.isfinite(loss_value) and math.isfinite(norm_value))
+        bad, asked, due = self.consensus.most([own, self.signals.asked, self._save_is_due()])
+        if not bad:
+            if self.settings.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
+            trainee.scaler.step(trainee.optimizer)
+            trainee.scheduler.step()
+            if trainee.ema is not None:
+                trainee.ema.update()
+            self.meter.add(loss_value, norm_value, clips)
+            if state.health.note(loss_value):
+                usual = f"usual are {state.health.mean:.4g} +- {state.health.variance**0.5:.2g}"
+                logger.warning(
+                    "loss spike at epoch %d, step %d: %.4g (%s)", state.epoch, state.place + 1, loss_value, usual
+                )
+        trainee.scaler.update()
+        trainee.optimizer.zero_grad(set_to_none=True)
         if bad:
-            raise TrainingError(
-                f"the loss is not finite at epoch {epoch}, step {bad} of {steps}: "
-                "lower the learning rate, or use precision bf16 or fp32"
-            )
-        before, clips = self._read
-        self._read = (total, self.clips)
-        return (total - before) / (self.clips - clips)
+            self._put_back(former)
+            self._leave_out(group, loss_value, norm_value, own)
+        state.step += 1
+        state.place += 1
+        return asked, due
 
-    def rate(self) -> float:
-        """Clips a second on this process since the epoch began."""
-        return self.clips / (time.perf_counter() - self.started)
+    @torch.no_grad()
+    def _put_back(self, former: list[Tensor]) -> None:
+        for buffer, value in zip(self.buffers, former, strict=True):
+            buffer.copy_(value)
 
-    def summary(self) -> dict[str, Any]:
-        """The epoch over all processes."""
-        cuda = self.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if cuda else None
-        seconds = time.perf_counter() - self.started
-        own = (float(self.loss), self.clips, seconds, self.waited, self.skipped, memory)
-        loss, clips, seconds_all, waited, skipped, memories = zip(*gather(own), strict=True)
-        return {
-            "train_loss": sum(loss) / sum(clips),
-            "clips_per_s": sum(clips) / max(seconds_all),
-            "data_wait": sum(waited) / sum(seconds_all),
-            "memory_gib": max(memories) if cuda else None,
-            "skipped": sum(skipped),
-            "overflows": self.overflows,
-        }
+    def _leave_out(self, group: list[dict[str, Any]], loss: float, norm: float, own: bool) -> None:
+        """Count a step that was not finite; TrainingError, with the state saved, if that does not end."""
+        state, health = self.state, self.state.health
+        health.left_out += 1
+        health.in_a_row += 1
+        self.meter.left_out += 1
+        names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))] if own else []
+        scaled = self.trainee.scaler.is_enabled()
+        what = f"the loss is {loss:g}, the norm of the gradients {norm:g}"
+        where = f"epoch {state.epoch}, step {state.place + 1} of {self.steps}"
+        hint = f"; the loss scale is now {self.trainee.scaler.get_scale():g}" if scaled else ""
+        logger.warning(
+            "%s: %s: step left out (%d in a row, %d in all%s)", where, what, health.in_a_row, health.left_out, hint
+        )
+        if health.in_a_row < self.settings.max_bad_steps:
+            return
+        found = [name for names in gather(names) for name in names]
+        content = self._content() | {"failed": {"epoch": state.epoch, "step": state.place + 1, "videos": found}}
+        path = self.run.path / checkpoint.FAILED
+        if self.process.is_main:
+            checkpoint.save(path, content)
+        barrier()
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise TrainingError(
+            f"{what} at {where}, {health.in_a_row} steps in a row: lower the learning rate, or use precision bf16 or "
+            f"fp32; videos of the last one: {shown or 'not known'}; the model before these steps is in {path}"
+        )
+
+    def _progress(self, lr: float) -> None:
+        """A line and TensorBoard's points, each print_freq steps and after the last of an epoch."""
+        state, settings = self.state, self.settings
+        if state.place % settings.print_freq and state.place != self.steps:
+            return
+        curves, self.meter.window = self.meter.window.curves(), Window()
+        rate = self.meter.rate() * self.process.world_size
+        left = self.eta.seconds(state.step)
+        shown = curves.get("train/loss", math.nan)
+        logger.info(progress_line(state.epoch, settings.epochs, state.place, self.steps, shown, lr, rate, left))
+        health = {"health/left_out": state.health.left_out, "health/loss_spikes": state.health.spikes}
+        self.run.scalars({**curves, "train/lr": lr, "train/clips_per_s": rate, **health}, state.step)
+
+    def rehearse(self, video: Tensor) -> None:
+        """One forward and backward pass that changes nothing, before the first step of this process.
+
+        Finds tuned parameters that get no gradient. And DistributedDataParallel orders its buckets anew after the
+        first pass: sums over three or more processes depend on that order, and a resumed run would have another one
+        in its first step than the run that went on.
+        """
+        self.rehearsed = True
+        trainee, process = self.trainee, self.process
+        generators, former = rng_state(process.device), [buffer.clone() for buffer in self.buffers]
+        with trainee.precision.autocast(process.device):
+            logits = trainee.model(trainee.normalizer(video, process.device))  # (B, K)
+        logits.float().square().mean().backward()
+        without = [n for n, p in unwrap(trainee.model).named_parameters() if p.requires_grad and p.grad is None]
+        trainee.optimizer.zero_grad(set_to_none=True)
+        self._put_back(former)
+        set_rng_state(generators, process.device)
+        if without:
+            what = f"{len(without)} tuned parameters get no gradient: {', '.join(without[:5])}{', ...' if without[5:] else ''}"
+            if process.world_size > 1:
+                raise TrainingError(f"{what}; with several processes every tuned parameter must take part")
+            logger.warning("%s", what)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
+        state, trainee = self.state, self.trainee
+        row, accuracy = state.pending, None
+        if self.settings.evaluates(row["epoch"]):
+            accuracy = self.evaluate()
+            log_accuracy(f"epoch {row['epoch']}", accuracy)
+            improved = accuracy.top1 > state.best
+            state.best, state.stale = (accuracy.top1, 0) if improved else (state.best, state.stale + 1)
+            if improved and self.process.is_main:
+                best = {
+                    "epoch": state.epoch,
+                    "step": state.step,
+                    "best": state.best,
+                    **bare(trainee, self.settings.full),
+                }
+                checkpoint.save(self.run.path / checkpoint.BEST, best | self._origin())
+        row = row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}
+        state.history, state.pending = [*state.history, row], None
+        self.save()
+        self.run.record_epoch(row)
+
+    def evaluate(self) -> Any:
+        """The accuracy of the model on the validation videos; of its averaged weights, where they are kept."""
+        trainee = self.trainee
+        if trainee.ema is not None:
+            trainee.ema.broadcast()
+        with trainee.ema.applied(trainee.model) if trainee.ema is not None else contextlib.nullcontext():
+            return evaluate(
+                trainee.model, self.val_loader, self.process, trainee.precision, self.expected,
+                self.settings.print_freq, trainee.normalizer, signals=self.signals,
+            )  # fmt: skip
+
+    def _save_is_due(self) -> bool:
+        """By the number of steps, or by the clock of the main process."""
+        settings = self.settings
+        if settings.save_steps is not None and (self.state.step + 1) % settings.save_steps == 0:
+            return True
+        if settings.save_minutes is None or not self.process.is_main:
+            return False
+        return time.monotonic() - self.saved_at > 60 * settings.save_minutes
+
+    def _origin(self) -> dict[str, Any]:
+        return {"config": self.run.config, "meta": self.run.meta}
+
+    def _content(self) -> dict[str, Any]:
+        return collect(self.trainee, self.state, self.meter.state(), self.process, self.settings.full) | self._origin()
+
+    def save(self) -> None:
+        """Write last_model.pt; every process must call it."""
+        content = self._content()
+        if self.process.is_main:
+            self.run.flush()  # curves up to here must not be lost with the process
+            checkpoint.save_last(self.run.path, content, self.settings.keep, self.saved_step)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+
+
+def _place(loader: DataLoader, epoch: int, first_batch: int) -> int:
+    """Have `loader` begin with a batch of an epoch; returns how many batches are left to pass over."""
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch, first_batch)
+        return 0
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    return first_batch

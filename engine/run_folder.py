@@ -1,0 +1,298 @@
+"""The folder of a run: which one it is, that no other process uses it, and the lines written into it.
+
+Lives here: finding the run that a command goes on with, the lock, config.yaml, run.json (one entry a start),
+metrics.jsonl (one line an epoch), TensorBoard, and taking back what a killed run wrote after its last checkpoint.
+Does not live here: what is measured (loop.py, metrics.py), what is known of a start (record.py), and the checkpoints,
+which the loop saves into the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from engine.distributed import EngineError, Process, gather
+from engine.log import setup_logging
+from engine.pixels import Normalizer
+
+logger = logging.getLogger("td4v")
+
+_RUN_FILES = ("last_model.pt", "config.yaml", "run.json", "log.txt")
+
+
+class RunFolderError(EngineError):
+    """A run folder that is taken, in use or cannot be written."""
+
+
+def choose_folder(
+    process: Process,
+    explicit: Path | None,
+    home: Path,
+    name: str,
+    differs: Callable[[dict[str, Any], dict[str, Any]], str | None],
+    fresh: bool = False,
+) -> tuple[Path, bool]:
+    """Where a run goes, the same on every process, and whether it goes on with what is there.
+
+    Args:
+        explicit: the folder that the user named; None takes the newest unfinished run of the same kind below `home`
+            that no process is using, and without one home / name.
+        differs: from config.yaml and the newest entry of run.json why that is another run, or None.
+        fresh: never go on.
+
+    Raises:
+        RunFolderError: on every process, where the named folder holds another run, or one although `fresh` is asked.
+    """
+    found: tuple[Path, bool] | str | None = None
+    if process.is_main:
+        try:
+            found = _choose(explicit, home, name, differs, fresh)
+        except (OSError, ValueError) as error:
+            found = f"{explicit or home}: cannot be looked through for a run to go on with ({error})"
+    found = gather(found)[0]
+    if isinstance(found, str):
+        raise RunFolderError(found)
+    return found
+
+
+def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fresh: bool) -> tuple[Path, bool] | str:
+    if explicit is None:
+        runs = [] if fresh or not home.is_dir() else [path.parent for path in home.glob("*/run.json")]
+        for folder in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
+            config, start = _described(folder)
+            if start.get("finished") or differs(config, start) is not None:
+                continue
+            if _in_use(folder):
+                logger.info("%s: the same run is going on there, so this is another one", folder)
+                continue
+            logger.info("going on with %s, which is not finished (--fresh starts another run)", folder)
+            return folder, True
+        folder, number = home / name, 1
+        while folder.exists():
+            folder, number = home / f"{name}_{number}", number + 1
+        return folder, False
+    taken = [file for file in _RUN_FILES if (explicit / file).exists()]
+    if not taken:
+        return explicit, False
+    if fresh:
+        return f"{explicit}: already holds a run ({taken[0]}), and --fresh was asked: choose another folder"
+    if not all((explicit / file).exists() for file in ("config.yaml", "run.json")):
+        return f"{explicit}: holds {taken[0]}, but no run of ours to go on with: choose another folder"
+    if (reason := differs(*_described(explicit))) is not None:
+        return f"{explicit}: already holds another run: {reason}"
+    return explicit, True
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration of a run and its newest start; ValueError where they cannot be read."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{folder}: its config.yaml or run.json cannot be read: {error}") from None
+    return config or {}, (starts or [{}])[-1]
+
+
+def _in_use(folder: Path) -> bool:
+    try:
+        with open(folder / ".lock", "a", encoding="utf-8") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+class RunFolder:
+    """A folder that holds one run. Rank 0 writes; on other ranks the methods do nothing.
+
+    Args:
+        path: made if it is not there.
+        config: the resolved configuration as plain values, written to config.yaml.
+        meta: of record.run_meta, an entry of run.json.
+        resume: go on in a folder that holds this run.
+        mean, std: three numbers each, with which input clips are normalised.
+        clips: how many input clips to show in TensorBoard.
+
+    Raises:
+        RunFolderError: on every process, where the folder holds a run that is not gone on with, another process uses
+            it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        meta: dict[str, Any],
+        process: Process,
+        *,
+        resume: bool = False,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        clips: int = 2,
+    ) -> None:
+        self.path, self.config, self.meta, self.process, self.clips = Path(path), config, meta, process, clips
+        self.normalizer = Normalizer(mean, std)
+        self._writer: Any = None
+        self._lock: Any = None
+        problem = gather(self._prepare(resume) if process.is_main else None)[0]
+        if problem is not None:
+            raise RunFolderError(problem)
+        setup_logging(process, self.path if self.path.is_dir() else None)
+
+    def _prepare(self, resume: bool) -> str | None:
+        """Make the folder, lock it and write its first files, or say why not."""
+        try:
+            taken = [name for name in _RUN_FILES if (self.path / name).exists()]
+            if taken and not resume:
+                return f"{self.path}: already holds a run ({taken[0]}): choose another folder"
+            self.path.mkdir(parents=True, exist_ok=True)
+            if (user := self._take()) is not None:
+                return f"{self.path}: another process is using this run folder ({user})"
+            _write(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            self._write_starts([*self._starts(), self.meta])
+        except (OSError, ValueError) as error:
+            return f"{self.path}: cannot be used as a run folder ({error})"
+        return None
+
+    def _take(self) -> str | None:
+        """Lock the folder until this process ends, however it ends; or who has it. Copies of this process do not."""
+        self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held for as long as the run
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            return self._lock.read().strip() or "unknown"
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+        return None
+
+    def _starts(self) -> list[dict[str, Any]]:
+        record = self.path / "run.json"
+        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+
+    def _write_starts(self, starts: list[dict[str, Any]]) -> None:
+        _write(self.path / "run.json", json.dumps(starts, indent=2) + "\n")
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write out what TensorBoard holds back and give the folder free. The log goes on, for errors."""
+        for part in (self._writer, self._lock):
+            if part is not None:
+                part.close()
+        self._writer = self._lock = None
+
+    @property
+    def writer(self) -> Any:
+        """TensorBoard's writer on rank 0, made when first needed, else None."""
+        if self._writer is None and self.process.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, which evaluation need not wait for
+
+            self._writer = SummaryWriter(str(self.path))
+        return self._writer
+
+    def rewind(self, history: Sequence[dict[str, Any]], step: int) -> None:
+        """Make metrics.jsonl and the curves what they were at a checkpoint: `history` rows, points up to `step`."""
+        if self.process.is_main:
+            _write(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+            there = _rewrite_events(self.path, history, step)
+            for row in history:
+                for name, value in _points(row).items():
+                    if (name, row["step"]) not in there:
+                        self.scalars({name: value}, row["step"])
+
+    def record_epoch(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and its numbers to TensorBoard under `epoch/` at optimizer step row["step"]."""
+        if self.process.is_main:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.scalars(_points(row), row["step"])
+            self.flush()
+
+    def finish(self) -> None:
+        """Note in run.json that there is nothing left to do."""
+        if self.process.is_main:
+            *former, last = self._starts()
+            self._write_starts(
+                [*former, {**last, "finished": datetime.now().astimezone().isoformat(timespec="seconds")}]
+            )
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add one point each to TensorBoard's curves."""
+        for name, value in values.items() if self.writer is not None else ():
+            self.writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Write out what TensorBoard holds back."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def show_clips(self, video: Tensor) -> None:
+        """Show the first clips of a batch (B, T, C, H, W) in TensorBoard, one row of frames each."""
+        if self.writer is not None:
+            for number, frames in enumerate(self.normalizer.undo(video[: self.clips])):  # (T, C, H, W)
+                self.writer.add_image(f"input/{number}", make_grid(frames, nrow=len(frames)), 0)
+
+
+def _points(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row, by the names of their curves."""
+    return {f"epoch/{name}": value for name, value in row.items() if value is not None}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file all or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _rewrite_events(folder: Path, history: Sequence[dict[str, Any]], step: int) -> set[tuple[str, int]]:
+    """Join TensorBoard's files in one, without points behind `step`, of epochs outside `history`, or given twice.
+
+    Returns the (name, step) of the points that are left. Whenever this is interrupted, no point before is lost.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda file: (file.stat().st_mtime, file.name))
+    if not files:
+        return set()
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    epochs = {(name, row["step"]) for row in history for name in _points(row)}
+    kept: dict[tuple[str, int], bytes] = {}
+    head = b""
+    for file in files:
+        for record in RawEventFileLoader(str(file)).Load():
+            event = Event.FromString(record)
+            head = head or (record if event.file_version else b"")
+            for value in event.summary.value:
+                point = (value.tag, event.step)
+                if event.step <= step and (not value.tag.startswith("epoch/") or point in epochs):
+                    kept[point] = record
+    partial = folder / ".events.partial"
+    with open(partial, "wb") as file:
+        writer = RecordWriter(file)
+        for record in ([head] if head else []) + list(kept.values()):
+            writer.write(record)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, files[-1])
+    for file in files[:-1]:
+        file.unlink()
+    return set(kept)

@@ -1,0 +1,74 @@
+"""Ending between two steps when somebody asks, and what all processes must agree on to do so.
+
+Lives here: signals that are noted instead of ending the process, the exception that ends a run after it was saved, and
+the one exchange a step between processes. Does not live here: what is saved (state.py) and when (loop.py).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+START_AGAIN = 75  # exit status of a run that was saved because a scheduler asked: sysexits' EX_TEMPFAIL
+INTERRUPTED = 130  # after Ctrl-C
+_INSIST_S = 2.0  # a second Ctrl-C ends at once; torchrun repeats the first one within this time
+
+
+class Stopped(Exception):
+    """A run ended on request, with everything saved; `status` is what its process exits with."""
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; the same command goes on from there")
+        self.status = INTERRUPTED if number == signal.SIGINT else START_AGAIN
+
+
+class StopSignals:
+    """While inside, SIGTERM, SIGUSR1 and Ctrl-C are noted in `asked` (a signal's number, 0: none) and nothing else.
+
+    A second Ctrl-C some seconds later raises KeyboardInterrupt. Outside the main thread it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._since = 0.0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        self._former = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked == number and time.monotonic() - self._since > _INSIST_S:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._since = int(number), time.monotonic()
+
+
+class Consensus:
+    """Small whole numbers that all processes agree on, exchanged on the CPU so that no GPU is waited for."""
+
+    def __init__(self) -> None:
+        own = dist.is_initialized() and dist.get_backend() != "gloo"
+        self.group = dist.new_group(backend="gloo") if own else None
+
+    def most(self, values: Sequence[int]) -> list[int]:
+        """The greatest of each of `values` over all processes; every process must call it."""
+        if not dist.is_initialized():
+            return [int(value) for value in values]
+        tensor = torch.tensor([int(value) for value in values])
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor.tolist()
