@@ -137,9 +137,7 @@ def compute_accuracy(
     return _count(_table(index, score, label, names, expected, skipped))
 
 
-def _table(
-    index: Tensor, score: Tensor, label: Tensor, path: Sequence[str], expected: int, skipped: int
-) -> Table:
+def _table(index: Tensor, score: Tensor, label: Tensor, path: Sequence[str], expected: int, skipped: int) -> Table:
     """The rows sorted by their place in the list, and checked."""
     index, order = index.sort()
     table = Table(index, score[order], label[order], tuple(path[row] for row in order.tolist()), skipped)
