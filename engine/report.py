@@ -163,6 +163,8 @@ def load_scores(path: str | Path) -> SavedScores:
     path = Path(path)
     if not path.is_file():
         raise ReportError(f"{path}: there is no such file of scores")
+    if not os.access(path, os.R_OK):
+        raise ReportError(f"{path}: cannot be read, for lack of permission")
     if not zipfile.is_zipfile(path):
         raise ReportError(f"{path}: truncated, or not an .npz file")
     try:
