@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 from pathlib import Path
 
 from clip.build import build_model, load_weights, parameter_report
 from configs.schema import ConfigError, load_config
 from datasets.build import class_names, test_loader
-from engine import checkpoint
+from engine import checkpoint, report
 from engine.distributed import EngineError, run, start
-from engine.log import run_meta, setup_logging
-from engine.loop import evaluate, log_accuracy
+from engine.evaluation import evaluate, log_accuracy
+from engine.log import setup_logging
 from engine.optim import resolve_precision
 from engine.pixels import Normalizer
+from engine.record import run_meta
 
 logger = logging.getLogger("td4v")
 
@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--test_clips", type=int, default=1, help="clips along a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, a span of 128 frames a clip")
-    parser.add_argument("--json", help="where the results go (default: beside the weights)")
+    parser.add_argument("--json", help="where the results go, and the files beside them (default: beside the weights)")
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA where there is a GPU")
     return parser.parse_args()
@@ -57,11 +57,11 @@ def main() -> None:
         raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
     names = class_names(config.data)
     path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
-    if arguments.json and not path.parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {path.parent} for the results")
     content = checkpoint.load(arguments.weights)
-    model = build_model(config, pretrained=False)  # the checkpoint brings the frozen weights too
-    load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights)
+    report.check_target(path)
+    backbone = content["backbone"] if checkpoint.lacks_backbone(content) else None
+    model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings the frozen weights too
+    load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights, backbone=backbone)
     model.to(process.device).eval()
     precision = resolve_precision(config.solver.precision, process.device)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
@@ -78,19 +78,15 @@ def main() -> None:
     log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)
     if process.is_main:
         epoch = content.get("epoch")
-        report = dataclasses.asdict(parameter_report(model))
-        result = {
-            **accuracy.to_dict(),
+        about = {
             **views,
             "weights": arguments.weights,
             "epoch": epoch if isinstance(epoch, int) else None,
-            "parameters": report,
-            "class_names": names,
+            "parameters": dataclasses.asdict(parameter_report(model)),
             "config": config.to_dict(),
-            "meta": run_meta(),
+            "meta": run_meta({"test_list": config.data.test_list or config.data.val_list}, config.seed),
         }
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        logger.info("results: %s", path)
+        report.write(path, accuracy, names, about)
 
 
 def results_name(arguments: argparse.Namespace) -> str:
