@@ -120,6 +120,7 @@ class Trainer:
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
         self.rehearsed = False
+        self.eta = Eta(done=0, total=self.steps * settings.epochs)
 
     def fit(self, resume: str | Path | None = None) -> TrainState:
         """Train to the end.
@@ -134,12 +135,12 @@ class Trainer:
         if resume is not None:
             self._restore(Path(resume))
         self.run.rewind(self.state.history, self.state.step if resume is not None else -1)
-        self.eta = Eta(done=self.state.step, total=self.steps * self.settings.epochs)
+        self.eta = Eta(self.state.step, self.eta.total)
         with self.signals:
             if self.state.pending is not None:
                 self._finish_epoch()
             while self.state.epoch < self.settings.epochs and not self._stale():
-                self._train_epoch()
+                self.train_epoch()
                 self._finish_epoch()
         self.run.finish()
         barrier()
@@ -166,7 +167,7 @@ class Trainer:
         logger.info("stopping early: no better top-1 than %.2f in %d validations", self.state.best, self.state.stale)
         return True
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
         """What is left of an epoch, which may have been begun before the run was resumed."""
         state, settings, trainee = self.state, self.settings, self.trainee
         skip = _place(self.train_loader, state.epoch, state.place * settings.accumulation)
@@ -253,7 +254,8 @@ class Trainer:
             if trainee.ema is not None:
                 trainee.ema.update()
             self.meter.add(loss_value, norm_value, clips)
-            if state.health.note(loss_value):
+            state.health.in_a_row = 0
+            if self.process.is_main and state.health.note(loss_value):  # of its own clips, as the curves
                 usual = f"usual are {state.health.mean:.4g} +- {state.health.variance**0.5:.2g}"
                 logger.warning(
                     "loss spike at epoch %d, step %d: %.4g (%s)", state.epoch, state.place + 1, loss_value, usual
@@ -394,10 +396,15 @@ class Trainer:
 
 
 def _place(loader: DataLoader, epoch: int, first_batch: int) -> int:
-    """Have `loader` begin with a batch of an epoch; returns how many batches are left to pass over."""
+    """Have `loader` begin with a batch of an epoch; returns how many batches are left to pass over.
+
+    A loader without `set_epoch` must draw its order and its items from (epoch, place) alone, or an epoch that is taken
+    up in the middle goes on with other batches than it would have had.
+    """
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(epoch, first_batch)
         return 0
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(epoch)
+    sampler = getattr(loader, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
     return first_batch

@@ -39,7 +39,7 @@ logger = logging.getLogger("td4v")
 class Health:
     """Steps left out because something in them was not finite, and steps whose loss stood out.
 
-    `mean` and `variance` of the loss are exponential averages over about the last 50 steps; `seen` counts steps.
+    `mean` and `variance` of the main process's loss are exponential averages over about the last 50 steps; `seen` counts steps.
     """
 
     left_out: int = 0
@@ -51,7 +51,6 @@ class Health:
 
     def note(self, loss: float) -> bool:
         """Take in the loss of a step; True if it lies more than five standard deviations above the usual."""
-        self.in_a_row = 0
         spike = self.seen >= 50 and loss > self.mean + 5 * self.variance**0.5 + 1e-3 * abs(self.mean)
         self.spikes += spike
         rate = max(0.02, 1 / (self.seen + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -14,22 +15,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
-from engine.checkpoint import CheckpointError, load
+from engine.checkpoint import CheckpointError, load, weights_of
 from engine.distributed import Process, gather, seed_everything, start, unwrap, wrap
-from engine.log import Eta, RunFolder, close_logging
-from engine.loop import (
-    DataError,
-    LoopSettings,
-    Trainee,
-    TrainingError,
-    TrainState,
-    evaluate,
-    fit,
-    steps_per_epoch,
-    train_one_epoch,
-)
+from engine.ema import TunedEma
+from engine.evaluation import DataError, evaluate
+from engine.log import close_logging
+from engine.loop import LoopSettings, Trainee, Trainer, TrainingError, steps_per_epoch
 from engine.metrics import Accuracy, MetricsError
 from engine.optim import ClipMixup, build_criterion, build_optimizer, resolve_precision, warmup_cosine
+from engine.run_folder import RunFolder
+from engine.state import Health, TrainState, rng_state
 from tests.processes import run_in_two
 
 CPU = torch.device("cpu")
@@ -65,6 +60,7 @@ def _collate(samples: list) -> dict[str, Any]:
         "video": torch.stack(video),
         "label": torch.tensor(label),
         "index": torch.tensor(index),
+        "path": [f"{place}.avi" for place in index],
         "skipped": [],
         "error": None,
     }
@@ -102,13 +98,13 @@ def _trainee(
     optimizer = build_optimizer([{"name": "all", "params": parameters, "lr": lr}], optim, momentum=0.0, weight_decay=0)
     precision = resolve_precision("fp32", CPU)
     return Trainee(
-        model,
-        build_criterion(0.1, mixing),
-        optimizer,
-        warmup_cosine(optimizer, steps, epochs, 1 if optim == "adamw" else 0),
-        precision.scaler(CPU),
-        precision,
-        ClipMixup(0.8, 1.0, 0.1, CLASSES) if mixing else None,
+        model=model,
+        criterion=build_criterion(0.1, mixing),
+        optimizer=optimizer,
+        scheduler=warmup_cosine(optimizer, steps, epochs, 1 if optim == "adamw" else 0),
+        scaler=precision.scaler(CPU),
+        precision=precision,
+        mixup=ClipMixup(0.8, 1.0, 0.1, CLASSES) if mixing else None,
     )
 
 
@@ -153,17 +149,10 @@ def _run(
     else:
         sampler, val_sampler = PowerCut(data, cut), None
     trainee = _trainee(wrap(Net(), process), mixing=True, steps=4 // process.world_size)
-    with RunFolder(folder, {"seed": 1}, process, resume=resume, clips=1) as run:
-        state = fit(
-            trainee,
-            _loader(data, 4, sampler),
-            _loader(val, 2, val_sampler),
-            len(val),
-            process,
-            LoopSettings(epochs=4, print_freq=3),
-            run,
-            folder / "last_model.pt" if resume else None,
-        )
+    with RunFolder(folder, {"seed": 1}, {}, process, resume=resume, clips=1) as run:
+        loaders = _loader(data, 4, sampler), _loader(val, 2, val_sampler), len(val)
+        trainer = Trainer(trainee, *loaders, process, LoopSettings(epochs=4, print_freq=3), run)
+        state = trainer.fit(folder / "last_model.pt" if resume else None)
     return state, unwrap(trainee.model)
 
 
@@ -177,8 +166,11 @@ def _same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def _without_meta(path: Path) -> dict[str, Any]:
-    return {key: value for key, value in load(path).items() if key != "meta"}
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("meta", "clips_per_s", "data_wait", "seconds", "waited")
+        return {key: _without_times(inner) for key, inner in value.items() if key not in times}
+    return [_without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _straight_and_resumed(folder: Path, process: Process) -> None:
@@ -195,10 +187,11 @@ def _straight_and_resumed(folder: Path, process: Process) -> None:
             lines.write('{"epoch": 2, "step": 12}\n')  # as if cut between the line and the checkpoint
     gather(None)
     resumed, _ = _run(folder / "cut", process, seed=99, resume=True)
-    assert straight == resumed and straight.epoch == 4
+    assert straight.epoch == resumed.epoch == 4 and straight.best == resumed.best
     if process.is_main:
+        assert _without_times(vars(straight)) == _without_times(vars(resumed))
         for name in ("last_model.pt", "model_best.pt"):
-            one, other = (_without_meta(folder / run / name) for run in ("straight", "cut"))
+            one, other = (_without_times(load(folder / run / name)) for run in ("straight", "cut"))
             assert [key for key in one if not _same(one[key], other[key])] == [], name
 
 
@@ -209,7 +202,18 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path: Path) -> None
         for run in ("straight", "cut")
     ]
     for one, other in zip(*lines, strict=True):
-        for name in ("epoch", "step", "train_loss", "lr", "top1", "top5", "mean_class", "skipped", "overflows"):
+        for name in (
+            "epoch",
+            "step",
+            "train_loss",
+            "lr",
+            "top1",
+            "top5",
+            "mean_class",
+            "skipped",
+            "left_out",
+            "grad_norm",
+        ):
             assert one[name] == other[name], name
         assert one["clips_per_s"] > 0 and 0 <= one["data_wait"] <= 1 and one["memory_gib"] is None
     best = load(tmp_path / "cut" / "model_best.pt")
@@ -248,15 +252,19 @@ def test_two_processes_resume_exactly_and_evaluate_as_one(tmp_path: Path) -> Non
         assert Accuracy(**torch.load(tmp_path / f"accuracy{rank}.pt")) == alone
 
 
+def _trainer(trainee: Trainee, data: Any, run: RunFolder, settings: LoopSettings) -> Trainer:
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=None)
+    return Trainer(trainee, loader, _loader(Clips(4, views=1), 2), 4, Process(), settings, run)
+
+
 def _epoch(model: nn.Module, data: list[dict[str, Any]], tmp_path: Path, **settings: Any) -> tuple[Trainee, dict]:
     """One epoch of plain SGD over given batches."""
-    loader = DataLoader(data, batch_size=None)
-    loop = LoopSettings(epochs=1, **settings)
-    steps = steps_per_epoch(loader, loop.accumulation)
-    trainee = _trainee(model, steps, 1, optim="sgd", lr=1.0)
-    with RunFolder(tmp_path, {}, Process(), resume=True, clips=0) as run:
-        row = train_one_epoch(trainee, loader, Process(), TrainState(), loop, run, Eta(0, steps))
-    return trainee, row
+    accumulation = settings.get("accumulation", 1)
+    trainee = _trainee(model, steps_per_epoch(len(data), accumulation), 1, optim="sgd", lr=1.0)
+    with RunFolder(tmp_path, {}, {}, Process(), resume=True, clips=0) as run:
+        trainer = _trainer(trainee, data, run, LoopSettings(epochs=1, **settings))
+        trainer.train_epoch()
+    return trainee, trainer.state.pending
 
 
 def _batches(*sizes: int) -> list[dict[str, Any]]:
@@ -264,8 +272,15 @@ def _batches(*sizes: int) -> list[dict[str, Any]]:
     video = torch.randn(sum(sizes), 2, 3, 4, 4, generator=generator, dtype=torch.float64)
     label = torch.randint(CLASSES, (sum(sizes),), generator=generator)
     return [
-        {"video": clips, "label": labels, "index": torch.arange(len(labels)), "skipped": [], "error": None}
-        for clips, labels in zip(video.split(sizes), label.split(sizes), strict=True)
+        {
+            "video": clips,
+            "label": labels,
+            "index": torch.arange(len(labels)),
+            "path": [f"{number}_{place}.avi" for place in range(len(labels))],
+            "skipped": [],
+            "error": None,
+        }
+        for number, (clips, labels) in enumerate(zip(video.split(sizes), label.split(sizes), strict=True))
     ]
 
 
@@ -292,11 +307,44 @@ def test_gradients_are_clipped_by_their_norm(tmp_path: Path) -> None:
     assert change.norm() == pytest.approx(1e-3, rel=1e-2)  # plain SGD with learning rate 1
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = _batches(2, 2, 2)
+    poisoned = [data[0], {**data[0], "video": torch.full_like(data[0]["video"], math.nan)}, *data[1:]]
+    results = []
+    for number, batches in enumerate((data, poisoned)):
+        torch.manual_seed(4)
+        model = Net(norm=False).double()
+        model.norm = nn.BatchNorm3d(6).double()
+        trainee = _trainee(model, 3, 1, optim="sgd", lr=0.1)
+        with (
+            RunFolder(tmp_path / str(number), {}, {}, Process()) as run,
+            caplog.at_level(logging.WARNING, "td4v"),
+        ):
+            trainer = _trainer(trainee, batches, run, LoopSettings(epochs=1))
+            trainer.train_epoch()
+        results.append((trainee.model.state_dict(), trainer.state))
+    assert _same(results[0][0], results[1][0])
+    assert results[1][1].step == 4 and results[1][1].health.left_out == results[1][1].pending["left_out"] == 1
+    assert results[0][1].pending["train_loss"] == results[1][1].pending["train_loss"]
+    assert (
+        "epoch 0, step 2 of 4: the loss is nan" in caplog.text and "step left out (1 in a row, 1 in all)" in caplog.text
+    )
+
+
+def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) -> None:
     data = _batches(2, 2, 2, 2, 2, 2)
-    data[3]["video"][0] = math.inf
-    with pytest.raises(TrainingError, match="not finite at epoch 0, step 4 of 6"):
-        _epoch(Net().double(), data, tmp_path, print_freq=6)
+    for batch in data[2:]:
+        batch["video"][0] = math.inf
+    sentence = (
+        r"the loss is nan, the norm of the gradients nan at epoch 0, step 5 of 6, 3 steps in a row: .*"
+        r"videos of the last one: 4_0\.avi, 4_1\.avi; the model before these steps is in .*failed_model\.pt"
+    )
+    with pytest.raises(TrainingError, match=sentence):
+        _epoch(Net().double(), data, tmp_path, max_bad_steps=3)
+    content = load(tmp_path / "failed_model.pt")
+    assert content["failed"] == {"epoch": 0, "step": 5, "videos": ["4_0.avi", "4_1.avi"]}
+    assert content["health"]["left_out"] == 3
+    assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 
 def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -309,15 +357,96 @@ def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Pat
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
     trainee = Trainee(**{**vars(trainee), "scaler": scaler})
     before = model.head.bias.detach().clone()
-    with RunFolder(tmp_path, {}, Process(), clips=0) as run:
-        state, loader = TrainState(), DataLoader(data[:1], batch_size=None)
-        one_step = train_one_epoch(trainee, loader, Process(), state, LoopSettings(1), run, Eta(0, 4))
-        assert one_step["overflows"] == 1 and torch.equal(before, model.head.bias)
-        assert trainee.scheduler.last_epoch == 0 and state.step == 1
-        loader = DataLoader(data[1:], batch_size=None)
-        row = train_one_epoch(trainee, loader, Process(), state, LoopSettings(1), run, Eta(0, 4))
-    assert row["overflows"] == 0 and trainee.scheduler.last_epoch == 3 and not torch.equal(before, model.head.bias)
-    assert "gradients overflowed in fp16" in (tmp_path / "log.txt").read_text()
+    with RunFolder(tmp_path, {}, {}, Process(), clips=0) as run:
+        trainer = _trainer(trainee, data, run, LoopSettings(1))
+        groups = trainer.groups(0)
+        trainer.step(next(groups))
+        assert trainer.state.health.left_out == 1 and torch.equal(before, model.head.bias)
+        assert trainee.scheduler.last_epoch == 0 and trainer.state.step == 1 and scaler.get_scale() == 2.0**67
+        for group in groups:
+            trainer.step(group)
+    assert trainer.state.health.left_out == 1 and trainee.scheduler.last_epoch == 3
+    assert not torch.equal(before, model.head.bias)
+    assert "the loss scale is now 1.47574e+20" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_loss_that_stands_out_is_told() -> None:
+    health = Health()
+    generator = torch.Generator().manual_seed(0)
+    losses = (2 + 0.1 * torch.randn(200, generator=generator)).tolist()
+    assert not any(health.note(loss) for loss in losses)
+    assert health.note(4.0) and health.spikes == 1
+    assert health.mean == pytest.approx(2, abs=0.1) and health.variance**0.5 < 0.4
+    assert not health.note(2.1)
+
+
+class Idle(Net):
+    """A network with a tuned layer that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.idle = nn.Linear(2, 2)
+
+
+def _idle(rank: int, folder: str) -> None:
+    process = start("cpu")
+    trainee = _trainee(wrap(Idle(), process))
+    with (
+        RunFolder(folder, {}, {}, process) as run,
+        pytest.raises(TrainingError, match=r"2 tuned .*idle\.weight, idle\.bi"),
+    ):
+        Trainer(trainee, _loader(Clips(8), 4), _loader(Clips(4, 1), 2), 4, process, LoopSettings(1), run).fit()
+
+
+def test_a_parameter_without_gradient_is_named_at_the_first_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RunFolder(tmp_path / "one", {}, {}, Process()) as run, caplog.at_level(logging.WARNING, "td4v"):
+        _trainer(_trainee(Idle()), _loader(Clips(8), 4), run, LoopSettings(1)).fit()
+    assert "2 tuned parameters get no gradient: idle.weight, idle.bias" in caplog.text
+    run_in_two(_idle, str(tmp_path / "two"))
+
+
+def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
+    seed_everything(3, Process())
+    trainee = _trainee(Net())
+    with RunFolder(tmp_path, {}, {}, Process()) as run:
+        trainer = _trainer(trainee, _loader(Clips(8), 4), run, LoopSettings(1))
+        before = copy.deepcopy(trainee.model.state_dict()), rng_state(CPU)
+        trainer.rehearse(torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
+    assert _same(before, (trainee.model.state_dict(), rng_state(CPU)))
+    assert all(parameter.grad is None for parameter in trainee.model.parameters())
+
+
+def test_early_stop_ends_after_validations_without_a_better_one(tmp_path: Path) -> None:
+    seed_everything(3, Process())
+    trainee = _trainee(Net(), epochs=50, lr=0.0)
+    settings = LoopSettings(50, early_stop=3)
+    with RunFolder(tmp_path, {}, {}, Process()) as run:
+        state = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit()
+    assert state.epoch == 4 and state.stale == 3 and len(state.history) == 4
+    with RunFolder(tmp_path, {}, {}, Process(), resume=True) as run:  # it stays ended
+        again = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit(tmp_path / "last_model.pt")
+    assert again.epoch == 4
+
+
+def test_averaged_weights_are_validated_and_kept(tmp_path: Path) -> None:
+    seed_everything(3, Process())
+    model = Net(norm=False)
+    trainee = _trainee(model, steps=2, epochs=2, optim="sgd", lr=0.5)
+    trainee = Trainee(**{**vars(trainee), "ema": TunedEma(model, 0.9)})
+    with RunFolder(tmp_path, {}, {}, Process()) as run:
+        trainer = _trainer(trainee, _loader(Clips(8), 4), run, LoopSettings(2))
+        trainer.fit()
+        accuracy = trainer.evaluate()
+    last, best = load(tmp_path / "last_model.pt"), load(tmp_path / "model_best.pt")
+    assert _same(last["model_state_dict"], dict(model.state_dict()))
+    assert not torch.equal(last["ema_state_dict"]["head.weight"], last["model_state_dict"]["head.weight"])
+    averaged = Net(norm=False)
+    averaged.load_state_dict(weights_of(last, "last_model.pt"))
+    again = evaluate(averaged, _loader(Clips(4, 1), 2), Process(), resolve_precision("fp32", CPU), 4)
+    assert again == accuracy
+    assert best["model_state_dict"].keys() == last["ema_state_dict"].keys() and "optimizer_state_dict" not in best
 
 
 def test_what_the_loader_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -330,19 +459,17 @@ def test_what_the_loader_reports(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         _, row = _epoch(Net().double(), [{**_batches(2)[0], "skipped": ["b.avi"]}], tmp_path)
     assert row["skipped"] == 1 and "skipped: b.avi" in caplog.text
     with pytest.raises(DataError, match="gives no full batch"):
-        steps_per_epoch(DataLoader([], batch_size=2), 1)
+        steps_per_epoch(0, 1)
 
 
 def test_a_run_is_not_resumed_with_another_batch_size(tmp_path: Path) -> None:
     _run(tmp_path, Process(), seed=1)
     trainee = _trainee(Net(), mixing=True)
     with (
-        RunFolder(tmp_path, {}, Process(), resume=True) as run,
-        pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs, where an epoch now has 8"),
+        RunFolder(tmp_path, {}, {}, Process(), resume=True) as run,
+        pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs and 0 steps, where an epoch now has 8"),
     ):
-        val = _loader(Clips(9, views=2), 2)
-        settings = LoopSettings(epochs=8)
-        fit(trainee, _loader(Clips(16), 2), val, 9, Process(), settings, run, tmp_path / "last_model.pt")
+        _trainer(trainee, _loader(Clips(16), 2), run, LoopSettings(epochs=8)).fit(tmp_path / "last_model.pt")
 
 
 def test_which_epochs_are_evaluated() -> None:
