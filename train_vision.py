@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 from clip.build import backbone_identity, build_model, load_weights, parameter_report
 from clip.groups import parameter_groups
-from configs.schema import Config, check_same_run, difference, load_config
+from configs.schema import load_config
 from datasets.build import class_names, train_loader, val_loader
 from engine import checkpoint
-from engine.distributed import EngineError, Process, gather, run, seed_everything, start, unwrap, wrap
+from engine.distributed import EngineError, run, seed_everything, start, unwrap, wrap
 from engine.dry_run import dry_run
 from engine.ema import TunedEma
 from engine.evaluation import evaluate, log_accuracy
@@ -36,9 +33,9 @@ from engine.optim import (
     warmup_cosine,
 )
 from engine.pixels import Normalizer
-from engine.record import check_same_lists, run_meta
-from engine.run_folder import RunFolder, choose_folder
-from engine.state import is_resumable
+from engine.record import run_meta
+from engine.resume import find_run, starting_point
+from engine.run_folder import RunFolder
 
 logger = logging.getLogger("td4v")
 
@@ -59,52 +56,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_run(
-    config: Config, meta: dict[str, Any], arguments: argparse.Namespace, process: Process
-) -> tuple[Path, bool]:
-    """Where the run goes, the same on every process, and whether it goes on with what is there."""
-    home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
-    name = arguments.log_time or gather(datetime.now().strftime("%Y%m%d_%H%M%S"))[0]
-    explicit = Path(arguments.output) if arguments.output else home / name if arguments.log_time else None
-    if explicit is None and config.resume and Path(config.resume).name == checkpoint.LAST:
-        explicit = Path(config.resume).parent  # it goes on where it is; an older one would overwrite what came after
-
-    def differs(former: dict[str, Any], began: dict[str, Any]) -> str | None:
-        if (reason := difference(former, config, named=explicit is not None)) is not None:
-            return reason
-        if began.get("world_size") != process.world_size:
-            return f"it began with {began.get('world_size')} processes, here are {process.world_size}"
-        try:
-            check_same_lists(began, meta, explicit or home)
-        except EngineError as error:
-            return str(error)
-        return None
-
-    return choose_folder(process, explicit, home, name, differs, arguments.fresh)
-
-
-def starting_point(
-    config: Config, meta: dict[str, Any], folder: Path | None, process: Process
-) -> tuple[str | None, dict[str, Any], bool]:
-    """The checkpoint to begin with, its content, and whether it is a whole run to go on with, not weights alone.
-
-    Args:
-        folder: of a run to go on with, whose newest whole checkpoint comes before `resume` and `pretrain`.
-    """
-    newest = checkpoint.newest(folder) if folder is not None and process.is_main else None
-    path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
-    if path is None:
-        return None, {}, False
-    content = checkpoint.load(path)
-    whole = path != config.pretrain and is_resumable(content)
-    if whole:
-        check_same_run(content["config"], config, path)
-        check_same_lists(content["meta"], meta, path)
-    elif path == config.resume:
-        logger.warning("%s: holds weights but no run of ours to go on with: training starts at epoch 0 with them", path)
-    return path, content, whole
-
-
 def main() -> None:
     """Configuration, data, model, engine."""
     arguments = parse_arguments()
@@ -120,14 +71,15 @@ def main() -> None:
     validation = val_loader(data, config.seed, *ours)
     meta = run_meta({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
     trains = not solver.evaluate and not arguments.dry_run
-    folder, going_on = find_run(config, meta, arguments, process) if trains else (None, False)
+    wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
+    folder, going_on = find_run(config, meta, process, **wishes) if trains else (None, False)
     path, content, whole = starting_point(config, meta, folder if going_on else None, process)
 
-    model = build_model(config, pretrained=not content or checkpoint.lacks_backbone(content))
-    backbone = backbone_identity(model) if not content or checkpoint.lacks_backbone(content) else None
+    lean = checkpoint.lacks_backbone(content)
+    model = build_model(config, pretrained=not content or lean)  # else the checkpoint brings the frozen weights too
     if content and not whole:
         drop_head = config.pretrain_head == "drop" and path == config.pretrain
-        identity = content["backbone"] if checkpoint.lacks_backbone(content) else None
+        identity = content["backbone"] if lean else None
         load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
@@ -137,6 +89,7 @@ def main() -> None:
         expected, every = len(validation.dataset), config.logging.print_freq
         log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
         return
+    backbone = backbone_identity(model) if lean or not whole else content["backbone"]
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
     model = wrap(model, process, config.network.sync_bn)
     seed_everything(config.seed, process)

@@ -445,17 +445,18 @@ def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> 
         warnings.warn(f"solver.epochs was {old[key]} and is now {new[key]}: the learning rate follows", stacklevel=2)
 
 
-def difference(former: dict[str, Any], config: Config, named: bool) -> str | None:
+def difference(former: dict[str, Any], config: Config, more_epochs: bool, begun_alike: bool) -> str | None:
     """Why a run with the configuration `former` (as `Config.to_dict` wrote it) is another run, in words; or None.
 
     Args:
-        named: the user named the run, which may then go on with more epochs; else it must also have begun alike.
+        more_epochs: another number of epochs does not make another run.
+        begun_alike: another checkpoint to begin with (`resume`, `pretrain`) does.
     """
+    free = tuple(key for key in _FREE_ON_RESUME if not begun_alike or key not in ("resume", "pretrain"))
+    free += ("solver.epochs",) if more_epochs else ()
     old, new = _flat(former), _flat(config.to_dict())
-    begins, free = ("resume", "pretrain"), (*_FREE_ON_RESUME, *(("solver.epochs",) if named else ()))
     for key in sorted(old.keys() | new.keys()):
-        same = old.get(key) == new.get(key) or (key.startswith(free) and (named or key not in begins))
-        if not same:
+        if old.get(key) != new.get(key) and not key.startswith(free):
             return f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
     return None
 

@@ -5,9 +5,8 @@ confusion matrix. Does not live here: running the model (evaluation.py) or writi
 
 What is guaranteed: given the logits of each video, scores and accuracy are the same, bit for bit, for any order of the
 videos, any batch size and any number of processes, because a video's score is computed from its own views alone, on the
-CPU, and everything after that is sorting and counting whole numbers. The model's logits themselves may differ in the last
-bits from one batch size to another (matrix products add up in another order); then a prediction may differ only where
-two scores of a video are equal to within that, and the raw scores of `Table` show it.
+CPU, and everything after that is sorting and counting whole numbers. The logits do not depend on them either, because
+the model runs on passes of one size (evaluation.filled).
 
 N is the number of videos, B of a batch, V the views of a video, K the classes.
 """

@@ -29,6 +29,7 @@ from engine.pixels import Normalizer
 logger = logging.getLogger("td4v")
 
 _RUN_FILES = ("last_model.pt", "config.yaml", "run.json", "log.txt")
+_BEGINNING = ("resume", "pretrain")  # settings that tell how a run began, and stay when it is gone on with
 
 
 class RunFolderError(EngineError):
@@ -159,7 +160,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if (user := self._take()) is not None:
                 return f"{self.path}: another process is using this run folder ({user})"
-            _write(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+            former = _described(self.path)[0] if (self.path / "config.yaml").exists() else {}
+            config = self.config | {key: former[key] for key in _BEGINNING if key in former}
+            _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             self._write_starts([*self._starts(), self.meta])
         except (OSError, ValueError) as error:
             return f"{self.path}: cannot be used as a run folder ({error})"

@@ -30,6 +30,7 @@ from clip.build import build_model
 from configs.schema import load_config
 from datasets.build import val_loader
 from datasets.prepare.frame_order import CLASSES, make
+from engine.evaluation import DataError
 from engine.log import close_logging
 from engine.pixels import Normalizer
 from tests.test_authors import authors_shapes
@@ -84,8 +85,8 @@ def varied(config: Path, trained: Path) -> Path:
     gives all of them one class, on which any number of views and processes would agree."""
     chosen = load_config(config)
     saved = content(trained / "last_model.pt")
-    model = build_model(chosen, pretrained=False).eval()
-    model.load_state_dict(saved["model_state_dict"])
+    model = build_model(chosen).eval()
+    model.load_state_dict(saved["model_state_dict"], strict=False)  # the frozen tower follows from the seed
     with torch.inference_mode():
         normalizer = Normalizer(chosen.data.mean, chosen.data.std)
         videos = [normalizer(batch["video"]).flatten(0, 1) for batch in val_loader(chosen.data)]
@@ -195,21 +196,29 @@ def test_what_a_run_leaves(config: Path, tmp_path: Path, method: str):
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1 and (folder / events.pop()).stat().st_size > 1000
     assert names - {name for name in names if name.startswith("events")} == {
-        "last_model.pt", "model_best.pt", "config.yaml", "run.json", "metrics.jsonl", "log.txt",
+        "last_model.pt", "model_best.pt", "step_00000008.pt", "config.yaml", "run.json", "metrics.jsonl", "log.txt",
+        ".lock",
     }  # fmt: skip
     (row,) = metrics(folder)
     assert (row["epoch"], row["step"], row["skipped"]) == (0, 8, 0) and row["top1"] is not None
     saved = content(folder / "last_model.pt")
     assert set(saved) == {
-        "epoch", "step", "best", "model_state_dict", "optimizer_state_dict", "scheduler", "scaler", "rng", "config",
-        "meta", "pending",
+        "epoch", "place", "step", "best", "stale", "pending", "history", "health", "model_state_dict",
+        "ema_state_dict", "backbone", "full", "optimizer_state_dict", "scheduler", "scaler", "rng", "meters", "config",
+        "meta",
     }  # fmt: skip
-    assert (saved["epoch"], saved["step"], saved["best"]) == (1, 8, row["top1"])
+    assert (saved["epoch"], saved["place"], saved["step"], saved["best"]) == (1, 0, 8, row["top1"])
+    assert saved["history"] == [row] and saved["backbone"]["weights"] == "random weights of seed 5"
+    assert set(content(folder / "model_best.pt")) == {
+        "epoch", "step", "best", "model_state_dict", "backbone", "full", "config", "meta",
+    }  # fmt: skip
+    assert not [name for name in saved["model_state_dict"] if name.startswith("tower.")]
     assert not any(name.startswith("module.") for name in saved["model_state_dict"])
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written == saved["config"] and written["network"]["method"] == method
     (start,) = json.loads((folder / "run.json").read_text())
     assert torch.__version__.startswith(start["versions"]["torch"]) and "train_vision.py" in start["command"][1]
+    assert start["lists"]["train_list"]["rows"] == 32 and start["finished"] and start["seed"] == 5
     log = (folder / "log.txt").read_text()
     assert "32 training and 11 validation videos, 4 classes, T = 8" in log and "finished: best top-1" in log
     assert "tuned" in log
@@ -238,12 +247,10 @@ def test_interrupted_and_resumed_is_as_one_go(config: Path, tmp_path: Path, monk
         status, text = command("train_vision.py", "--config", config, "--output", parts, *settings(chosen))
     assert status == 130 and "interrupted: last_model.pt" in text and "Traceback" not in text
     assert content(parts / "last_model.pt")["epoch"] == 1
-    resume = f"resume={parts / 'last_model.pt'}"
-    status, text = command("train_vision.py", "--config", config, *settings((*chosen, resume)))  # into its own folder
-    assert status == 0, text
+    train(config, parts, *chosen)  # the same command
     for name in ("last_model.pt", "model_best.pt"):
         one, other = content(whole / name), content(parts / name)
-        for key in ("epoch", "step", "best", "model_state_dict", "optimizer_state_dict", "scheduler", "rng"):
+        for key in one.keys() - {"meta", "meters", "history"}:
             assert_same({key: one[key]}, {key: other[key]})
     timed = ("clips_per_s", "data_wait")
     rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)] for folder in (whole, parts)]
@@ -255,25 +262,74 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(config: Path, trained: Pat
     folder = tmp_path / "run"
 
     def broken(*arguments, **options):
-        raise engine.loop.DataError("a validation video is broken")
+        raise DataError("a validation video is broken")
 
     with monkeypatch.context() as patched:
         patched.setattr(engine.loop, "evaluate", broken)
         assert training_refusal(config, folder, "solver.epochs=1") == "a validation video is broken"
-    assert content(folder / "last_model.pt")["pending"]["epoch"] == 0 and not (folder / "metrics.jsonl").exists()
-    status, _ = command(
-        "train_vision.py", "--config", config, *settings((f"resume={folder / 'last_model.pt'}", "solver.epochs=1"))
-    )
-    assert status == 0 and [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
+    assert content(folder / "last_model.pt")["pending"]["epoch"] == 0 and not metrics(folder)
+    resume = f"resume={folder / 'last_model.pt'}"  # which stands for the folder
+    status, text = command("train_vision.py", "--config", config, *settings((resume, "solver.epochs=1")))
+    assert status == 0, text
+    assert [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
     ours, theirs = (content(place / "last_model.pt") for place in (folder, trained))
     for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "pending"):
         assert_same(ours[key], theirs[key])
 
 
-def test_a_taken_folder_is_left_alone(config: Path, trained: Path):
+def test_a_folder_of_another_run_is_left_alone(config: Path, trained: Path):
     before = files(trained)
-    assert "already holds a run" in training_refusal(config, trained)
+    sentence = training_refusal(config, trained, "solver.epochs=1", "solver.lr=0.5")
+    assert sentence == f"{trained}: already holds another run: solver.lr was 0.001 and is now 0.5"
+    status, text = command("train_vision.py", "--config", config, "--output", trained, "--fresh")
+    assert status == 1 and "already holds a run (last_model.pt), and --fresh was asked" in text
     assert files(trained) == before
+
+
+def test_the_same_command_finds_its_run(config: Path, tmp_path: Path):
+    """Without a folder: an unfinished run of the same settings, data and processes is the one."""
+    chosen = settings((f"logging.output_dir={tmp_path}", "solver.epochs=1"))
+    home = tmp_path / "frame_order" / "custom"
+
+    def again(*more: str) -> set[str]:
+        status, text = command("train_vision.py", "--config", config, *chosen, *more)
+        assert status == 0, text
+        return {folder.name for folder in home.iterdir()}
+
+    (first,) = again()
+    record = home / first / "run.json"
+    (start,) = json.loads(record.read_text())
+    del start["finished"]
+    record.write_text(json.dumps([start]))
+    assert again() == {first} and len(json.loads(record.read_text())) == 2  # which finishes it
+    assert len(again()) == 2
+    starts = json.loads(record.read_text())
+    del starts[-1]["finished"]
+    record.write_text(json.dumps(starts))
+    assert len(again("--set", "seed=6")) == 3
+    assert len(again("--fresh")) == 4
+    starts[-1]["world_size"] = 2
+    record.write_text(json.dumps(starts))
+    assert len(again()) == 5
+
+
+def test_a_changed_list_is_another_run(config: Path, data: Path, trained: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    changed = tmp_path / "train.txt"
+    changed.write_text("\n".join((data / "train.txt").read_text().splitlines()[::-1]) + "\n")
+    sentence = training_refusal(config, folder, "solver.epochs=1", f"data.train_list={changed}")
+    assert "began with another train_list" in sentence and "32 rows" in sentence
+
+
+def test_a_dry_run_tells_and_keeps_nothing(config: Path, tmp_path: Path):
+    chosen = settings((f"logging.output_dir={tmp_path / 'exp'}",))
+    status, text = command("train_vision.py", "--config", config, *chosen, "--dry-run")
+    assert status == 0, text
+    assert re.search(
+        r"dry run: [\d.]+ s a step, .* a checkpoint, peak memory [\d.]+ GiB; the whole run takes 0:00:", text
+    )
+    assert not (tmp_path / "exp").exists()
 
 
 @pytest.mark.parametrize(
@@ -294,7 +350,7 @@ def test_a_taken_folder_is_left_alone(config: Path, trained: Path):
 def test_settings_train_an_epoch(config: Path, tmp_path: Path, overrides: tuple[str, ...]):
     (row,) = metrics(train(config, tmp_path / "run", "solver.epochs=1", *overrides))
     assert row["step"] == (3 if "solver.grad_accumulation_steps=3" in overrides else 8)
-    assert 0 < row["train_loss"] < 10 and row["skipped"] == row["overflows"] == 0
+    assert 0 < row["train_loss"] < 10 and row["skipped"] == row["left_out"] == 0
 
 
 def test_results_of_many_views(config: Path, varied: Path, tmp_path: Path):

@@ -232,7 +232,7 @@ def _two_processes(rank: int, folder: str) -> None:
     assert gather(accuracy) == [accuracy, accuracy]
     torch.save(accuracy.to_dict(), Path(folder) / f"accuracy{rank}.pt")
     # padded to an even number, as torch's DistributedSampler does it, video 0 counts twice: refused
-    with pytest.raises(MetricsError, match="video 0 was evaluated more than once"):
+    with pytest.raises(MetricsError, match=r"video 0 \(0.avi\) was evaluated more than once"):
         evaluate(model, _loader(data, 2, DistributedSampler(data, shuffle=False)), process, precision, 9)
     # one process has nothing at all
     everything = evaluate(model, _loader(data, 2, range(0, 9 * (1 - rank))), process, precision, 9)
@@ -484,7 +484,7 @@ def test_evaluation_folds_views_in_bounded_chunks_and_restores_the_mode() -> Non
     model.train()
     data, precision = Clips(5, views=3), resolve_precision("fp32", CPU)
     chunked = evaluate(model, _loader(data, 2), Process(), precision, 5, max_clips=4)
-    assert seen == [4, 2, 4, 2, 3]
+    assert seen == [4] * 5  # 6, 6 and 3 clips, the last pass of each filled up
     assert model.training and model.norm.training and not model.body.training
     whole = evaluate(model, _loader(data, 5), Process(), precision, 5)
     assert chunked == whole
