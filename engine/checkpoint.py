@@ -14,7 +14,10 @@ import json
 import logging
 import os
 import pickle
+import pickletools
+import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ from engine.distributed import EngineError
 
 logger = logging.getLogger("td4v")
 
-METADATA = "td4v"  # the key of what a safetensors file of ours tells besides its tensors
+METADATA, SUMS = "td4v", "td4v_crc32"  # keys of what a safetensors file of ours tells besides its tensors
+_REFUSED = r"[Uu]nsupported (global|GLOBAL|class)|add_safe_globals"  # the unpickler's words for what would run code
+_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
 LAST, BEST, FAILED = "last_model.pt", "model_best.pt", "failed_model.pt"
 
 
@@ -78,7 +83,9 @@ def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | No
         finally:
             second.unlink(missing_ok=True)
     save(last, content)
-    for old in _formers(folder)[max(0, keep - 1) :]:
+    formers = _formers(folder)
+    undone = [path for path in formers if path.stem > f"step_{content['step']:08d}"]  # damaged, gone back from
+    for old in [*undone, *[path for path in formers if path not in undone][max(0, keep - 1) :]]:
         old.unlink(missing_ok=True)
 
 
@@ -111,8 +118,8 @@ def _formers(folder: Path) -> list[Path]:
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint of ours or of others (.pt, .pth, .safetensors) onto the CPU, refusing pickled code.
 
-    The sums that torch keeps of every part of a file are compared, so a single flipped bit is found. A safetensors
-    file that scripts.export wrote has the keys of a checkpoint; any other is a dict of its tensors.
+    The sums that are kept of every part of a file, torch's or ours, are compared, so a single flipped bit is found. A
+    safetensors file that scripts.export wrote has the keys of a checkpoint; any other is a dict of its tensors.
 
     Raises:
         CheckpointError: missing, truncated, damaged, holding code, or no checkpoint at all.
@@ -123,50 +130,78 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (part := archive.testzip()) is not None:
-                    raise CheckpointError(f"{path}: damaged, its part {part} is not what was written")
+        _check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({_first_line(error)})") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise CheckpointError(f"{path}: holds pickled code besides tensors and plain values, refused") from None
-        raise CheckpointError(f"{path}: not a checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from None
     except Exception as error:  # the unpickler answers garbage with whatever it runs into
-        what = f"cannot be read ({_first_line(error)})" if zipfile.is_zipfile(path) else "truncated or not a checkpoint"
-        raise CheckpointError(f"{path}: {what}") from None
+        if isinstance(error, pickle.UnpicklingError) and (re.search(_REFUSED, str(error)) or _is_code(path)):
+            raise CheckpointError(f"{path}: holds pickled code besides tensors and plain values, refused") from None
+        raise CheckpointError(f"{path}: truncated, damaged or not a checkpoint") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return content
 
 
+def _check_zip(path: Path) -> None:
+    """Compare the sums of a zip archive, which torch writes; its older format has none and passes."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+            program = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # what zipfile answers to a damaged archive has no end
+        raise CheckpointError(f"{path}: truncated or damaged") from None
+    if part is not None:
+        raise CheckpointError(f"{path}: damaged, its part {part} is not what was written")
+    if program:
+        raise CheckpointError(f"{path}: a TorchScript program, refused: a checkpoint holds tensors and plain values")
+
+
+def _is_code(path: Path) -> bool:
+    """Whether a file is a plain pickle that calls something when it is read; nothing in it is run to find out."""
+    with open(path, "rb") as file, contextlib.suppress(Exception):
+        return any(word.name in _CALLS for word, _, _ in list(pickletools.genops(file)))
+    return False
+
+
 def _load_safetensors(path: Path) -> dict[str, Any]:
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    if METADATA not in metadata:
-        return tensors
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({_first_line(error)})") from None
+    if not {METADATA, SUMS} & metadata.keys():
+        return tensors  # of others
+    sums = _sums(tensors, metadata.get(METADATA, ""))
+    written = json.loads(metadata.get(SUMS, "{}"))
+    if unlike := [name for name in sorted(sums.keys() | written.keys()) if sums.get(name) != written.get(name)]:
+        raise CheckpointError(f"{path}: damaged, its part {unlike[0]} is not what was written")
     return {**json.loads(metadata[METADATA]), "model_state_dict": tensors}
 
 
 def save_safetensors(path: str | Path, content: dict[str, Any]) -> None:
     """Write `model_state_dict` as safetensors, and the rest, which must be plain values, as JSON into its metadata.
 
+    The format knows neither sums nor tensors that share memory: sums go into the metadata, and each name gets a copy.
     Raises CheckpointError as `save` does.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    rest = {key: value for key, value in content.items() if key != "model_state_dict"}
-    tensors = {name: value.contiguous() for name, value in content["model_state_dict"].items()}
+    rest = json.dumps({key: value for key, value in content.items() if key != "model_state_dict"})
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format)
+        for name, value in content["model_state_dict"].items()
+    }
+    metadata = {METADATA: rest, SUMS: json.dumps(_sums(tensors, rest)), "format": "pt"}
     try:
         try:
-            safetensors.torch.save_file(tensors, partial, metadata={METADATA: json.dumps(rest), "format": "pt"})
+            safetensors.torch.save_file(tensors, partial, metadata=metadata)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -175,6 +210,15 @@ def save_safetensors(path: str | Path, content: dict[str, Any]) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot write this file ({_first_line(error)})") from error
+
+
+def _sums(tensors: dict[str, Tensor], rest: str) -> dict[str, int]:
+    """CRC-32 of each tensor's type, shape and bytes, and of `rest` under METADATA."""
+    sums = {METADATA: zlib.crc32(rest.encode())}
+    for name, value in tensors.items():
+        kind = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode())
+        sums[name] = zlib.crc32(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), kind)
+    return sums
 
 
 def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
