@@ -155,14 +155,17 @@ def load_weights(
             raise WeightsError(f"{source}: {error}") from None
         optional = {"tower.visual.ln_post.weight", "tower.visual.ln_post.bias"}  # theirs never reads it
     own = model.state_dict()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if backbone is not None:
-        optional |= {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        optional |= frozen
     if drop_head:
         values = {key: value for key, value in values.items() if not key.startswith("head.")}
         optional |= {key for key in own if key.startswith("head.")}
     missing = [key for key in own if key not in values and key not in optional]
     unknown = [key for key in values if key not in own]
     unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
+    if missing and not unknown and frozen.issuperset(missing):
+        raise WeightsError(f"{source}: lacks the frozen backbone{_first(missing)}, and does not say which it was")
     if missing or unknown:
         theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
         kind = "holds another method's weights or another network" if theirs != ours else "does not fit this network"

@@ -15,7 +15,7 @@ from configs.schema import Config, check_same_run, difference
 from engine import checkpoint
 from engine.distributed import Process, gather
 from engine.record import DataChangedError, check_same_lists
-from engine.run_folder import choose_folder
+from engine.run_folder import choose_folder, is_run
 from engine.state import is_resumable
 
 logger = logging.getLogger("td4v")
@@ -39,7 +39,7 @@ def find_run(
     home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
     explicit = Path(output) if output else home / name if name else None
     resume = Path(config.resume) if config.resume else None
-    if explicit is None and resume is not None and resume.name == checkpoint.LAST:
+    if explicit is None and resume is not None and resume.name == checkpoint.LAST and is_run(resume.parent):
         explicit = resume.parent  # it goes on where it is; an older one would overwrite what came after
     own = explicit is not None and resume is not None and resume.resolve() == (explicit / checkpoint.LAST).resolve()
 

@@ -88,11 +88,16 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
         return explicit, False
     if fresh:
         return f"{explicit}: already holds a run ({taken[0]}), and --fresh was asked: choose another folder"
-    if not all((explicit / file).exists() for file in ("config.yaml", "run.json")):
+    if not is_run(explicit):
         return f"{explicit}: holds {taken[0]}, but no run of ours to go on with: choose another folder"
     if (reason := differs(*_described(explicit))) is not None:
         return f"{explicit}: already holds another run: {reason}"
     return explicit, True
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of ours, and not just weights."""
+    return all((folder / file).exists() for file in ("config.yaml", "run.json"))
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -250,8 +250,8 @@ def test_interrupted_and_resumed_is_as_one_go(config: Path, tmp_path: Path, monk
     train(config, parts, *chosen)  # the same command
     for name in ("last_model.pt", "model_best.pt"):
         one, other = content(whole / name), content(parts / name)
-        for key in one.keys() - {"meta", "meters", "history"}:
-            assert_same({key: one[key]}, {key: other[key]})
+        untimed = one.keys() - {"meta", "meters", "history"}
+        assert_same({key: one[key] for key in untimed}, {key: other[key] for key in untimed})
     timed = ("clips_per_s", "data_wait")
     rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)] for folder in (whole, parts)]
     assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [0, 1]
@@ -421,8 +421,8 @@ def test_weights_that_do_not_fit_are_refused(config: Path, trained: Path, tmp_pa
     weights = trained / "last_model.pt"
     of_test = refusal("test_vision.py", "--config", config, "--weights", weights, "--set", override)
     assert of_test.startswith(f"{weights}: {sentence}")
-    for key in ("pretrain", "resume"):
-        assert training_refusal(config, tmp_path / "run", f"{key}={weights}", override) == of_test
+    assert training_refusal(config, tmp_path / "run", f"pretrain={weights}", override) == of_test
+    assert " in this run and is now " in training_refusal(config, tmp_path / "run", f"resume={weights}", override)
     assert not (tmp_path / "run").exists()
 
 
@@ -430,9 +430,12 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(config: Path, traine
     """The folder of somebody's weights is not a run folder of ours: nothing in it may change."""
     theirs = tmp_path / "theirs" / "last_model.pt"
     theirs.parent.mkdir()
-    torch.save({"model_state_dict": content(trained / "last_model.pt")["model_state_dict"], "epoch": 7}, theirs)
+    saved, output = content(trained / "last_model.pt"), f"logging.output_dir={tmp_path / 'exp'}"
+    torch.save({"model_state_dict": saved["model_state_dict"], "epoch": 7}, theirs)
+    sentence = refusal("train_vision.py", "--config", config, *settings((f"resume={theirs}", output)))
+    assert "lacks the frozen backbone" in sentence
+    torch.save({key: saved[key] for key in ("model_state_dict", "backbone", "epoch")}, theirs)
     before = files(theirs.parent)
-    output = f"logging.output_dir={tmp_path / 'exp'}"
     status, said = command(
         "train_vision.py", "--config", config, *settings((f"resume={theirs}", output, "solver.epochs=1"))
     )
@@ -441,12 +444,14 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(config: Path, traine
 
 
 def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(config: Path, trained: Path, tmp_path: Path):
-    before = files(trained)
-    said = training_refusal(config, trained, f"resume={trained / 'model_best.pt'}")
-    assert "already holds a run" in said and files(trained) == before
-    folder = train(config, tmp_path / "run", f"resume={trained / 'model_best.pt'}")
+    before, older = files(trained), trained / "step_00000008.pt"
+    assert content(older)["pending"]["epoch"] == 0  # trained, not validated
+    said = training_refusal(config, trained, f"resume={older}")
+    assert "already holds another run: resume was None" in said and files(trained) == before
+    folder = train(config, tmp_path / "run", f"resume={older}")
     assert files(trained) == before and content(folder / "last_model.pt")["epoch"] == 2
-    assert len(json.loads((folder / "run.json").read_text())) == 1
+    assert train(config, folder, f"resume={older}") == folder  # the same command: it is finished
+    assert len(json.loads((folder / "run.json").read_text())) == 2
 
 
 @pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
