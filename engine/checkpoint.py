@@ -18,8 +18,9 @@ import pickletools
 import re
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -47,12 +48,15 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: it cannot be written (no folder, no space, no permission).
     """
-    path = Path(path)
+    _write(Path(path), lambda file: torch.save(content, file))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     partial = path.with_name(f".{path.name}.partial")  # left behind by a kill, it is written over by the next
     try:
         try:
             with open(partial, "wb") as file:
-                torch.save(content, file)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -191,25 +195,13 @@ def save_safetensors(path: str | Path, content: dict[str, Any]) -> None:
     The format knows neither sums nor tensors that share memory: sums go into the metadata, and each name gets a copy.
     Raises CheckpointError as `save` does.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     rest = json.dumps({key: value for key, value in content.items() if key != "model_state_dict"})
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in content["model_state_dict"].items()
     }
     metadata = {METADATA: rest, SUMS: json.dumps(_sums(tensors, rest)), "format": "pt"}
-    try:
-        try:
-            safetensors.torch.save_file(tensors, partial, metadata=metadata)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot write this file ({_first_line(error)})") from error
+    _write(Path(path), lambda file: file.write(safetensors.torch.save(tensors, metadata)))
 
 
 def _sums(tensors: dict[str, Tensor], rest: str) -> dict[str, int]:
