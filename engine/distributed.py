@@ -175,7 +175,12 @@ def wrap(model: nn.Module, process: Process, sync_bn: bool = False) -> nn.Module
     """
     model = model.to(process.device)
     if process.world_size == 1:
+        if sync_bn:
+            logger.warning("BatchNorm is not synchronised: there is only one process, whose clips it sees anyway")
         return model
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        seen = f"all {process.world_size} processes" if sync_bn else "one process"
+        logger.info("BatchNorm takes its statistics over the clips of one forward pass on %s", seen)
     if sync_bn:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm if process.device.type == "cuda" else convert_sync_batchnorm
         model = convert(model)

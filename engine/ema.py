@@ -48,6 +48,7 @@ class TunedEma:
         values = _tuned(model)
         if not any(isinstance(value, nn.Parameter) for value in values.values()):
             raise EmaError("there is nothing to average: no parameter requires gradients")
+        self.decay = decay
         self._live = _Registry(values)
         self._average = ModelEmaV3(self._live, decay=decay)  # deep-copies the registry, so the tuned part alone
 

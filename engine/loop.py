@@ -136,6 +136,9 @@ class Trainer:
             self._restore(Path(resume))
         self.run.rewind(self.state.history, self.state.step if resume is not None else -1)
         self.eta = Eta(self.state.step, self.eta.total)
+        if self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
+            reach = round(1 / (1 - self.trainee.ema.decay))
+            logger.warning("solver.ema_decay averages over %d steps, much for a run of %d", reach, self.eta.total)
         with self.signals:
             if self.state.pending is not None:
                 self._finish_epoch()

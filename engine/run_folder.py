@@ -8,6 +8,7 @@ which the loop saves into the folder.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -16,7 +17,7 @@ import socket
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from torch import Tensor
@@ -71,7 +72,11 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
     if explicit is None:
         runs = [] if fresh or not home.is_dir() else [path.parent for path in home.glob("*/run.json")]
         for folder in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
-            config, start = _described(folder)
+            try:
+                config, start = _described(folder)
+            except ValueError as error:
+                logger.warning("passed over: %s", error)
+                continue
             if start.get("finished") or differs(config, start) is not None:
                 continue
             if _in_use(folder):
@@ -83,13 +88,13 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
         while folder.exists():
             folder, number = home / f"{name}_{number}", number + 1
         return folder, False
-    taken = [file for file in _RUN_FILES if (explicit / file).exists()]
-    if not taken:
+    taken = _taken(explicit)
+    if taken is None:
         return explicit, False
     if fresh:
-        return f"{explicit}: already holds a run ({taken[0]}), and --fresh was asked: choose another folder"
+        return f"{explicit}: already holds a run ({taken}), and --fresh was asked: choose another folder"
     if not is_run(explicit):
-        return f"{explicit}: holds {taken[0]}, but no run of ours to go on with: choose another folder"
+        return f"{explicit}: holds {taken}, but no run of ours to go on with: choose another folder"
     if (reason := differs(*_described(explicit))) is not None:
         return f"{explicit}: already holds another run: {reason}"
     return explicit, True
@@ -98,6 +103,15 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run of ours, and not just weights."""
     return all((folder / file).exists() for file in ("config.yaml", "run.json"))
+
+
+def _taken(folder: Path) -> str | None:
+    """A file that makes a folder another's or a run's, None where there is none.
+
+    What is left of a start that was killed before it had described itself is none: our lock and no checkpoint.
+    """
+    killed = (folder / ".lock").exists() and not is_run(folder) and not any(folder.glob("*.pt"))
+    return None if killed else next((name for name in _RUN_FILES if (folder / name).exists()), None)
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,12 +125,22 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _in_use(folder: Path) -> bool:
+    with open(folder / ".lock", "a", encoding="utf-8") as lock:
+        return not _locked(lock)
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file for as long as it is open in this process; False where another process has it.
+
+    The lock is not passed on to copies of the process, such as workers that outlive a killed run for some seconds.
+    """
     try:
-        with open(folder / ".lock", "a", encoding="utf-8") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    return False
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        logger.warning("%s: this file system has no locks, so two runs in one folder go unnoticed", file.name)
+    return True
 
 
 class RunFolder:
@@ -159,9 +183,8 @@ class RunFolder:
     def _prepare(self, resume: bool) -> str | None:
         """Make the folder, lock it and write its first files, or say why not."""
         try:
-            taken = [name for name in _RUN_FILES if (self.path / name).exists()]
-            if taken and not resume:
-                return f"{self.path}: already holds a run ({taken[0]}): choose another folder"
+            if not resume and (taken := _taken(self.path)) is not None:
+                return f"{self.path}: already holds a run ({taken}): choose another folder"
             self.path.mkdir(parents=True, exist_ok=True)
             if (user := self._take()) is not None:
                 return f"{self.path}: another process is using this run folder ({user})"
@@ -174,11 +197,9 @@ class RunFolder:
         return None
 
     def _take(self) -> str | None:
-        """Lock the folder until this process ends, however it ends; or who has it. Copies of this process do not."""
+        """Lock the folder until this process ends, however it ends; or who has it."""
         self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held for as long as the run
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(self._lock):
             self._lock.seek(0)
             return self._lock.read().strip() or "unknown"
         self._lock.truncate(0)

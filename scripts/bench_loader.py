@@ -47,7 +47,8 @@ from datasets.pack.format import is_pack
 from datasets.seeding import seeded
 from datasets.video_dataset import BadVideo, TrainDataset, collate
 from engine.distributed import Process
-from engine.log import run_meta, setup_logging
+from engine.log import setup_logging
+from engine.record import run_meta
 from scripts.bench_reference import Reference, Stages
 
 BATCH = 8
