@@ -75,7 +75,7 @@ def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | No
 
     Raises CheckpointError as `save` does; whatever was there before then still is.
     """
-    last = folder / LAST
+    last, kept = folder / LAST, None
     if keep > 1 and former is not None and last.exists():
         kept, second = folder / f"step_{former:08d}.pt", folder / ".second_name.pt"
         try:
@@ -88,7 +88,8 @@ def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | No
             second.unlink(missing_ok=True)
     save(last, content)
     formers = _formers(folder)
-    undone = [path for path in formers if path.stem > f"step_{content['step']:08d}"]  # damaged, gone back from
+    # Damaged ones that were gone back from are of a step that is yet to come.
+    undone = [path for path in formers if path.stem >= f"step_{content['step']:08d}" and path != kept]
     for old in [*undone, *[path for path in formers if path not in undone][max(0, keep - 1) :]]:
         old.unlink(missing_ok=True)
 
@@ -157,6 +158,8 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
+            # A part whose bit for a folder is flipped is whole to zipfile, and to torch it is whatever memory held.
+            part = part or next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
             program = any(name.endswith("/constants.pkl") for name in archive.namelist())
     except Exception:  # what zipfile answers to a damaged archive has no end
         raise CheckpointError(f"{path}: truncated or damaged") from None
@@ -195,7 +198,10 @@ def save_safetensors(path: str | Path, content: dict[str, Any]) -> None:
     The format knows neither sums nor tensors that share memory: sums go into the metadata, and each name gets a copy.
     Raises CheckpointError as `save` does.
     """
-    rest = json.dumps({key: value for key, value in content.items() if key != "model_state_dict"})
+    try:
+        rest = json.dumps({key: value for key, value in content.items() if key != "model_state_dict"})
+    except TypeError as error:
+        raise CheckpointError(f"{path}: holds more than weights and plain values ({error})") from None
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in content["model_state_dict"].items()
