@@ -7,6 +7,7 @@ Does not live here: any other way of training, evaluating or saving (loop.py, ev
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import tempfile
 import time
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from engine import checkpoint
 from engine.distributed import Process, barrier, gather, sync_buffers
-from engine.evaluation import evaluate
+from engine.evaluation import PASS_CLIPS, evaluate
 from engine.log import setup_logging
 from engine.loop import LoopSettings, Trainee, Trainer
 from engine.run_folder import RunFolder
@@ -28,12 +29,12 @@ logger = logging.getLogger("td4v")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a training step, a validation batch, a save and the whole run, each as long as the slowest process
+    """Seconds of a training step, a pass of validation, a save and the whole run, each as long as the slowest process
     takes; the peak of memory in GiB, a GPU's or the process's; bytes of last_model.pt; clips a second that data must
     come at."""
 
     step: float
-    batch: float
+    validation: float
     save: float
     whole: float
     memory: float
@@ -43,7 +44,7 @@ class Estimate:
     def __str__(self) -> str:
         whole = timedelta(seconds=round(self.whole))
         return (
-            f"dry run: {self.step:.3f} s a step, {self.batch:.3f} s a validation batch, {self.save:.2f} s and "
+            f"dry run: {self.step:.3f} s a step, {self.validation:.3f} s for {PASS_CLIPS} clips of validation, {self.save:.2f} s and "
             f"{self.size / 1e6:.1f} MB a checkpoint, peak memory {self.memory:.2f} GiB; the whole run takes {whole} if "
             f"the loader gives {self.clips_per_s:.1f} clips/s; nothing was kept"
         )
@@ -78,7 +79,8 @@ def dry_run(
         videos = sum(gather(len(batch["index"]) + len(batch["skipped"])))
         since = _now(process)
         accuracy = evaluate(trainee.model, [batch], process, trainee.precision, videos, None, trainee.normalizer)
-        seconds = _now(process) - since
+        clips_validated = batch["video"].shape[0] * batch["video"].shape[1] if batch["video"] is not None else 1
+        seconds = (_now(process) - since) / math.ceil(clips_validated / PASS_CLIPS)
         since = _now(process)
         trainer.save()
         save = _now(process) - since
@@ -89,7 +91,8 @@ def dry_run(
     )
     evaluations = sum(settings.evaluates(epoch) for epoch in range(settings.epochs))
     saves = settings.epochs + evaluations
-    whole = step * trainer.steps * settings.epochs + seconds * len(val_loader) * evaluations + save * saves
+    passes = math.ceil(len(val_loader) * clips_validated / PASS_CLIPS)
+    whole = step * trainer.steps * settings.epochs + seconds * passes * evaluations + save * saves
     estimate = Estimate(step, seconds, save, whole, memory, size, clips / step)
     logger.info("%d videos validated, loss finite: %s", accuracy.videos, not trainer.state.health.left_out)
     logger.info("%s", estimate)

@@ -7,6 +7,8 @@ Lives here: from batches to an Accuracy, views folded into clips, progress. Does
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,8 @@ from engine.stop import Stopped, StopSignals
 
 logger = logging.getLogger("td4v")
 
+PASS_CLIPS = 8  # clips in one forward pass
+
 
 class DataError(EngineError):
     """The loader reports data that cannot be used, or gives none."""
@@ -37,7 +41,7 @@ def evaluate(
     expected: int,
     print_freq: int | None = None,
     normalizer: Normalizer | None = None,
-    max_clips: int = 32,
+    pass_clips: int = PASS_CLIPS,
     signals: StopSignals | None = None,
 ) -> Accuracy:
     """Accuracy over the videos of all processes, each of which gives its own part; the same result on each.
@@ -46,7 +50,9 @@ def evaluate(
         expected: videos in the list (see metrics.Scores.accuracy).
         print_freq: batches between lines of progress; None for none.
         normalizer: of uint8 pixels; None scales them to 0..1.
-        max_clips: clips in one forward pass at most; views beyond that wait on the CPU.
+        pass_clips: clips in one forward pass, wherever batches and videos end; the last is filled up by a repeated clip,
+            whose logits are dropped. Matrix products of another size add up in another order: passes of one size give a
+            video the same logits, bit for bit, whatever the batch size and the number of processes.
         signals: where a wish to stop is noted, which ends an evaluation at once: nothing in it is worth saving.
 
     Raises:
@@ -58,6 +64,13 @@ def evaluate(
     normalizer = normalizer or Normalizer()
     scores = Scores()
     eta = Eta(done=0, total=len(loader))
+    waiting = _Waiting()
+
+    def run(clips: Tensor) -> None:
+        with precision.autocast(process.device):
+            logits = model(normalizer(clips, process.device))  # (pass_clips, K)
+        waiting.give(logits, scores)
+
     try:
         for number, batch in enumerate(loader, start=1):
             if signals is not None and signals.asked:
@@ -66,29 +79,54 @@ def evaluate(
                 left = timedelta(seconds=round(eta.seconds(number)))
                 logger.info("evaluating: batch %d/%d eta %s", number, len(loader), left)
             scores.skipped += check_batch(batch)
-            if batch["video"] is None:
-                continue
-            views = batch["video"].shape[1]
-            clips = batch["video"].flatten(0, 1)  # (B*V, T, C, H, W)
-            with precision.autocast(process.device):
-                parts = [model(normalizer(part, process.device)) for part in filled(clips, views, max_clips)]
-            logits = torch.cat(parts)[: len(clips)].unflatten(0, (-1, views))  # (B, V, K)
-            scores.add(batch["index"], logits, batch["label"], batch.get("path"))
+            if batch["video"] is not None:
+                for clips in waiting.take(batch, pass_clips):
+                    run(clips)
+        if (rest := waiting.rest(pass_clips)) is not None:
+            run(rest)
     finally:
         model.train(was_training)
     return scores.accuracy(expected)
 
 
-def filled(clips: Tensor, views: int, most: int) -> list[Tensor]:
-    """Clips (B*V, T, C, H, W) in passes of one size, which `views` alone decides; the last is filled up by a repeated clip.
+class _Waiting:
+    """Clips that wait for a full pass, and videos that wait for the logits of all of their views."""
 
-    Matrix products of another size add up in another order: a pass of one size gives a video the same logits, bit for
-    bit, whatever the batch size and the number of processes.
-    """
-    size = min(views, most) if views >= 8 else min(8 // views * views, most)
-    if short := -len(clips) % size:
-        clips = torch.cat([clips, clips[-1:].expand(short, *clips.shape[1:])])
-    return list(clips.split(size))
+    def __init__(self) -> None:
+        self.clips: list[Tensor] = []  # each (n, T, C, H, W)
+        self.logits: list[Tensor] = []  # each (n, K)
+        self.videos: deque[tuple[int, int, str | None]] = deque()  # index, label, path
+        self.views = 1
+
+    def take(self, batch: dict[str, Any], size: int) -> Iterator[Tensor]:
+        """Take in a batch, and give the passes of `size` clips (size, T, C, H, W) that are full."""
+        self.views = batch["video"].shape[1]
+        names = batch.get("path") or [None] * len(batch["index"])
+        self.videos += zip(batch["index"].tolist(), batch["label"].tolist(), names, strict=True)
+        self.clips.append(batch["video"].flatten(0, 1))  # (B*V, T, C, H, W)
+        while sum(map(len, self.clips)) >= size:
+            clips = self.clips[0] if len(self.clips) == 1 else torch.cat(self.clips)
+            self.clips = [clips[size:]]
+            yield clips[:size]
+
+    def rest(self, size: int) -> Tensor | None:
+        """The last clips as a pass of `size`, filled up by the last of them; None without any."""
+        clips = torch.cat(self.clips) if self.clips else torch.empty(0)
+        if len(clips) == 0:
+            return None
+        return torch.cat([clips, clips[-1:].expand(size - len(clips), *clips.shape[1:])])
+
+    def give(self, logits: Tensor, scores: Scores) -> None:
+        """Take in the logits (n, K) of a pass, and score the videos all of whose views are there."""
+        self.logits.append(logits)
+        there = torch.cat(self.logits)
+        done = min(len(there) // self.views, len(self.videos))
+        if done:
+            index, label, path = zip(*(self.videos.popleft() for _ in range(done)), strict=True)
+            parts = there[: done * self.views].unflatten(0, (done, self.views))  # (n, V, K)
+            names = None if path[0] is None else list(path)
+            scores.add(torch.tensor(index), parts, torch.tensor(label), names)
+        self.logits = [there[done * self.views :]]
 
 
 def check_batch(batch: dict[str, Any]) -> int:

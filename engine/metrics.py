@@ -6,7 +6,7 @@ confusion matrix. Does not live here: running the model (evaluation.py) or writi
 What is guaranteed: given the logits of each video, scores and accuracy are the same, bit for bit, for any order of the
 videos, any batch size and any number of processes, because a video's score is computed from its own views alone, on the
 CPU, and everything after that is sorting and counting whole numbers. The logits do not depend on them either, because
-the model runs on passes of one size (evaluation.filled).
+the model runs on passes of one size (evaluation.evaluate).
 
 N is the number of videos, B of a batch, V the views of a video, K the classes.
 """

@@ -483,11 +483,12 @@ def test_evaluation_folds_views_in_bounded_chunks_and_restores_the_mode() -> Non
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     model.train()
     data, precision = Clips(5, views=3), resolve_precision("fp32", CPU)
-    chunked = evaluate(model, _loader(data, 2), Process(), precision, 5, max_clips=4)
-    assert seen == [4] * 5  # 6, 6 and 3 clips, the last pass of each filled up
+    chunked = evaluate(model, _loader(data, 2), Process(), precision, 5, pass_clips=4)
+    assert seen == [4] * 4  # 15 clips, the last pass filled up
     assert model.training and model.norm.training and not model.body.training
-    whole = evaluate(model, _loader(data, 5), Process(), precision, 5)
-    assert chunked == whole
+    whole = evaluate(model, _loader(data, 5), Process(), precision, 5, pass_clips=4)
+    assert chunked == whole and torch.equal(chunked.table.score, whole.table.score)
+    assert evaluate(model, _loader(data, 5), Process(), precision, 5, pass_clips=64) == whole
     logits = model.eval()(data.video.flatten(0, 1)).unflatten(0, (5, 3))
     predicted = logits.double().softmax(-1).mean(1).argmax(1)
     assert whole.top1 == pytest.approx(100 * (predicted == data.label).double().mean().item())
