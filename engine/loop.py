@@ -267,7 +267,7 @@ class Trainer:
         trainee.optimizer.zero_grad(set_to_none=True)
         if bad:
             self._put_back(former)
-            self._leave_out(group, loss_value, norm_value, own)
+            self._leave_out(group, loss_value, norm_value)
         state.step += 1
         state.place += 1
         return asked, due
@@ -277,13 +277,12 @@ class Trainer:
         for buffer, value in zip(self.buffers, former, strict=True):
             buffer.copy_(value)
 
-    def _leave_out(self, group: list[dict[str, Any]], loss: float, norm: float, own: bool) -> None:
+    def _leave_out(self, group: list[dict[str, Any]], loss: float, norm: float) -> None:
         """Count a step that was not finite; TrainingError, with the state saved, if that does not end."""
         state, health = self.state, self.state.health
         health.left_out += 1
         health.in_a_row += 1
         self.meter.left_out += 1
-        names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))] if own else []
         scaled = self.trainee.scaler.is_enabled()
         what = f"the loss is {loss:g}, the norm of the gradients {norm:g}"
         where = f"epoch {state.epoch}, step {state.place + 1} of {self.steps}"
@@ -293,7 +292,11 @@ class Trainer:
         )
         if health.in_a_row < self.settings.max_bad_steps:
             return
-        found = [name for names in gather(names) for name in names]
+        names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))]
+        parts = gather((math.isfinite(loss), names))  # gradients are not finite on any process, losses where it began
+        found = [name for finite, part in parts if not finite for name in part] or [
+            n for _, part in parts for n in part
+        ]
         content = self._content() | {"failed": {"epoch": state.epoch, "step": state.place + 1, "videos": found}}
         path = self.run.path / checkpoint.FAILED
         if self.process.is_main:
