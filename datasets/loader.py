@@ -1,7 +1,7 @@
 """A DataLoader whose workers write videos into shared memory that is used again for later batches.
 
-Lives here: the ring of such memory, and how a batch travels through it. Does not live here: what an item is and how
-items become a batch (video_dataset.py), nor the order of videos (sampler.py).
+Lives here: the ring of such memory, how a batch travels through it, and which signals workers obey. Does not live here:
+what an item is and how items become a batch (video_dataset.py), nor the order of videos (sampler.py).
 
 A usual worker puts each batch into newly made shared memory, and the kernel has to find, clear and map every page of
 it, twice: for pixels that costs about as much as resizing them. Here the main process keeps a ring of shared buffers.
@@ -12,9 +12,16 @@ may be kept as long as one likes: while no buffer is free, batches travel the us
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import math
+import multiprocessing
+import os
+import resource
 import shutil
+import signal
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +37,9 @@ PREFETCH = 2  # batches that each worker works ahead
 SPARE = 2  # buffers beyond those of batches on their way: the batch in use, and the one that has just arrived
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 1 << 20
+NOT_FOR_WORKERS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # the main process answers them
+_TOO_MANY_FILES = ("Too many open files", "items of ancdata")  # what torch and multiprocessing say
+PARENT_GONE_S = 5.0  # how often a worker looks whether its main process still lives
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,20 @@ class _Claims(BatchSampler):
             yield keys
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started inside never get the signals that the main process answers; it gets them afterwards.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM go to every process of a run. The main process then finishes its step,
+    for which it needs its workers.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _begin(worker: int) -> None:
     """What a worker does first.
 
@@ -124,6 +148,22 @@ def _begin(worker: int) -> None:
     would wait for them for ever if it were collected here.
     """
     gc.freeze()
+    if hasattr(signal, "sigtimedwait"):
+        threading.Thread(target=_serve, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+    else:  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _serve(main: int) -> None:
+    """In a thread of a worker: end it when the main process says so by SIGTERM, or is gone; nobody else's SIGTERM counts.
+
+    However long the worker's own thread waits for a file.
+    """
+    parent = os.getppid()
+    while True:
+        sent = signal.sigtimedwait({signal.SIGTERM}, PARENT_GONE_S)
+        if (sent is not None and sent.si_pid == main) or os.getppid() != parent:
+            os._exit(0)
 
 
 class VideoLoader(DataLoader):
@@ -181,12 +221,13 @@ class VideoLoader(DataLoader):
         abandoned = tuple(claimed)
         claimed.clear()
         try:
-            batches = super().__iter__()  # which waits until workers have done what they were asked for before
+            with _deaf() if self._iterator is None else contextlib.nullcontext():  # the first time starts the workers
+                batches = super().__iter__()  # which waits until workers have done what they were asked for before
             self.ring.free.extend(abandoned)
             while (batch := next(batches, None)) is not None:
                 yield self._arrived(batch)
-        except RuntimeError as error:
-            if (sentence := _reason(str(error))) is None:
+        except (RuntimeError, OSError) as error:
+            if (sentence := _reason(error, self.num_workers)) is None:
                 raise
             raise ChildProcessError(sentence) from error
 
@@ -209,9 +250,19 @@ class VideoLoader(DataLoader):
         return batch
 
 
-def _reason(text: str) -> str | None:
-    """One sentence where torch says that a worker was killed or found no shared memory; None for errors of ours."""
+def too_many_files(workers: int | None = None) -> str:
+    """What to do where a process may open no more files."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    fewer = "" if workers is None else f", or lower data.workers, now {workers}"
+    return f"too many open files: a process may have {allowed} at once; raise that, e.g. by ulimit -n 65536{fewer}"
+
+
+def _reason(error: RuntimeError | OSError, workers: int) -> str | None:
+    """One sentence for what torch says of workers in pages; None for errors of ours."""
+    text = str(error)
     advice = "lower data.workers or data.batch_size"
+    if getattr(error, "errno", None) == errno.EMFILE or any(sign in text for sign in _TOO_MANY_FILES):
+        return too_many_files(workers)
     if "exited unexpectedly" in text or "killed by signal" in text:
         return f"a worker of the loader was killed; if it was for want of memory, {advice} ({text.splitlines()[0]})"
     if "shared memory" in text or "unable to write to file" in text:

@@ -11,6 +11,7 @@ B is the number of videos in a batch, V of views of a video, T of frames, S the 
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from datasets.annotation import VideoRecord
 from datasets.box import Box
-from datasets.loader import Claim, Ring
+from datasets.loader import Claim, Ring, too_many_files
 from datasets.readers import Frames, Reader, ReadError
 from datasets.sampling import Style, test_indices, train_indices, val_indices
 from datasets.seeding import seeded
@@ -77,6 +78,8 @@ class _VideoDataset(Dataset):
             frames = clip.fetch(self._indices(clip.num_frames, epoch, index))
             views = self._views(frames, record.label, epoch, index)
         except ReadError as error:
+            if (sentence := _no_more_files()) is not None:  # the video may be sound: not to be skipped
+                return BadVideo(sentence, index, skip=False)
             where = f"{self.source.list_file}, line {record.line}"
             return BadVideo(f"{error} ({where})", index, self.source.skip_errors)
         return {**views, "path": record.path}
@@ -214,6 +217,18 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
     if ring is not None:  # small arrays travel as they are, tensors by a file each
         batch |= {key: batch[key].numpy() for key in ("label", "index")}
     return batch
+
+
+def _no_more_files() -> str | None:
+    """The sentence to end with if this process may open no more files; else None."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        worker = get_worker_info()
+        return too_many_files(worker.num_workers if worker else None)
+    return None
 
 
 def _colours_third(video: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 import gc
 import os
+import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -13,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets import loader as module
-from datasets.loader import Claim, Ring, VideoLoader
+from datasets.loader import NOT_FOR_WORKERS, Claim, Ring, VideoLoader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.video_dataset import BadVideo, collate
 
@@ -182,6 +185,99 @@ def test_no_shared_memory_for_a_batch_without_a_buffer(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forks of this process
     with pytest.raises(OSError, match=r"found no shared memory in /dev/shm: lower data\.workers"):
         list(loader)
+
+
+def workers_of(loader):
+    return loader._iterator._workers
+
+
+def test_workers_take_signals_from_the_main_process_alone():
+    loader, reference = make(2, Numbers(40)), list(make(0, Numbers(40)))
+    heard = []
+    former = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in NOT_FOR_WORKERS}
+    try:
+        batches, found = iter(loader), []
+        for batch in batches:
+            found.append({**batch, "video": batch["video"].clone()})
+            for worker in workers_of(loader) if len(found) < 4 else ():
+                subprocess.run(["bash", "-c", f"kill -INT {worker.pid}; kill {worker.pid}; kill -USR1 {worker.pid}"])
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    assert heard == [signal.SIGUSR1] and same(reference, found)
+    for worker in workers_of(loader):
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+def test_there_is_no_moment_at_which_a_signal_kills_a_worker():
+    """What reaches the whole run while workers start is for the main process, and is not lost."""
+    heard = []
+    loader = make(2, Numbers(40))
+    began = loader._get_iterator
+
+    def struck():
+        os.kill(os.getpid(), signal.SIGTERM)
+        iterator = began()
+        assert not heard
+        for worker in iterator._workers:
+            subprocess.run(["kill", str(worker.pid)])
+        return iterator
+
+    former = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    loader._get_iterator = struck
+    try:
+        assert len(list(loader)) == 10
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert heard == [signal.SIGTERM] and all(worker.is_alive() for worker in workers_of(loader))
+
+
+ORPHANS = """
+import time
+from tests.test_loader import Numbers, make, workers_of
+class Stuck(Numbers):
+    def __getitem__(self, key):
+        if key[1] == 9:
+            time.sleep(100)
+        return super().__getitem__(key)
+loader = make(2, Stuck())
+batches = iter(loader)
+next(batches)
+print(*[worker.pid for worker in workers_of(loader)], flush=True)
+list(batches)
+"""
+
+
+def test_no_worker_outlives_a_main_process_that_is_killed():
+    with subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True) as main:
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2
+        main.kill()
+    end = time.monotonic() + 15
+    while alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]:
+        assert time.monotonic() < end, alive
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("more", [2, 40])
+def test_too_many_open_files_are_one_sentence(more):
+    """At the start of the workers, and where the main process keeps what it receives of them."""
+    os.close(files := os.open(os.devnull, os.O_RDONLY))  # the lowest free number
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loader, kept = make(2, Numbers(400)), []
+    loader.ring.free.clear()  # each batch now comes in a file of its own
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files + more, allowed[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"a process may have \d+ at once; .* ulimit -n \d+, or lower data\.workers, now 2$"
+        ):
+            kept.extend(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert bool(kept) == (more > 2)
 
 
 class Thread:

@@ -1,7 +1,9 @@
 """From list to batch: what a batch holds, that nothing but (seed, epoch, index) matters, and what broken videos do."""
 
 import logging
+import os
 import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +220,18 @@ def test_broken_videos_are_skipped_and_listed(data):
     )
     trained = batches(replace(data, batch_size=7, num_sample=2))
     assert trained[0]["video"].shape[0] == 10 and len(trained[0]["skipped"]) == 2
+
+
+def test_too_many_open_files_are_no_fault_of_the_video(data):
+    loader = val_loader(replace(data, on_error="skip"))
+    os.close(files := os.open(os.devnull, os.O_RDONLY))  # the lowest free number
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, allowed[1]))
+    try:
+        batch = next(iter(loader))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, allowed)
+    assert f"may have {files} at once; raise that, e.g. by ulimit -n" in batch["error"] and batch["skipped"] == []
 
 
 def test_collate_prefers_the_error():
