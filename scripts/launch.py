@@ -1,27 +1,34 @@
-"""torchrun without its page of traceback: what failed has been said already by the process that failed.
+"""torchrun for runs that are asked to stop: its arguments, its workers, but other manners at the end.
 
-Lives here: nothing but that. Arguments are torchrun's; launch.sh gives them.
+Lives here: what signals mean before there are workers, and nothing else; agent.py has the rest. launch.sh calls it.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+STOP = {
+    signal.SIGTERM: 75,
+    signal.SIGUSR1: 75,
+    signal.SIGHUP: 75,
+    signal.SIGINT: 130,
+}  # and what the launcher exits with
 
 
-def main() -> None:
-    """Run the processes; exit with the status of the first that failed, or as a signal asks."""
-    try:
-        run(parse_args(sys.argv[1:]))
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise SystemExit(failure.exitcode if failure.exitcode > 0 else 1) from None
-    except SignalException as stopped:
-        raise SystemExit(128 + stopped.sigval) from None
+def main(arguments: list[str]) -> int:
+    """Run the workers; the status to exit with, see agent.launch."""
+    for number, status in STOP.items():  # importing torch takes seconds, and other machines may have to be waited for
+        signal.signal(number, lambda *_, status=status: os._exit(status))
+    level = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # a machine that leaves would be a page of C++ addresses
+    from scripts.agent import launch
+
+    if level is None:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the workers' own affair
+    return launch(arguments, STOP)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))
