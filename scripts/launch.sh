@@ -20,7 +20,8 @@ processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores / processes > 0 ? cores / processes : 1 ))}
 if [ "$nodes" != 1 ]; then
-    if [ -z "${NODE_RANK:-}" ] || [ "${RDZV:-}" = "${RDZV%:*}" ]; then
+    RDZV=${RDZV:-}
+    if [ -z "${NODE_RANK:-}" ] || [ "$RDZV" = "${RDZV%:*}" ]; then
         echo "NNODES=$nodes needs NODE_RANK=0 to $((nodes - 1)), and RDZV=HOST:PORT of machine 0, the same on all" >&2
         exit 2
     fi

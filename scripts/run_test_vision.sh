@@ -3,7 +3,7 @@
 #
 #   bash scripts/run_test_vision.sh CONFIG WEIGHTS [--test_crops 1|3|5|10] [--test_clips N] [--dense] [--set ...]
 #
-# Environment: NPROC (processes; default all GPUs, else 1), PORT (default: a free one), PYTHON (default python).
+# Environment: NPROC (processes; default all GPUs, else 1), PYTHON (default python); more in launch.sh.
 set -euo pipefail
 if [ $# -lt 2 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_test_vision.sh CONFIG WEIGHTS [--test_crops 1|3|5|10] [--test_clips N] [--dense]: no configuration file ${1:-given}, or no weights" >&2

@@ -1,0 +1,252 @@
+"""Launchers and signals, for real: who hears of what, who is started again, and with which status it ends."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WORKER = '''
+"""Writes what happens to it into a file a process; commands: what to do at first, and when it is asked to stop."""
+import os, signal, sys, time
+place, first, asked_to, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
+rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+def say(*words):
+    with open(f"{place}/{rank}.txt", "a") as file:
+        print(*words, file=file)
+say("up", "local", os.environ["LOCAL_RANK"], "of", os.environ["WORLD_SIZE"], "pid", os.getpid())
+if first != "work" and rank == "1" and not os.path.exists(f"{place}/done"):
+    open(f"{place}/done", "w").close()
+    time.sleep(0.5)
+    os._exit(int(first))
+end = time.monotonic() + seconds
+while time.monotonic() < end and not (asked and asked_to != "ignore"):
+    time.sleep(0.02)
+if asked:
+    time.sleep(0.3)
+    say("saved", asked[0])
+    os._exit(130 if asked[0] == "SIGINT" and asked_to == "75" else int(asked_to))
+say("finished")
+'''
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals between processes as Linux has them")
+
+
+class Launcher:
+    """scripts/launch.sh with two workers, which write into `place`."""
+
+    def __init__(self, place: Path, first="work", asked_to="75", seconds=30, **environment):
+        self.place = place
+        (place / "worker.py").write_text(WORKER)
+        command = ["bash", "scripts/launch.sh", place / "worker.py", place, first, asked_to, str(seconds)]
+        settings = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", **environment}
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            env={**os.environ, **settings},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a terminal's process group
+        )
+
+    def said(self, rank: int) -> list[list[str]]:
+        file = self.place / f"{rank}.txt"
+        return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for(self, word: str, times: int = 1) -> None:
+        """Until each worker has said it so often."""
+        end = time.monotonic() + 60
+        while any(sum(line[0] == word for line in self.said(rank)) < times for rank in (0, 1)):
+            assert time.monotonic() < end and self.process.poll() is None
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_a_signal_reaches_the_workers_which_save_and_are_not_started_again(tmp_path, number, status):
+    launcher = Launcher(tmp_path, MAX_RESTARTS="2")
+    launcher.wait_for("up")
+    whole_group = number == "SIGINT"  # as a terminal sends it
+    (os.killpg if whole_group else os.kill)(launcher.process.pid, signal.Signals[number])
+    found, errors = launcher.end()
+    assert found == status and errors == ""
+    for rank in (0, 1):
+        assert [line[0] for line in launcher.said(rank)] == ["up", "saved"] and launcher.said(rank)[1][1] == number
+
+
+def test_a_signal_before_there_are_workers():
+    """`launch.sh` itself, then importing torch: nothing was begun, so it may be started again."""
+    for seconds in (0.02, 1.0):
+        process = subprocess.Popen(
+            ["bash", "scripts/launch.sh", "worker.py"],
+            env={**os.environ, "PYTHON": sys.executable, "NPROC": "1"},
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        while b"launch" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(30) == 75
+
+
+def test_a_crash_is_followed_by_a_new_start_as_often_as_allowed(tmp_path):
+    launcher = Launcher(tmp_path, first="3", seconds=1, MAX_RESTARTS="1")
+    status, errors = launcher.end()
+    assert status == 0 and "a process ended with status 3: all are started again (1 of 1 restarts left)" in errors
+    assert [line[0] for line in launcher.said(0)] == ["up", "saved", "up", "finished"]
+    assert [line[0] for line in launcher.said(1)] == ["up", "up", "finished"]
+
+
+def test_without_restarts_the_status_is_that_of_the_crash(tmp_path):
+    launcher = Launcher(tmp_path, first="3", seconds=20, PORT=str(random.randrange(20000, 30000)))
+    assert launcher.end() == (3, "a process ended with status 3\n")
+    assert [line[0] for line in launcher.said(0)] == ["up", "saved"]
+
+
+def test_a_worker_that_stops_by_itself_is_not_started_again(tmp_path):
+    """A scheduler may ask the workers alone, as srun does."""
+    launcher = Launcher(tmp_path, first="75", seconds=20, MAX_RESTARTS="3")
+    assert launcher.end() == (75, "")
+    assert [line[0] for line in launcher.said(0)] == ["up", "saved"] and len(launcher.said(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked_to", "status", "message"),
+    [
+        ("ignore", 75, r"had not saved within 1 seconds \(TD4V_GRACE\)"),
+        ("1", 1, "ended with status 1 when it was asked"),
+    ],
+)
+def test_workers_that_cannot_save(tmp_path, asked_to, status, message):
+    launcher = Launcher(tmp_path, asked_to=asked_to, TD4V_GRACE="1", MAX_RESTARTS="1")
+    launcher.wait_for("up")
+    launcher.process.terminate()
+    found, errors = launcher.end()
+    assert found == status
+    assert re.search(message, errors)
+
+
+def test_workers_stop_where_their_launcher_is_killed(tmp_path):
+    launcher = Launcher(tmp_path)
+    launcher.wait_for("up")
+    launcher.process.kill()
+    launcher.end()
+    end = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{launcher.said(rank)[0][-1]}") for rank in (0, 1)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert launcher.said(0)[1] == launcher.said(1)[1] == ["saved", "SIGTERM"]
+
+
+def two_machines(place: Path, **settings) -> list[Launcher]:
+    meeting = f"localhost:{random.randrange(20000, 30000)}"
+    both = {"NPROC": "1", "NNODES": "2", "RDZV": meeting, **settings.pop("environment", {})}
+    return [Launcher(place, NODE_RANK=str(node), **both, **settings) for node in (1, 0)][::-1]
+
+
+def test_two_launchers_as_two_machines_start_again_together(tmp_path):
+    machines = two_machines(tmp_path, first="3", seconds=2, environment={"MAX_RESTARTS": "1"})
+    assert [machine.end()[0] for machine in machines] == [0, 0]
+    said = [machines[0].said(rank) for rank in (0, 1)]
+    assert [line[0] for line in said[0]] == ["up", "saved", "up", "finished"]
+    assert [line[0] for line in said[1]] == ["up", "up", "finished"]
+    assert all(line[1:5] == ["local", "0", "of", "2"] for rank in (0, 1) for line in said[rank] if line[0] == "up")
+    pids = [line[-1] for line in said[0] if line[0] == "up"]
+    assert len(set(pids)) == 2
+
+
+def test_two_machines_are_both_asked_to_stop(tmp_path):
+    machines = two_machines(tmp_path)
+    machines[0].wait_for("up")
+    for machine in machines:
+        machine.process.send_signal(signal.SIGUSR1)
+    assert [machine.end() for machine in machines] == [(75, "")] * 2
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "RDZV"])
+def test_machines_need_a_place_to_meet(missing):
+    settings = {"NNODES": "2", "NODE_RANK": "1", "RDZV": "localhost:29500", "NPROC": "1", "PYTHON": sys.executable}
+    del settings[missing]
+    found = subprocess.run(["bash", "scripts/launch.sh"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True)
+    assert found.returncode == 2 and b"NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT" in found.stderr
+
+
+FAKES = {
+    # hands USR1 to its task, as srun does
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done\n'
+    "trap 'kill -USR1 $task' USR1\n"
+    'SLURM_NODEID=0 "$@" & task=$!\n'
+    "while wait $task; status=$?; [ $status -gt 128 ]; do :; done; exit $status",
+    "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> $CALLS; fi',
+    # in the place of python, which runs the launcher
+    "interpreter": 'if [ "$1" = -c ]; then echo 2; exit; fi\n'
+    "trap 'exit 75' USR1\n"
+    'echo "$@" >> $CALLS; [ -z "$STATUS" ] || exit $STATUS\n'
+    "for i in $(seq 300); do sleep 0.1; done",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts slurm.sh among fakes; returns its process and the file with the calls."""
+    for name, text in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script, calls = shutil.copy(ROOT / "scripts/slurm.sh", tmp_path / "slurm_script"), tmp_path / "calls"
+    (tmp_path / "c.yaml").touch()
+
+    def start(**settings) -> tuple[subprocess.Popen, Path]:
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHON": str(tmp_path / "interpreter"),
+            "CALLS": str(calls),
+            "STATUS": "",
+            "NPROC": "2",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            **settings,
+        }
+        command = ["bash", script, str(tmp_path / "c.yaml"), "--output", "a run"]
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
+        while not calls.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        return process, calls
+
+    return start
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_requeues_what_was_saved_unless_it_was_cancelled(slurm, number, requeued):
+    process, calls = slurm()
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    launched, *rest = calls.read_text().splitlines()
+    assert rest == (["requeue 123456"] if requeued else [])
+    assert launched.startswith("-m scripts.launch --nnodes 2 --nproc_per_node 2 --max_restarts 0 --rdzv_backend c10d")
+    assert f"--rdzv_endpoint node7:{20000 + 123456 % 20000} " in launched and "--local_addr node7 " in launched
+    assert launched.endswith("--output a run") and "is_host=1" in launched
+
+
+@pytest.mark.parametrize(("ending", "requeued"), [("0", []), ("1", []), ("75", ["requeue 123456"])])
+def test_slurm_leaves_a_finished_or_failed_run_alone(slurm, ending, requeued):
+    process, calls = slurm(STATUS=ending)
+    assert process.wait(20) == int(ending)
+    assert calls.read_text().splitlines()[1:] == requeued
