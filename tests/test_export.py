@@ -152,7 +152,8 @@ def test_a_full_export_needs_nothing_else(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"a\.pt: was trained on the frozen weights .*clip8.*, here are .*clip9"):
         loaded(lean, other)
     towers[0].unlink()
-    wanted = logits(model)
+    wanted, again = logits(model), exported(full, tmp_path / "c.pt", "--full")
+    assert checkpoint.load(again)["backbone"] == checkpoint.load(full)["backbone"]
     assert torch.equal(logits(loaded(full, other)), wanted) and torch.equal(
         logits(loaded(full, configuration())), wanted
     )
