@@ -155,9 +155,9 @@ def _begin(worker: int) -> None:
 
 
 def _serve(main: int) -> None:
-    """In a thread of a worker: end it when the main process says so by SIGTERM, or is gone; nobody else's SIGTERM counts.
+    """In a thread of a worker: end it when the main process sends SIGTERM, or is gone; nobody else's SIGTERM counts.
 
-    However long the worker's own thread waits for a file.
+    It does so however long the worker's own thread waits for a file.
     """
     parent = os.getppid()
     while True:

@@ -89,9 +89,9 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int]) -> int:
         arguments: torchrun's.
         stop: signals that end the run, with the status for each.
     Returns:
-        The status to exit with: 0 if all workers ended so; that of `stop` after a signal (75: the same command goes on),
-        unless a worker failed to stop; 75 where workers stopped without the launcher being asked; else the status of the
-        first worker that failed, or 1.
+        The status to exit with: 0 if all workers ended so; that of `stop` after a signal (75: the same command goes
+        on), unless a worker failed to stop; 75 where workers stopped without the launcher being asked; else the status
+        of the first worker that failed, or 1.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -160,7 +160,8 @@ def _ending(failure: ProcessFailure) -> str:
     if failure.exitcode >= 0:
         return f"ended with status {failure.exitcode}"
     name = signal.Signals(-failure.exitcode).name
-    return f"was killed by {name}" + (" (the machine out of memory?)" if name == "SIGKILL" else "")
+    guesses = {"SIGKILL": " (no memory left?)", "SIGABRT": " (NCCL gave up waiting for another one?)"}
+    return f"was killed by {name}{guesses.get(name, '')}"
 
 
 def _stopped(failures: Mapping[int, ProcessFailure], status: int, grace: int) -> int:
@@ -171,8 +172,8 @@ def _stopped(failures: Mapping[int, ProcessFailure], status: int, grace: int) ->
             return failure.exitcode
         if failure.exitcode == -signal.SIGKILL:
             logger.warning(
-                "a process had not saved within %d seconds (TD4V_GRACE) and was killed: the same command goes on from the "
-                "last checkpoint",
+                "a process had not saved within %d seconds (TD4V_GRACE) and was killed: the same command goes on from "
+                "the last checkpoint",
                 grace,
             )
     return status

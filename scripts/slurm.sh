@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains under Slurm until the run is finished, across time limits and pre-emption. Copy it, set the lines below, and give it
-# what run_train_vision.sh takes, from the folder of this repository:
+# Trains under Slurm until the run is finished, across time limits and pre-emption. Copy it, set the lines below, and
+# give it what run_train_vision.sh takes, from the folder of this repository:
 #
 #   sbatch scripts/slurm.sh configs/ssv2.yaml --output exp/ssv2/run1
 #
-# Three minutes before the time limit (and on `scancel --batch --signal=USR1 JOB`) the run is saved and the job goes back into the
-# queue; started again, it goes on from there. Pre-emption with PreemptMode=REQUEUE does the same. `scancel JOB` saves, too, and
-# ends the job. An error ends it with the error's status.
+# Three minutes before the time limit (and on `scancel --batch --signal=USR1 JOB`) the run is saved and the job goes back
+# into the queue; started again, it goes on from there. Pre-emption with PreemptMode=REQUEUE does the same. `scancel JOB`
+# saves, too, and ends the job. An error ends it with the error's status.
 #
 #SBATCH --job-name=td4v
 #SBATCH --nodes=1

@@ -2,8 +2,8 @@
 
     python scripts/tied.py COMMAND [ARGUMENT ...]
 
-Where that process is killed the command gets SIGTERM: without it a killed launcher would leave workers behind, which go on
-training in a folder that the next start wants. Only Linux can do so; elsewhere the command runs untied.
+Where that process is killed the command gets SIGTERM: without it a killed launcher would leave workers behind, which
+go on training in a folder that the next start wants. Only Linux can do so; elsewhere the command runs untied.
 """
 
 import ctypes
