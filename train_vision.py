@@ -76,7 +76,8 @@ def main() -> None:
     path, content, whole = starting_point(config, meta, folder if going_on else None, process)
 
     lean = checkpoint.lacks_backbone(content)
-    model = build_model(config, pretrained=not content or lean)  # else the checkpoint brings the frozen weights too
+    brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
+    model = build_model(config, pretrained=not brings_backbone)
     if content and not whole:
         drop_head = config.pretrain_head == "drop" and path == config.pretrain
         identity = content["backbone"] if lean else None
@@ -115,7 +116,7 @@ def main() -> None:
     settings = LoopSettings(
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
         solver.grad_accumulation_steps, solver.clip_grad, solver.early_stop, solver.max_bad_steps,
-        saving.every_steps, saving.every_minutes, saving.keep, saving.full,
+        saving.every_steps, saving.every_minutes, saving.keep, saving.full or brings_backbone,
     )  # fmt: skip
     loaders = (training, validation, len(validation.dataset))
     if arguments.dry_run:

@@ -181,6 +181,8 @@ def load_weights(
             f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
         )
     model.load_state_dict(values, strict=not optional)
+    if backbone is None:
+        model.tower.weights = f"those in {source}"
 
 
 def _explain(unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

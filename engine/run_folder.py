@@ -188,7 +188,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if (user := self._take()) is not None:
                 return f"{self.path}: another process is using this run folder ({user})"
-            former = _described(self.path)[0] if (self.path / "config.yaml").exists() else {}
+            former = _described(self.path)[0] if is_run(self.path) else {}
             config = self.config | {key: former[key] for key in _BEGINNING if key in former}
             _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             self._write_starts([*self._starts(), self.meta])
@@ -296,7 +296,7 @@ def _rewrite_events(folder: Path, history: Sequence[dict[str, Any]], step: int) 
 
     Returns the (name, step) of the points that are left. Whenever this is interrupted, no point before is lost.
     """
-    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda file: (file.stat().st_mtime, file.name))
+    files = sorted(folder.glob("events.out.tfevents.*"))  # by the time in their names
     if not files:
         return set()
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
@@ -317,7 +317,8 @@ def _rewrite_events(folder: Path, history: Sequence[dict[str, Any]], step: int) 
     partial = folder / ".events.partial"
     with open(partial, "wb") as file:
         writer = RecordWriter(file)
-        for record in ([head] if head else []) + list(kept.values()):
+        points = sorted(kept.items(), key=lambda point: point[0][1])
+        for record in ([head] if head else []) + [record for _, record in points]:
             writer.write(record)
         file.flush()
         os.fsync(file.fileno())

@@ -129,12 +129,15 @@ def fit(
     own = backbone_identity(model)
     load_weights(model, values, str(path), backbone=backbone if lean else None)
     found = backbone_identity(model)
-    if found != own and not full:
+    other = found is not None and found["sha256"] != own["sha256"]
+    if other and not full:
         raise ExportError(
             f"{path}: its frozen weights ({found['sha256'][:12]}) are not those that a file without them would be "
             f"given, {own['weights']} ({own['sha256'][:12]}): export it with --full"
         )
-    if found is not None and found != own:
+    if found is not None and not other:
+        found = own
+    if other:
         known = backbone is not None and backbone["sha256"] == found["sha256"]
         found["weights"] = backbone["weights"] if known else path.name
     return state.weights(model, full), found

@@ -33,6 +33,7 @@ from datasets.prepare.frame_order import CLASSES, make
 from engine.evaluation import DataError
 from engine.log import close_logging
 from engine.pixels import Normalizer
+from scripts import export
 from tests.test_authors import authors_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -408,6 +409,20 @@ def test_another_number_of_classes_needs_a_new_classifier(config: Path, trained:
     for name, value in before.items():
         if not name.startswith("head.") and "running" not in name and "num_batches" not in name:
             assert torch.allclose(after[name], value, rtol=0, atol=1e-9), name
+
+
+def test_frozen_weights_that_only_the_file_has_stay_with_the_run(config: Path, trained: Path, tmp_path: Path):
+    """Begun from a full checkpoint on another tower, a run must not need what nothing else can give."""
+    other, full = train(config, tmp_path / "other", "seed=9", "solver.epochs=1"), tmp_path / "full.pt"
+    assert export.main([str(other / "model_best.pt"), "--full", "--out", str(full)]) == 0
+    chosen = (f"pretrain={full}", "solver.epochs=1")
+    folder = train(config, tmp_path / "run", *chosen)
+    train(config, folder, *chosen)
+    saved = content(folder / "last_model.pt")
+    tower = {name for name in saved["model_state_dict"] if name.startswith("tower.")}
+    assert saved["full"] and saved["backbone"]["weights"] == f"those in {full}" and tower
+    (row,) = metrics(folder)
+    assert evaluated(config, folder / "model_best.pt", tmp_path / "results.json")["top1"] == row["top1"]
 
 
 @pytest.mark.parametrize(
