@@ -64,7 +64,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot write this checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: cannot write this checkpoint ({_first_line(_of_system(error))})") from error
 
 
 def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | None) -> None:
@@ -94,8 +94,11 @@ def save_last(folder: Path, content: dict[str, Any], keep: int, former: int | No
         old.unlink(missing_ok=True)
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Path, is_run: Callable[[dict[str, Any]], bool] = bool) -> Path | None:
     """The newest whole checkpoint of a run, None where it has none at all; what is passed over is said.
+
+    Args:
+        is_run: whether the content of one that can be read is a run to go on with.
 
     Raises:
         CheckpointError: there are files, and none of them is whole.
@@ -103,7 +106,8 @@ def newest(folder: Path) -> Path | None:
     found = [path for path in (folder / LAST, *_formers(folder)) if path.exists()]
     for path in found:
         try:
-            load(path)
+            if not is_run(load(path)):
+                raise CheckpointError(f"{path}: holds weights but no run to go on with")
         except CheckpointError as error:
             logger.warning("%s", error)
             continue
@@ -255,5 +259,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _first_line(error: Exception) -> str:
+def _of_system(error: BaseException) -> BaseException:
+    """The system's error where torch's writer, ending, covered it with one of its own."""
+    return error if isinstance(error, OSError) or error.__context__ is None else _of_system(error.__context__)
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -69,7 +69,7 @@ def starting_point(
     Raises:
         CheckpointError, ConfigError, DataChangedError: it cannot be read, or is of another run.
     """
-    newest = checkpoint.newest(folder) if folder is not None and process.is_main else None
+    newest = checkpoint.newest(folder, is_resumable) if folder is not None and process.is_main else None
     path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
     if path is None:
         return None, {}, False
