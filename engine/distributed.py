@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.stop import INTERRUPTED, Stopped
+from engine.stop import INTERRUPTED, Stopped, leaving_at_once
 
 logger = logging.getLogger("td4v")
 
@@ -106,8 +106,9 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
     """
     status = 0
     try:
-        main()
-        barrier()
+        with leaving_at_once():
+            main()
+            barrier()
     except KeyboardInterrupt:
         logger.error("interrupted: last_model.pt, if there is one, holds what was saved last")
         status = INTERRUPTED

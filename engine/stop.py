@@ -6,15 +6,20 @@ the one exchange a step between processes. Does not live here: what is saved (st
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+logger = logging.getLogger("td4v")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 START_AGAIN = 75  # exit status of a run that was saved because a scheduler asked: sysexits' EX_TEMPFAIL
@@ -28,6 +33,25 @@ class Stopped(Exception):
     def __init__(self, number: int, where: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {where}; the same command goes on from there")
         self.status = INTERRUPTED if number == signal.SIGINT else START_AGAIN
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """While inside, SIGTERM and SIGUSR1 end this process at once with START_AGAIN: a run that is being built, which
+    takes minutes, has nothing to save. StopSignals go before. Outside the main thread it does nothing."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    logger.warning("stopped by %s with nothing to save; the same command starts again", signal.Signals(number).name)
+    os._exit(START_AGAIN)
 
 
 class StopSignals:
