@@ -19,6 +19,8 @@ nodes=${NNODES:-1}
 processes=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( cores / processes > 0 ? cores / processes : 1 ))}
+# A store that outlives a restart has the dead processes' addresses, which the new ones take for each other's.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ "$nodes" != 1 ]; then
     RDZV=${RDZV:-}
     if [ -z "${NODE_RANK:-}" ] || [ "$RDZV" = "${RDZV%:*}" ]; then
