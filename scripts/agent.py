@@ -90,8 +90,8 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int]) -> int:
         stop: signals that end the run, with the status for each.
     Returns:
         The status to exit with: 0 if all workers ended so; that of `stop` after a signal (75: the same command goes
-        on), unless a worker failed to stop; 75 where workers stopped without the launcher being asked; else the status
-        of the first worker that failed, or 1.
+        on), unless the first worker failed to stop; 75 where workers stopped without the launcher being asked; else the
+        status of the first worker that failed, or 1.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -166,14 +166,14 @@ def _ending(failure: ProcessFailure) -> str:
 
 def _stopped(failures: Mapping[int, ProcessFailure], status: int, grace: int) -> int:
     """The launcher's status after a signal, from how its workers took it."""
-    for failure in failures.values():
-        if failure.exitcode > 0 and failure.exitcode != status:
-            logger.error("a process %s when it was asked to stop", _ending(failure))
-            return failure.exitcode
-        if failure.exitcode == -signal.SIGKILL:
-            logger.warning(
-                "a process had not saved within %d seconds (TD4V_GRACE) and was killed: the same command goes on from "
-                "the last checkpoint",
-                grace,
-            )
+    first = failures.get(0)  # it saves for all; that others lost it while it ended is no failure
+    if first is not None and first.exitcode > 0 and first.exitcode != status:
+        logger.error("a process %s when it was asked to stop", _ending(first))
+        return first.exitcode
+    if any(failure.exitcode == -signal.SIGKILL for failure in failures.values()):
+        logger.warning(
+            "a process had not saved within %d seconds (TD4V_GRACE) and was killed: the same command goes on from the "
+            "last checkpoint",
+            grace,
+        )
     return status
