@@ -14,10 +14,9 @@ import contextlib
 import logging
 import os
 import random
-import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.health import ANOTHER_ENDED, Situation, another_ended, explain
 from engine.stop import INTERRUPTED, Stopped, leaving_at_once
 
 logger = logging.getLogger("td4v")
@@ -119,14 +119,27 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
     except Exception as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(2)  # where rank 0 failed alike it has said so, and torchrun ends this process meanwhile
-        if isinstance(error, errors):
-            logger.error("%s", error)
-        elif dist.is_initialized() and re.search("closed by peer|reset by peer|broken pipe", str(error), re.IGNORECASE):
-            logger.warning("this process ends because another one has")
+        sentence = explain(error)
+        if sentence == ANOTHER_ENDED:
+            logger.warning("%s", sentence)
+        elif sentence is not None or isinstance(error, errors):
+            logger.error("%s", sentence or error)
         else:
             logger.exception("%s", type(error).__name__)
         status = 1
     leave(status)
+
+
+@contextlib.contextmanager
+def explained(situation: Callable[[], Situation]) -> Iterator[None]:
+    """Errors inside that health.py knows become an EngineError of one sentence, with the numbers of `situation()`."""
+    try:
+        yield
+    except Exception as error:
+        sentence = None if another_ended(error) else explain(error, situation())
+        if sentence is None:
+            raise
+        raise EngineError(sentence) from error
 
 
 def leave(status: int) -> None:

@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engine import checkpoint
-from engine.distributed import EngineError, Process, barrier, gather, gradient_sync, sync_buffers, unwrap
+from engine.distributed import EngineError, Process, barrier, explained, gather, gradient_sync, sync_buffers, unwrap
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
+from engine.health import Situation
 from engine.log import Eta, progress_line
 from engine.meter import Meter, Window
 from engine.optim import Precision
@@ -120,6 +121,14 @@ class Trainer:
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
         self.rehearsed = False
+        self.situation = Situation(
+            batch_size=getattr(getattr(train_loader, "batch_sampler", None), "batch_size", None),
+            accumulation=settings.accumulation,
+            tuned=sum(p.numel() for p in trainee.model.parameters() if p.requires_grad),
+            precision=trainee.precision.name,
+            workers=getattr(train_loader, "num_workers", None),
+            world_size=process.world_size,
+        )
         self.eta = Eta(done=0, total=self.steps * settings.epochs)
 
     def fit(self, resume: str | Path | None = None) -> TrainState:
@@ -139,7 +148,7 @@ class Trainer:
         if self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
             reach = round(1 / (1 - self.trainee.ema.decay))
             logger.warning("solver.ema_decay averages over %d steps, much for a run of %d", reach, self.eta.total)
-        with self.signals:
+        with self.signals, explained(lambda: self.situation):
             if self.state.pending is not None:
                 self._finish_epoch()
             while self.state.epoch < self.settings.epochs and not self._stale():
@@ -329,6 +338,7 @@ class Trainer:
         in its first step than the run that went on.
         """
         self.rehearsed = True
+        self.situation = replace(self.situation, clips=len(video), frames=video.shape[1])
         trainee, process = self.trainee, self.process
         generators, former = rng_state(process.device), [buffer.clone() for buffer in self.buffers]
         with trainee.precision.autocast(process.device):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from engine.checkpoint import CheckpointError, load, weights_of
-from engine.distributed import Process, gather, seed_everything, start, unwrap, wrap
+from engine.distributed import EngineError, Process, gather, seed_everything, start, unwrap, wrap
 from engine.ema import TunedEma
 from engine.evaluation import DataError, evaluate
 from engine.log import close_logging
@@ -512,3 +512,17 @@ def test_evaluation_counts_skipped_videos_and_stops_on_errors() -> None:
 def test_wrapping_one_process_leaves_the_model_alone() -> None:
     model = Net()
     assert unwrap(wrap(model, Process())) is model
+
+
+def test_a_gpu_out_of_memory_is_told_with_its_numbers(tmp_path: Path) -> None:
+    class Greedy(Net):
+        def forward(self, video: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with (
+        RunFolder(tmp_path, {}, {}, Process()) as run,
+        pytest.raises(
+            EngineError, match=r"the GPU is out of memory with 4 clips a batch, 2 frames a clip.*data\.batch_size=2"
+        ),
+    ):
+        _trainer(_trainee(Greedy()), _loader(Clips(8), 4), run, LoopSettings(1)).fit()
