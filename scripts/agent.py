@@ -4,7 +4,7 @@ Lives here: what torchrun does otherwise by default. A signal to the launcher is
 TD4V_GRACE seconds instead of 30 to finish their step and save. Workers that stopped so, whoever asked them, are never
 started again. What the launcher exits with says what to do next. Workers end with their launcher even where that one is
 killed. And what happened is said in a sentence each.
-Does not live here: how machines find each other, which is torchrun's (launch.sh gives its arguments).
+Does not live here: torchrun's arguments (launch.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.agent.server import RunResult, Worker, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters, RendezvousStoreInfo
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.run import config_from_args, parse_args
 
@@ -42,6 +42,13 @@ class Agent(LocalElasticAgent):
     def __init__(self, *args: Any, grace: int, stop: Iterable[signal.Signals], node: int | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.grace, self.stop, self.node = grace, tuple(stop), node
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        if self.node is not None:  # workers meet at the first of them, wherever the rendezvous thought that it is
+            store = PrefixStore("workers", worker_group.store)
+            meeting = RendezvousStoreInfo.build(self.node, store, worker_group.spec.local_addr)
+            worker_group.master_addr, worker_group.master_port = meeting.master_addr, meeting.master_port
 
     def _assign_worker_ranks(
         self, store: Store, group_rank: int, group_world_size: int, spec: WorkerSpec
@@ -82,28 +89,24 @@ class Agent(LocalElasticAgent):
         return {} if result is None else result.failures
 
 
-def launch(arguments: list[str], stop: Mapping[signal.Signals, int]) -> int:
+def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int, node: int | None = None) -> int:
     """Run a script in processes of this machine, as torchrun does.
 
     Args:
         arguments: torchrun's.
         stop: signals that end the run, with the status for each.
+        grace: seconds that workers have to end by themselves after a signal.
+        node: the place of this machine among several.
     Returns:
         The status to exit with: 0 if all workers ended so; that of `stop` after a signal (75: the same command goes
         on), unless the first worker failed to stop; 75 where workers stopped without the launcher being asked; else the
         status of the first worker that failed, or 1.
     """
-    logging.basicConfig(format="%(message)s")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        grace = int(os.environ.get("TD4V_GRACE", 120))
-    except ValueError:
-        logger.error("TD4V_GRACE must be a whole number of seconds, not %r", os.environ["TD4V_GRACE"])
-        return 1
-    agent = _agent(arguments, grace, stop)
+    agent = _agent(arguments, stop, grace, node)
     try:
         result = agent.run()
     except SignalException as stopped:
@@ -119,13 +122,12 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int]) -> int:
     return failure.exitcode if failure.exitcode > 0 else 1
 
 
-def _agent(arguments: list[str], grace: int, stop: Mapping[signal.Signals, int]) -> Agent:
+def _agent(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int, node: int | None) -> Agent:
     """What torch.distributed.launcher.launch_agent makes of torchrun's arguments."""
     config, command, command_arguments = config_from_args(parse_args(arguments))
     names = [number.name for number in stop]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join([*names, "SIGQUIT"])  # read where workers are started
     static = config.rdzv_backend == "static"
-    node = int(os.environ["NODE_RANK"]) if config.max_nodes > 1 and "NODE_RANK" in os.environ else None
     host, _, port = config.rdzv_endpoint.rpartition(":")
     rendezvous = RendezvousParameters(
         backend=config.rdzv_backend,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.launch import LaunchError, torchrun_arguments
+
 ROOT = Path(__file__).parents[1]
 WORKER = '''
 """Writes what happens to it into a file a process; commands: what to do at first, and when it is asked to stop."""
@@ -26,7 +28,7 @@ rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 def say(*words):
     with open(f"{place}/{rank}.txt", "a") as file:
         print(*words, file=file)
-say("up", "local", os.environ["LOCAL_RANK"], "of", os.environ["WORLD_SIZE"], "pid", os.getpid())
+say("up", "local", os.environ["LOCAL_RANK"], "of", os.environ["WORLD_SIZE"], "at", os.environ["MASTER_ADDR"], "pid", os.getpid())
 if first != "work" and rank == "1" and not os.path.exists(f"{place}/done"):
     open(f"{place}/done", "w").close()
     time.sleep(0.5)
@@ -88,9 +90,8 @@ def test_a_signal_reaches_the_workers_which_save_and_are_not_started_again(tmp_p
         assert [line[0] for line in launcher.said(rank)] == ["up", "saved"] and launcher.said(rank)[1][1] == number
 
 
-@pytest.mark.parametrize("program", ["bash", "python"])
-def test_a_signal_before_there_are_workers(program):
-    """To launch.sh itself, or while torch is imported: nothing was begun, so it may be started again."""
+def test_a_signal_before_there_are_workers():
+    """While torch is imported: nothing was begun, so it may be started again."""
     process = subprocess.Popen(
         ["bash", "scripts/launch.sh", "worker.py"],
         env={**os.environ, "PYTHON": sys.executable, "NPROC": "1"},
@@ -100,7 +101,7 @@ def test_a_signal_before_there_are_workers(program):
     end, proc = time.monotonic() + 30, Path(f"/proc/{process.pid}")
     while True:  # until it listens
         status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
-        if program in status["Name"] and int(status["SigCgt"], 16) >> (signal.SIGUSR1 - 1) & 1:
+        if "python" in status["Name"] and int(status["SigCgt"], 16) >> (signal.SIGUSR1 - 1) & 1:
             break
         assert time.monotonic() < end
     process.send_signal(signal.SIGUSR1)
@@ -168,7 +169,8 @@ def test_two_launchers_as_two_machines_start_again_together(tmp_path):
     said = [machines[0].said(rank) for rank in (0, 1)]
     assert [line[0] for line in said[0]] == ["up", "saved", "up", "finished"]
     assert [line[0] for line in said[1]] == ["up", "up", "finished"]
-    assert all(line[1:5] == ["local", "0", "of", "2"] for rank in (0, 1) for line in said[rank] if line[0] == "up")
+    there = ["local", "0", "of", "2", "at", "localhost"]  # machine 0, though the other's 127.0.0.1 comes before it
+    assert all(line[1:7] == there for rank in (0, 1) for line in said[rank] if line[0] == "up")
     pids = [line[-1] for line in said[0] if line[0] == "up"]
     assert len(set(pids)) == 2
 
@@ -181,12 +183,41 @@ def test_two_machines_are_both_asked_to_stop(tmp_path):
     assert [machine.end() for machine in machines] == [(75, "")] * 2
 
 
-@pytest.mark.parametrize("missing", ["NODE_RANK", "RDZV"])
-def test_machines_need_a_place_to_meet(missing):
-    settings = {"NNODES": "2", "NODE_RANK": "1", "RDZV": "localhost:29500", "NPROC": "1", "PYTHON": sys.executable}
-    del settings[missing]
-    found = subprocess.run(["bash", "scripts/launch.sh"], cwd=ROOT, env={**os.environ, **settings}, capture_output=True)
-    assert found.returncode == 2 and b"NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT" in found.stderr
+MEETING = {"NNODES": "2", "NODE_RANK": "1", "RDZV": "localhost:29500"}
+
+
+def test_arguments_of_torchrun():
+    alone = ["--nnodes", "1", "--nproc_per_node", "3", "--max_restarts"]
+    assert torchrun_arguments({}, 3) == [*alone, "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    assert torchrun_arguments({"PORT": "5", "MAX_RESTARTS": "2"}, 3) == [*alone, "2", "--master_port", "5"]
+    first, second = (torchrun_arguments({**MEETING, "NODE_RANK": node}, 3)[6:] for node in "01")
+    common = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:29500", "--rdzv_id", "td4v", "--local_addr"]
+    assert first == [*common, "localhost", "--rdzv_conf", "is_host=1"]
+    assert second[:7] == common and second[7] in ("127.0.0.1", "::1") and second[8:] == ["--rdzv_conf", "is_host=0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"NODE_RANK": ""}, "NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT"),
+        ({"RDZV": "localhost"}, "NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT"),
+        ({"NODE_RANK": "2"}, "NODE_RANK=2 is too large"),
+        ({"RDZV": "no.such.machine.invalid:1"}, "there is no way to the machine no.such.machine.invalid"),
+        ({"NNODES": "two"}, "NNODES must be a whole number of at least 1, not 'two'"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS must be a whole number of at least 0, not '-1'"),
+    ],
+)
+def test_wrong_variables_are_one_sentence(changes, message):
+    with pytest.raises(LaunchError) as caught:
+        torchrun_arguments({**MEETING, **changes}, 1)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_wrong_variable_ends_the_launcher(tmp_path):
+    assert Launcher(tmp_path, TD4V_GRACE="long").end() == (
+        1,
+        "TD4V_GRACE must be a whole number of at least 0, not 'long'\n",
+    )
 
 
 FAKES = {
@@ -197,9 +228,8 @@ FAKES = {
     "while wait $task; status=$?; [ $status -gt 128 ]; do :; done; exit $status",
     "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode8\\n"; else echo "$@" >> $CALLS; fi',
     # in the place of python, which runs the launcher
-    "interpreter": 'if [ "$1" = -c ]; then echo 2; exit; fi\n'
-    "trap 'exit 75' USR1\n"
-    'echo "$@" >> $CALLS; [ -z "$STATUS" ] || exit $STATUS\n'
+    "interpreter": "trap 'exit 75' USR1\n"
+    'echo "$NNODES $NODE_RANK $RDZV $@" >> $CALLS; [ -z "$STATUS" ] || exit $STATUS\n'
     "for i in $(seq 300); do sleep 0.1; done",
 }
 
@@ -243,9 +273,8 @@ def test_slurm_requeues_what_was_saved_unless_it_was_cancelled(slurm, number, re
     assert process.wait(20) == 75
     launched, *rest = calls.read_text().splitlines()
     assert rest == (["requeue 123456"] if requeued else [])
-    assert launched.startswith("-m scripts.launch --nnodes 2 --nproc_per_node 2 --max_restarts 0 --rdzv_backend c10d")
-    assert f"--rdzv_endpoint node7:{20000 + 123456 % 20000} " in launched and "--local_addr node7 " in launched
-    assert launched.endswith("--output a run") and "is_host=1" in launched
+    assert launched.startswith(f"2 0 node7:{20000 + 123456 % 20000} -m scripts.launch train_vision.py --config /")
+    assert launched.endswith("/c.yaml --output a run")
 
 
 @pytest.mark.parametrize(("ending", "requeued"), [("0", []), ("1", []), ("75", ["requeue 123456"])])
