@@ -168,8 +168,17 @@ class Trainer:
                 f"{path}: made {self.state.step} steps in {self.state.epoch} epochs and {self.state.place} steps, where "
                 f"an epoch now has {self.steps}: resume with the same list, batch size and accumulation"
             )
-        if path.name == checkpoint.LAST and path.parent.resolve() == self.run.path.resolve():
-            self.saved_step = self.state.step
+        if path.parent.resolve() == self.run.path.resolve():
+            self.saved_step = self.state.step if path.name == checkpoint.LAST else None
+            if self.state.best >= 0 and self.process.is_main:
+                self._check_best()
+
+    def _check_best(self) -> None:
+        """Warn where the best model so far was damaged, for nothing but a better one will take its place."""
+        try:
+            checkpoint.load(self.run.path / checkpoint.BEST)
+        except checkpoint.CheckpointError as error:
+            logger.warning("%s; it had top-1 %.2f, and only a better one takes its place", error, self.state.best)
 
     def _stale(self) -> bool:
         """Whether validation has not improved for so long that the run ends early."""

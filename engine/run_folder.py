@@ -287,7 +287,10 @@ def _points(row: dict[str, Any]) -> dict[str, float]:
 def _write(path: Path, text: str) -> None:
     """Write a small file all or nothing."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut leaves an empty file, and a run that cannot be gone on with
     os.replace(partial, path)
 
 
