@@ -28,7 +28,8 @@ rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
 def say(*words):
     with open(f"{place}/{rank}.txt", "a") as file:
         print(*words, file=file)
-say("up", "local", os.environ["LOCAL_RANK"], "of", os.environ["WORLD_SIZE"], "at", os.environ["MASTER_ADDR"], "pid", os.getpid())
+local, size, place_to_meet = (os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+say("up", "local", local, "of", size, "at", place_to_meet, "pid", os.getpid())
 if first != "work" and rank == "1" and not os.path.exists(f"{place}/done"):
     open(f"{place}/done", "w").close()
     time.sleep(0.5)
