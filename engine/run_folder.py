@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.pixels import Normalizer
 
 logger = logging.getLogger("td4v")
 
+PATIENCE_S = 15  # for another process that uses the folder
 _RUN_FILES = ("last_model.pt", "config.yaml", "run.json", "log.txt")
 _BEGINNING = ("resume", "pretrain")  # settings that tell how a run began, and stay when it is gone on with
 
@@ -79,7 +81,7 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
                 continue
             if start.get("finished") or differs(config, start) is not None:
                 continue
-            if _in_use(folder):
+            if _user(folder) is not None:
                 logger.info("%s: the same run is going on there, so this is another one", folder)
                 continue
             logger.info("going on with %s, which is not finished (--fresh starts another run)", folder)
@@ -97,6 +99,8 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
         return f"{explicit}: holds {taken}, but no run of ours to go on with: choose another folder"
     if (reason := differs(*_described(explicit))) is not None:
         return f"{explicit}: already holds another run: {reason}"
+    if (user := _user(explicit)) is not None:  # what it still saves must be there before a checkpoint is chosen
+        return f"{explicit}: another process is using this run folder ({user})"
     return explicit, True
 
 
@@ -124,9 +128,23 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config or {}, (starts or [{}])[-1]
 
 
-def _in_use(folder: Path) -> bool:
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        return not _locked(lock)
+def _user(folder: Path) -> str | None:
+    """Who is using a run folder, None where nobody does.
+
+    With patience: the processes of a launcher that was just killed still finish a step and save.
+    """
+    until, told = time.monotonic() + PATIENCE_S, False
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        while not _locked(lock):
+            lock.seek(0)
+            user = lock.read().strip() or "unknown"
+            if time.monotonic() > until:
+                return user
+            if not told:
+                logger.info("%s is used by %s: waiting %d s for its end", folder, user, PATIENCE_S)
+            told = True
+            time.sleep(0.5)
+    return None
 
 
 def _locked(file: IO[str]) -> bool:

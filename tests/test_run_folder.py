@@ -158,7 +158,10 @@ def another_process(work: Callable[[], None]) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
-def test_two_processes_cannot_have_one_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_two_processes_cannot_have_one_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_folder, "PATIENCE_S", 1)
     path = tmp_path / "run"
     held = []
     with another_process(lambda: held.append(begin(path))) as child:
@@ -261,7 +264,7 @@ def test_a_start_that_is_killed_at_any_operation_is_begun_again(tmp_path: Path, 
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", at(os.replace))
-            patch.setattr(Path, "write_text", at(Path.write_text))
+            patch.setattr(os, "fsync", at(os.fsync))
             patch.setattr(Path, "mkdir", at(Path.mkdir))
             try:
                 begin(path, resume=resume).close()
