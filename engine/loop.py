@@ -388,13 +388,18 @@ class Trainer:
     def evaluate(self) -> Any:
         """The accuracy of the model on the validation videos; of its averaged weights, where they are kept."""
         trainee = self.trainee
-        if trainee.ema is not None:
-            trainee.ema.broadcast()
-        with trainee.ema.applied(trainee.model) if trainee.ema is not None else contextlib.nullcontext():
-            return evaluate(
-                trainee.model, self.val_loader, self.process, trainee.precision, self.expected,
-                self.settings.print_freq, trainee.normalizer, signals=self.signals,
-            )  # fmt: skip
+        try:
+            if trainee.ema is not None:
+                trainee.ema.broadcast()
+            with trainee.ema.applied(trainee.model) if trainee.ema is not None else contextlib.nullcontext():
+                return evaluate(
+                    trainee.model, self.val_loader, self.process, trainee.precision, self.expected,
+                    self.settings.print_freq, trainee.normalizer, signals=self.signals,
+                )  # fmt: skip
+        except RuntimeError as error:
+            if self.signals.asked and not isinstance(error, EngineError):  # the others, asked too, have left already
+                raise Stopped(self.signals.asked, "in an evaluation, saved before it") from error
+            raise
 
     def _save_is_due(self) -> bool:
         """By the number of steps, or by the clock of the main process."""
