@@ -74,7 +74,15 @@ def another_ended(error: BaseException) -> bool:
 
 
 def _worker(error: BaseException, text: str, now: Situation) -> str | None:
-    return text if isinstance(error, ChildProcessError) and error.errno is None else None  # the loader's own sentence
+    if isinstance(error, ChildProcessError) and error.errno is None:
+        return text  # the loader's own sentence
+    if not isinstance(error, RuntimeError) or not re.search(r"DataLoader worker .*(killed by signal: (?!Bus)|exited unexp)", text):
+        return None
+    workers = "" if now.workers is None else f", now {now.workers},"  # torch's SIGCHLD handler raises it anywhere
+    return (
+        "a worker of the loader was killed; if it was for want of memory, lower "
+        f"data.workers{workers} or data.batch_size ({text.splitlines()[0].strip()})"
+    )
 
 
 def _cuda_memory(error: BaseException, text: str, now: Situation) -> str | None:
