@@ -83,10 +83,10 @@ class Agent(LocalElasticAgent):
                 logger.error("a process %s%s", _ending(failure), f": {then}" if left else "")
         return result
 
-    def failures(self) -> Mapping[int, ProcessFailure]:
-        """Of workers that ended otherwise than with status 0, after all have ended."""
+    def failures(self) -> Mapping[int, ProcessFailure] | None:
+        """Of workers that ended otherwise than with status 0, after all have ended; None where there were no workers."""
         result = self._pcontext.wait(0) if self._pcontext is not None else None
-        return {} if result is None else result.failures
+        return None if result is None else result.failures
 
 
 def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int, node: int | None = None) -> int:
@@ -98,9 +98,9 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
         grace: seconds that workers have to end by themselves after a signal.
         node: the place of this machine among several.
     Returns:
-        The status to exit with: 0 if all workers ended so; that of `stop` after a signal (75: the same command goes
-        on), unless the first worker failed to stop; 75 where workers stopped without the launcher being asked; else the
-        status of the first worker that failed, or 1.
+        The status to exit with: 0 if all workers ended so, even where a signal came while they did; that of `stop` after
+        a signal (75: the same command goes on), unless the first worker failed to stop; 75 where workers stopped without
+        the launcher being asked; else the status of the first worker that failed, or 1.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for name in list(logging.root.manager.loggerDict):
@@ -116,6 +116,9 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
             "the machines lost or did not find each other: is RDZV right, did all start and none end? (%s)", error
         )
         return 1
+    finally:
+        for number in stop:
+            signal.signal(number, signal.SIG_IGN)  # nobody is left to be asked
     if result is None or not result.is_failed():
         return 0
     failure = _first(result.failures)
@@ -162,12 +165,19 @@ def _ending(failure: ProcessFailure) -> str:
     if failure.exitcode >= 0:
         return f"ended with status {failure.exitcode}"
     name = signal.Signals(-failure.exitcode).name
-    guesses = {"SIGKILL": " (no memory left?)", "SIGABRT": " (NCCL gave up waiting for another one?)"}
+    guesses = {
+        "SIGKILL": " (by hand, or no memory left: see dmesg)",
+        "SIGABRT": " (NCCL gave up waiting for another one?)",
+    }
     return f"was killed by {name}{guesses.get(name, '')}"
 
 
-def _stopped(failures: Mapping[int, ProcessFailure], status: int, grace: int) -> int:
-    """The launcher's status after a signal, from how its workers took it."""
+def _stopped(failures: Mapping[int, ProcessFailure] | None, status: int, grace: int) -> int:
+    """The launcher's status after a signal, from how its workers took it: `failures` of Agent."""
+    if failures is None:
+        return status
+    if not failures:  # they had finished, and to begin the command again would begin another run
+        return 0
     first = failures.get(0)  # it saves for all; that others lost it while it ended is no failure
     if first is not None and first.exitcode > 0 and first.exitcode != status:
         logger.error("a process %s when it was asked to stop", _ending(first))

@@ -1,6 +1,6 @@
 """Starts a script in several processes, on one machine or more: torchrun, set by the environment (launch.sh lists it).
 
-    python -m scripts.launch SCRIPT [ARGUMENT ...]
+    bash scripts/launch.sh SCRIPT [ARGUMENT ...]
 
 Lives here: what the environment asks for as torchrun's arguments, and what signals mean before there are workers.
 Does not live here: what becomes of the workers (agent.py).

@@ -12,4 +12,8 @@
 #   OMP_NUM_THREADS  threads a process; default cores / NPROC
 #   PYTHON           default python
 # SIGTERM, SIGUSR1, a closed terminal: the run is saved, status 75. Ctrl-C: the same, status 130; a second one kills.
-exec "${PYTHON:-python}" -m scripts.launch "$@"
+#
+# Paths are meant from where the user stands; only our own code is found from here, whatever is called `scripts` there.
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd) || exit 1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "${PYTHON:-python}" "$root/scripts/launch.py" "$@"

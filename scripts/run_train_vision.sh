@@ -7,6 +7,8 @@
 # SIGUSR1 (start it again), 130 saved on Ctrl-C, else an error. On several machines give it on each, with NNODES,
 # NODE_RANK and RDZV. Under Slurm: slurm.sh.
 #
+# Relative paths, those in the configuration too, are meant from where you stand.
+#
 # Environment, explained in launch.sh: NPROC (processes; default all GPUs, else 1), MAX_RESTARTS (after a failure; default
 # 0), NNODES, NODE_RANK, RDZV (machines, this one's place, host:port of the first), PORT (default: a free one),
 # TD4V_GRACE (seconds to save; default 120), PYTHON (default python).
@@ -15,8 +17,7 @@ if [ $# -lt 1 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_train_vision.sh CONFIG [--set section.key=value ...]: no configuration file ${1:-given}" >&2
     exit 2
 fi
-# the path is meant from where the user stands
-case $1 in /*) config=$1 ;; *) config=$PWD/$1 ;; esac
+root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
+config=$1
 shift
-cd "$(dirname "$0")/.."
-exec bash scripts/launch.sh train_vision.py --config "$config" "$@"
+exec bash "$root/scripts/launch.sh" "$root/train_vision.py" --config "$config" "$@"

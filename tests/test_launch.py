@@ -47,17 +47,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals between
 
 
 class Launcher:
-    """scripts/launch.sh with two workers, which write into `place`."""
+    """scripts/launch.sh, given from `place`, with two workers, which write there."""
 
     def __init__(self, place: Path, first="work", asked_to="75", seconds=30, **environment):
         self.place = place
         (place / "worker.py").write_text(WORKER)
-        command = ["bash", "scripts/launch.sh", place / "worker.py", place, first, asked_to, str(seconds)]
+        command = ["bash", ROOT / "scripts/launch.sh", "worker.py", ".", first, asked_to, str(seconds)]
         settings = {"PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", **environment}
         self.process = subprocess.Popen(
             [str(part) for part in command],
             env={**os.environ, **settings},
-            cwd=ROOT,
+            cwd=place,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a terminal's process group
@@ -91,6 +91,16 @@ def test_a_signal_reaches_the_workers_which_save_and_are_not_started_again(tmp_p
         assert [line[0] for line in launcher.said(rank)] == ["up", "saved"] and launcher.said(rank)[1][1] == number
 
 
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_while_the_workers_finish_does_not_begin_another_run(tmp_path, number):
+    """They have nothing left to save, and end as they would have."""
+    launcher = Launcher(tmp_path, asked_to="0")
+    launcher.wait_for("up")
+    launcher.process.send_signal(signal.Signals[number])
+    assert launcher.end() == (0, "")
+    assert [line[0] for line in launcher.said(0)] == ["up", "saved"]
+
+
 def test_a_signal_before_there_are_workers():
     """While torch is imported: nothing was begun, so it may be started again."""
     process = subprocess.Popen(
@@ -121,6 +131,32 @@ def test_without_restarts_the_status_is_that_of_the_crash(tmp_path):
     launcher = Launcher(tmp_path, first="3", seconds=20, PORT=str(random.randrange(20000, 30000)))
     assert launcher.end() == (3, "a process ended with status 3\n")
     assert [line[0] for line in launcher.said(0)] == ["up", "saved"]
+
+
+def test_a_killed_worker_is_told_of_without_a_guess_too_much(tmp_path):
+    launcher = Launcher(tmp_path)
+    launcher.wait_for("up")
+    os.kill(int(launcher.said(1)[0][-1]), signal.SIGKILL)
+    assert launcher.end() == (1, "a process was killed by SIGKILL (by hand, or no memory left: see dmesg)\n")
+
+
+def test_paths_are_meant_from_where_the_user_stands(tmp_path):
+    """Also where what stands there has the names of our packages."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/__init__.py").write_text("raise SystemExit('another one')")
+    assert Launcher(tmp_path, seconds=0).end() == (0, "")
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$PWD" "$PYTHONPATH" "$@" > said\n')
+    interpreter.chmod(0o755)
+    (tmp_path / "a b.yaml").touch()
+    environment = {**os.environ, "PYTHON": str(interpreter), "PYTHONPATH": "theirs", "CDPATH": str(tmp_path)}
+    for kind, words in (("train", ["--output", "a run"]), ("test", ["x.pt", "--json", "a result"])):
+        script = os.path.relpath(ROOT / f"scripts/run_{kind}_vision.sh", tmp_path)
+        subprocess.run(["bash", script, "a b.yaml", *words], cwd=tmp_path, env=environment, check=True)
+        expected = [ROOT / "scripts/launch.py", ROOT / f"{kind}_vision.py", "--config", "a b.yaml"]
+        expected += words if kind == "train" else ["--weights", *words]
+        place, modules, *command = (tmp_path / "said").read_text().splitlines()
+        assert (place, modules, command) == (str(tmp_path), f"{ROOT}:theirs", list(map(str, expected)))
 
 
 def test_a_worker_that_stops_by_itself_is_not_started_again(tmp_path):
@@ -274,7 +310,8 @@ def test_slurm_requeues_what_was_saved_unless_it_was_cancelled(slurm, number, re
     assert process.wait(20) == 75
     launched, *rest = calls.read_text().splitlines()
     assert rest == (["requeue 123456"] if requeued else [])
-    assert launched.startswith(f"2 0 node7:{20000 + 123456 % 20000} -m scripts.launch train_vision.py --config /")
+    command = f"{ROOT}/scripts/launch.py {ROOT}/train_vision.py --config /"
+    assert launched.startswith(f"2 0 node7:{20000 + 123456 % 20000} {command}")
     assert launched.endswith("/c.yaml --output a run")
 
 
