@@ -19,7 +19,7 @@ import pytest
 
 class Counts:
     """A plugin of pytest that counts for each test how often its fault was tried (its property `tried`, else once a
-    case) and survived."""
+    case) and survived (`survived`, else all of it or nothing)."""
 
     def __init__(self) -> None:
         self.title: dict[str, str] = {}
@@ -38,9 +38,10 @@ class Counts:
         if report.skipped:
             self.skipped[title] = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
         elif report.when == "call" or report.failed:
-            tried = dict(report.user_properties).get("tried", 1)
+            properties = dict(report.user_properties)
+            tried = properties.get("tried", 1)
             self.tried[title] += tried
-            self.survived[title] += tried if report.passed else 0
+            self.survived[title] += properties.get("survived", tried if report.passed else 0)
 
     def table(self) -> str:
         """Markdown: one line a fault, in the order of the tests, and their sum."""

@@ -84,6 +84,13 @@ def slow_steps(seconds: float) -> None:
     Trainer.step = slow
 
 
+def patience(seconds: float) -> None:
+    """Waits no longer than that for another process that uses the run folder."""
+    from engine import run_folder
+
+    run_folder.PATIENCE_S = seconds
+
+
 def _child(request: dict[str, Any]) -> None:
     """Become what the request asks for; never returns."""
     os.setsid()

@@ -329,6 +329,7 @@ def test_evaluation_on_any_number(bench: Bench, reference, record_property):
         assert np.abs(theirs - score).max() < 1e-6, place
 
 
+@pytest.mark.slow
 @each_round
 def test_a_data_worker_is_killed(bench: Bench, reference, seed: int):
     """kill -9 of a worker of the data loader: one sentence, status 1, ends equal"""
