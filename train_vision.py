@@ -34,7 +34,7 @@ from engine.optim import (
 )
 from engine.pixels import Normalizer
 from engine.record import run_meta
-from engine.resume import find_run, starting_point
+from engine.resume import find_run, restarted, starting_point
 from engine.run_folder import RunFolder
 
 logger = logging.getLogger("td4v")
@@ -71,14 +71,14 @@ def main() -> None:
     validation = val_loader(data, config.seed, *ours)
     meta = run_meta({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
     trains = not solver.evaluate and not arguments.dry_run
-    wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
+    wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh and not restarted()}
     folder, going_on = find_run(config, meta, process, **wishes) if trains else (None, False)
     path, content, whole = starting_point(config, meta, folder if going_on else None, process)
 
     lean = checkpoint.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
     model = build_model(config, pretrained=not brings_backbone)
-    if content and not whole:
+    if content and not (whole and trains):  # a run that goes on takes its weights with the rest of its state
         drop_head = config.pretrain_head == "drop" and path == config.pretrain
         identity = content["backbone"] if lean else None
         load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
@@ -131,7 +131,7 @@ def main() -> None:
             *(config.network.method_name, data.dataset, len(training.dataset), len(validation.dataset)),
             *(data.num_classes, data.num_segments, clips, process.world_size, process.device.type, folder),
         )
-        state = Trainer(trainee, *loaders, process, settings, record).fit(path if whole else None)
+        state = Trainer(trainee, *loaders, process, settings, record).fit(path if whole else None, content)
         logger.info("finished: best top-1 %.2f, checkpoints and curves in %s", state.best, folder)
 
 

@@ -421,7 +421,8 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 # What may change when a run is resumed: where things are, how fast, how much is told; `solver.epochs` warns.
 _FREE_ON_RESUME = ("resume", "pretrain", "logging.", "checkpoint.", "data.workers", "data.on_error", "network.init", "network.weights",
-                   "data.train_", "data.val_", "data.test_", "data.label_list", "solver.evaluate")  # fmt: skip
+                   "data.train_", "data.val_", "data.test_", "data.label_list", "solver.evaluate",
+                   "solver.max_bad_steps", "solver.early_stop")  # fmt: skip
 
 
 def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> None:
@@ -433,7 +434,11 @@ def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> 
     Raises:
         ConfigError: a setting that makes another run of it, with both values. More epochs only warn.
     """
-    old, new = _flat(config_from_dict(former).to_dict()), _flat(config.to_dict())  # keys it lacks had their defaults
+    try:
+        old = _flat(config_from_dict(former).to_dict())  # keys that it lacks had their defaults
+    except ConfigError as error:
+        raise ConfigError(f"{path}: was written by another version of this code ({error})") from None
+    new = _flat(config.to_dict())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key) or key.startswith(_FREE_ON_RESUME):
             continue
@@ -454,7 +459,11 @@ def difference(former: dict[str, Any], config: Config, more_epochs: bool, begun_
     """
     free = tuple(key for key in _FREE_ON_RESUME if not begun_alike or key not in ("resume", "pretrain"))
     free += ("solver.epochs",) if more_epochs else ()
-    old, new = _flat(former), _flat(config.to_dict())
+    try:
+        old = _flat(config_from_dict(former).to_dict())  # keys that it lacks had their defaults
+    except ConfigError as error:
+        return f"its configuration is of another version of this code ({error})"
+    new = _flat(config.to_dict())
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(free):
             return f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"

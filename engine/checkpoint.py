@@ -237,12 +237,17 @@ def weights_of(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Tensor
         raise CheckpointError(f"{path}: no model weights in this checkpoint, which holds {keys or 'nothing'}")
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return {**weights, **(checkpoint.get("ema_state_dict") or {})}
+    averaged = checkpoint.get("ema_state_dict") or {}
+    if not isinstance(averaged, dict) or not _is_state_dict(averaged):
+        raise CheckpointError(f"{path}: its averaged weights are no named tensors")
+    return {**weights, **averaged}
 
 
 def lacks_backbone(checkpoint: dict[str, Any]) -> bool:
     """Whether the frozen weights were left out of a checkpoint, and only their origin and hash are in it."""
-    return isinstance(checkpoint.get("backbone"), dict) and not checkpoint.get("full", False)
+    backbone = checkpoint.get("backbone")
+    named = isinstance(backbone, dict) and {"name", "weights", "sha256"} <= backbone.keys()
+    return named and not checkpoint.get("full", False)
 
 
 def _is_state_dict(weights: dict[Any, Any]) -> bool:

@@ -33,6 +33,7 @@ from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
 from engine.health import Situation
 from engine.log import Eta, progress_line
 from engine.meter import Meter, Window
+from engine.metrics import DivergedError
 from engine.optim import Precision
 from engine.pixels import Normalizer
 from engine.run_folder import RunFolder
@@ -131,21 +132,22 @@ class Trainer:
         )
         self.eta = Eta(done=0, total=self.steps * settings.epochs)
 
-    def fit(self, resume: str | Path | None = None) -> TrainState:
+    def fit(self, resume: str | Path | None = None, content: dict[str, Any] | None = None) -> TrainState:
         """Train to the end.
 
         Args:
             resume: a checkpoint of this function, made with the same settings and number of processes.
+            content: what is in it, where it was read already; it is emptied.
 
         Raises:
             DataError, TrainingError, CheckpointError, MetricsError: one sentence on what is wrong.
             Stopped: after SIGTERM, SIGUSR1 or Ctrl-C, when everything is saved.
         """
         if resume is not None:
-            self._restore(Path(resume))
+            self._restore(Path(resume), content or checkpoint.load(resume))
         self.run.rewind(self.state.history, self.state.step if resume is not None else -1)
         self.eta = Eta(self.state.step, self.eta.total)
-        if self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
+        if self.process.is_main and self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
             reach = round(1 / (1 - self.trainee.ema.decay))
             logger.warning("solver.ema_decay averages over %d steps, much for a run of %d", reach, self.eta.total)
         with self.signals, explained(lambda: self.situation):
@@ -154,13 +156,13 @@ class Trainer:
             while self.state.epoch < self.settings.epochs and not self._stale():
                 self.train_epoch()
                 self._finish_epoch()
-        self.run.finish()
+            self.run.finish()
         barrier()
         return self.state
 
-    def _restore(self, path: Path) -> None:
-        content = checkpoint.load(path)
+    def _restore(self, path: Path, content: dict[str, Any]) -> None:
         self.state, meter = restore(content, path, self.trainee, self.process)
+        content.clear()  # the tensors were copied
         self.meter = Meter.of(meter)
         done = self.state.epoch * self.steps + self.state.place
         if self.state.step != done:
@@ -168,15 +170,23 @@ class Trainer:
                 f"{path}: made {self.state.step} steps in {self.state.epoch} epochs and {self.state.place} steps, where "
                 f"an epoch now has {self.steps}: resume with the same list, batch size and accumulation"
             )
+        if self.state.epoch > self.settings.epochs:
+            raise checkpoint.CheckpointError(
+                f"{path}: {self.state.epoch} epochs were trained already, solver.epochs is {self.settings.epochs}"
+            )
         if path.parent.resolve() == self.run.path.resolve():
             self.saved_step = self.state.step if path.name == checkpoint.LAST else None
-            if self.state.best >= 0 and self.process.is_main:
-                self._check_best()
+        if self.state.best >= 0 and self.process.is_main:
+            self._check_best(path.parent / checkpoint.BEST)
 
-    def _check_best(self) -> None:
-        """Warn where the best model so far was damaged, for nothing but a better one will take its place."""
+    def _check_best(self, source: Path) -> None:
+        """Take the best model so far along into another folder; warn where it is not whole, or not there."""
         try:
-            checkpoint.load(self.run.path / checkpoint.BEST)
+            best = checkpoint.load(source)
+            if best.get("best") != self.state.best:
+                raise checkpoint.CheckpointError(f"{source}: is not the best model up to this checkpoint")
+            if source.parent.resolve() != self.run.path.resolve():
+                checkpoint.save(self.run.path / checkpoint.BEST, best)
         except checkpoint.CheckpointError as error:
             logger.warning("%s; it had top-1 %.2f, and only a better one takes its place", error, self.state.best)
 
@@ -217,8 +227,9 @@ class Trainer:
     def _stop_if(self, asked: int) -> None:
         if asked:
             barrier()  # whoever exits first has the others ended
-            place = f"and {self.state.place} steps of {self.steps} " if self.state.place else ""
-            raise Stopped(asked, f"after {self.state.epoch} epochs {place}and saved")
+            place = f" and {self.state.place} steps of {self.steps}" if self.state.place else ""
+            saved = "saved" if self.saved_step == self.state.step else "steps are being left out, so not saved"
+            raise Stopped(asked, f"after {self.state.epoch} epochs{place}, {saved}")
 
     def groups(self, skip: int) -> Iterator[list[dict[str, Any]]]:
         """The checked batches of one optimizer step at a time, with the time spent waiting for them."""
@@ -247,7 +258,7 @@ class Trainer:
         """
         trainee, state = self.trainee, self.state
         former = [buffer.clone() for buffer in self.buffers]
-        clips = sum(len(batch["label"]) for batch in group)
+        clips = sum(len(batch["label"]) // 2 * 2 if trainee.mixup else len(batch["label"]) for batch in group)  # pairs
         loss = torch.zeros((), device=self.process.device)
         for place, batch in enumerate(group, start=1):
             video = trainee.normalizer(batch["video"], self.process.device)  # (B, T, C, H, W)
@@ -315,6 +326,7 @@ class Trainer:
         found = [name for finite, part in parts if not finite for name in part] or [
             n for _, part in parts for n in part
         ]
+        in_a_row, health.in_a_row = health.in_a_row, 0  # who goes on from there may try again
         content = self._content() | {"failed": {"epoch": state.epoch, "step": state.place + 1, "videos": found}}
         path = self.run.path / checkpoint.FAILED
         if self.process.is_main:
@@ -322,9 +334,13 @@ class Trainer:
         barrier()
         shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         raise TrainingError(
-            f"{what} at {where}, {health.in_a_row} steps in a row: lower the learning rate, or use precision bf16 or "
-            f"fp32; videos of the last one: {shown or 'not known'}; the model before these steps is in {path}"
+            f"{what} at {where}, {in_a_row} steps in a row: {self._advice()}; videos of the last one: "
+            f"{shown or 'not known'}; the state at these steps is in {path}"
         )
+
+    def _advice(self) -> str:
+        start = f"from a checkpoint in {self.run.path} that was saved earlier (pretrain)"
+        return f"begin another run, {start} or anew, with a lower learning rate or precision bf16 or fp32"
 
     def _progress(self, lr: float) -> None:
         """A line and TensorBoard's points, each print_freq steps and after the last of an epoch."""
@@ -368,7 +384,10 @@ class Trainer:
         state, trainee = self.state, self.trainee
         row, accuracy = state.pending, None
         if self.settings.evaluates(row["epoch"]):
-            accuracy = self.evaluate()
+            try:
+                accuracy = self.evaluate()
+            except DivergedError as error:
+                raise TrainingError(f"{error} after epoch {row['epoch']}: {self._advice()}") from error
             log_accuracy(f"epoch {row['epoch']}", accuracy)
             improved = accuracy.top1 > state.best
             state.best, state.stale = (accuracy.top1, 0) if improved else (state.best, state.stale + 1)
@@ -382,7 +401,7 @@ class Trainer:
                 checkpoint.save(self.run.path / checkpoint.BEST, best | self._origin())
         row = row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}
         state.history, state.pending = [*state.history, row], None
-        self.save()
+        self.save(accuracy is not None)
         self.run.record_epoch(row)
 
     def evaluate(self) -> Any:
@@ -416,8 +435,14 @@ class Trainer:
     def _content(self) -> dict[str, Any]:
         return collect(self.trainee, self.state, self.meter.state(), self.process, self.settings.full) | self._origin()
 
-    def save(self) -> None:
-        """Write last_model.pt; every process must call it."""
+    def save(self, sound: bool = False) -> None:
+        """Write last_model.pt; every process must call it.
+
+        Not while steps are being left out, unless the model is known to be `sound`: what was saved before then is worth
+        more, and a run that goes on from it makes the same steps again.
+        """
+        if self.state.health.in_a_row and not sound:
+            return
         content = self._content()
         if self.process.is_main:
             self.run.flush()  # curves up to here must not be lost with the process

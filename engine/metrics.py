@@ -27,6 +27,10 @@ class MetricsError(EngineError):
     """The scores at hand are not one valid score for each video of the list."""
 
 
+class DivergedError(MetricsError):
+    """The model gives scores that are not finite."""
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """One row a video, in the order of the list; videos that were skipped have none.
@@ -184,7 +188,7 @@ def _check(table: Table, expected: int) -> None:
         )
     bad = (~table.score.isfinite().all(dim=1)).nonzero()
     if len(bad):
-        raise MetricsError(f"the model's output for {name(int(bad[0]))} is not finite: it has diverged")
+        raise DivergedError(f"the model's output for {name(int(bad[0]))} is not finite: it has diverged")
     classes = table.score.shape[1]
     wrong = ((table.label < 0) | (table.label >= classes)).nonzero()
     if len(wrong):

@@ -7,6 +7,7 @@ Lives here: the rules by which the same command is the same run. Does not live h
 from __future__ import annotations
 
 import logging
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from engine.run_folder import choose_folder, is_run
 from engine.state import is_resumable
 
 logger = logging.getLogger("td4v")
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm started this command again, which goes on then even if it once began a fresh run."""
+    return any(int(os.environ.get(f"{who}_RESTART_COUNT") or 0) for who in ("TORCHELASTIC", "SLURM"))
 
 
 def find_run(
@@ -54,8 +60,16 @@ def find_run(
                 reason = str(error)
         return reason
 
-    new = gather(datetime.now().strftime("%Y%m%d_%H%M%S"))[0]
-    return choose_folder(process, explicit, home, new, differs, fresh)
+    return choose_folder(process, explicit, home, datetime.now().strftime("%Y%m%d_%H%M%S"), differs, fresh)
+
+
+def changed(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What may change results and is not what it was: sources, versions of packages, GPU."""
+    names = {name: (former.get(name), now.get(name)) for name in ("gpu",)}
+    for part, of in (("git", ("revision", "dirty")), ("versions", (now.get("versions") or {}).keys())):
+        before, after = former.get(part) or {}, now.get(part) or {}
+        names |= {f"{part} {name}": (before.get(name), after.get(name)) for name in of if name in before}
+    return [f"{name} was {old} and is now {new}" for name, (old, new) in names.items() if old != new]
 
 
 def starting_point(
@@ -71,6 +85,8 @@ def starting_point(
     """
     newest = checkpoint.newest(folder, is_resumable) if folder is not None and process.is_main else None
     path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
+    if newest is None and folder is not None and process.is_main and (folder / "metrics.jsonl").exists():
+        logger.warning("%s: holds no checkpoint, so its run begins again", folder)
     if path is None:
         return None, {}, False
     content = checkpoint.load(path)
@@ -78,6 +94,8 @@ def starting_point(
     if whole:
         check_same_run(content["config"], config, path)
         check_same_lists(content["meta"], meta, path)
+        if process.is_main and (changes := changed(content["meta"], meta)):
+            logger.warning("%s: this run goes on with other code or machines: %s", path, "; ".join(changes))
     elif path == config.resume:
         logger.warning("%s: holds weights but no run of ours to go on with: training starts at epoch 0 with them", path)
     return path, content, whole

@@ -8,8 +8,11 @@ which the loop saves into the folder.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -24,6 +27,7 @@ import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from engine.checkpoint import CheckpointError, load, newest
 from engine.distributed import EngineError, Process, gather
 from engine.log import setup_logging
 from engine.pixels import Normalizer
@@ -73,23 +77,25 @@ def choose_folder(
 def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fresh: bool) -> tuple[Path, bool] | str:
     if explicit is None:
         runs = [] if fresh or not home.is_dir() else [path.parent for path in home.glob("*/run.json")]
-        for folder in sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True):
+        passed: list[str] = []
+        for folder in sorted(runs, key=_changed_at, reverse=True):
             try:
                 config, start = _described(folder)
-            except ValueError as error:
-                logger.warning("passed over: %s", error)
+                reason = None if start.get("finished") else differs(config, start)
+                user = None if start.get("finished") or reason else _user(folder)
+            except (OSError, ValueError) as error:
+                logger.warning("%s: passed over (%s)", folder, error)
                 continue
-            if start.get("finished") or differs(config, start) is not None:
+            if start.get("finished"):
                 continue
-            if _user(folder) is not None:
-                logger.info("%s: the same run is going on there, so this is another one", folder)
-                continue
-            logger.info("going on with %s, which is not finished (--fresh starts another run)", folder)
-            return folder, True
-        folder, number = home / name, 1
-        while folder.exists():
-            folder, number = home / f"{name}_{number}", number + 1
-        return folder, False
+            if reason is None and user is None:
+                logger.info("going on with %s, which is not finished (--fresh starts another run)", folder)
+                return folder, True
+            passed.append(f"not finished, but another run: {reason}" if reason else f"going on, by {user}")
+            passed[-1] = f"{folder}: {passed[-1]}"
+        if passed:
+            logger.warning("%s; so a new one begins (--output names the one to go on with)", passed[0])
+        return _new_folder(home, name), False
     taken = _taken(explicit)
     if taken is None:
         return explicit, False
@@ -102,6 +108,31 @@ def _choose(explicit: Path | None, home: Path, name: str, differs: Callable, fre
     if (user := _user(explicit)) is not None:  # what it still saves must be there before a checkpoint is chosen
         return f"{explicit}: another process is using this run folder ({user})"
     return explicit, True
+
+
+def _changed_at(folder: Path) -> float:
+    try:
+        return (folder / "run.json").stat().st_mtime
+    except OSError:  # deleted meanwhile
+        return 0.0
+
+
+def _new_folder(home: Path, name: str) -> Path:
+    """Make a folder that nobody else has, also of commands given in the same second."""
+    for number in itertools.count():
+        folder = home / (f"{name}_{number}" if number else name)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        atexit.register(_forget, folder)
+        return folder
+
+
+def _forget(folder: Path) -> None:
+    """Remove a new folder into which nothing came, because the run could not begin."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def is_run(folder: Path) -> bool:
@@ -119,13 +150,35 @@ def _taken(folder: Path) -> str | None:
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration of a run and its newest start; ValueError where they cannot be read."""
+    """The configuration of a run and its newest start, from its newest checkpoint where the files are damaged.
+
+    Raises ValueError where that is damaged, too.
+    """
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{folder}: its config.yaml or run.json cannot be read: {error}") from None
-    return config or {}, (starts or [{}])[-1]
+        start = _read_starts(folder)[-1]
+        if not isinstance(config, dict):
+            raise ValueError("config.yaml holds no settings")
+        return config, start
+    except (OSError, yaml.YAMLError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        try:
+            path = newest(folder)
+        except CheckpointError:
+            path = None
+        content = {} if path is None else load(path)
+        if not all(isinstance(content.get(key), dict) for key in ("config", "meta")):
+            raise ValueError(f"{folder}: its config.yaml or run.json cannot be read ({reason})") from None
+        logger.warning("%s: its config.yaml or run.json is damaged (%s), %s tells the same", folder, reason, path.name)
+        return content["config"], content["meta"]
+
+
+def _read_starts(folder: Path) -> list[dict[str, Any]]:
+    """All entries of run.json; ValueError where it is something else."""
+    starts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError("run.json holds no starts of a run")
+    return starts
 
 
 def _user(folder: Path) -> str | None:
@@ -226,8 +279,10 @@ class RunFolder:
         return None
 
     def _starts(self) -> list[dict[str, Any]]:
-        record = self.path / "run.json"
-        return json.loads(record.read_text(encoding="utf-8")) if record.exists() else []
+        try:
+            return _read_starts(self.path)
+        except (OSError, ValueError):  # not there, or damaged, which `_described` has told
+            return []
 
     def _write_starts(self, starts: list[dict[str, Any]]) -> None:
         _write(self.path / "run.json", json.dumps(starts, indent=2) + "\n")
@@ -275,7 +330,7 @@ class RunFolder:
     def finish(self) -> None:
         """Note in run.json that there is nothing left to do."""
         if self.process.is_main:
-            *former, last = self._starts()
+            *former, last = self._starts() or [self.meta]
             self._write_starts(
                 [*former, {**last, "finished": datetime.now().astimezone().isoformat(timespec="seconds")}]
             )

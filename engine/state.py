@@ -27,6 +27,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from engine.checkpoint import CheckpointError, lacks_backbone
 from engine.distributed import Process, gather, unwrap
@@ -81,7 +82,10 @@ class TrainState:
         return cls(**{**values, "history": list(values["history"]), "health": Health(**values["health"])})
 
 
-_PARTS = ("model_state_dict", "optimizer_state_dict", "scheduler", "scaler", "rng", "meters", "config", "meta")
+_PARTS = {
+    "history": list, "health": dict, "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler": dict,
+    "scaler": dict, "rng": list, "meters": list, "config": dict, "meta": dict,
+}  # fmt: skip
 
 
 def is_resumable(content: dict[str, Any]) -> bool:
@@ -90,7 +94,8 @@ def is_resumable(content: dict[str, Any]) -> bool:
 
 
 def _lacking(content: dict[str, Any]) -> list[str]:
-    return [key for key in (*TrainState.__dataclass_fields__, *_PARTS) if key not in content]
+    keys = dict.fromkeys((*TrainState.__dataclass_fields__, *_PARTS))
+    return [key for key in keys if key not in content or not isinstance(content[key], _PARTS.get(key, object))]
 
 
 @dataclass(frozen=True)
@@ -184,19 +189,25 @@ def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Pr
     if (content["ema_state_dict"] is None) != (parts.ema is None):
         raise CheckpointError(f"{path}: was written with another solver.ema_decay, and cannot be resumed with this one")
     put_weights(parts.model, content, parts.backbone, path)
+    what = "optimizer"
     try:
         parts.optimizer.load_state_dict(content["optimizer_state_dict"])
-    except ValueError as error:
-        raise CheckpointError(f"{path}: does not fit this optimizer ({str(error).splitlines()[0]})") from None
-    parts.scheduler.load_state_dict(content["scheduler"])
-    parts.scaler.load_state_dict(content["scaler"])
-    if parts.ema is not None:
-        try:
+        what = "run"
+        parts.scheduler.load_state_dict(content["scheduler"])
+        parts.scaler.load_state_dict(content["scaler"])
+        if parts.ema is not None:
             parts.ema.load_state_dict(content["ema_state_dict"])
-        except EmaError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-    set_rng_state(content["rng"][process.rank], process.device)
-    state = TrainState.of(content)
+        set_rng_state(content["rng"][process.rank], process.device)
+        state = TrainState.of(content)
+    except EmaError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}"
+        raise CheckpointError(f"{path}: does not fit this {what} ({reason})") from None
+    if isinstance(parts.scheduler, LambdaLR):  # whose factors may reach over more epochs now
+        rates = zip(parts.optimizer.param_groups, parts.scheduler.base_lrs, parts.scheduler.lr_lambdas, strict=True)
+        for group, base, factor in rates:
+            group["lr"] = base * factor(parts.scheduler.last_epoch)
     where = f"{state.epoch} epochs" + (f" and {state.place} steps" if state.place else "")
     logger.info("resumed from %s after %s, best top-1 %.2f", path, where, state.best)
     return state, content["meters"][process.rank]

@@ -31,7 +31,9 @@ class Stopped(Exception):
     """A run ended on request, with everything saved; `status` is what its process exits with."""
 
     def __init__(self, number: int, where: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} {where}; the same command goes on from there")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name} {where}; the same command goes on from there (without --fresh)"
+        )
         self.status = INTERRUPTED if number == signal.SIGINT else START_AGAIN
 
 
@@ -57,7 +59,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 class StopSignals:
     """While inside, SIGTERM, SIGUSR1 and Ctrl-C are noted in `asked` (a signal's number, 0: none) and nothing else.
 
-    A second Ctrl-C some seconds later raises KeyboardInterrupt. Outside the main thread it does nothing.
+    A second Ctrl-C some seconds later raises KeyboardInterrupt. Outside the main thread it does nothing. Where it is left
+    without an exception the run is finished, and nothing of it is to be started again: then `leaving_at_once` is over.
     """
 
     def __init__(self) -> None:
@@ -70,9 +73,9 @@ class StopSignals:
             self._former = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, self._note if kind is None and handler is _leave else handler)
         self._former = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -336,14 +336,14 @@ def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) ->
     for batch in data[2:]:
         batch["video"][0] = math.inf
     sentence = (
-        r"the loss is nan, the norm of the gradients nan at epoch 0, step 5 of 6, 3 steps in a row: .*"
-        r"videos of the last one: 4_0\.avi, 4_1\.avi; the model before these steps is in .*failed_model\.pt"
+        r"the loss is nan, the norm of the gradients nan at epoch 0, step 5 of 6, 3 steps in a row: begin another run, .*"
+        r"videos of the last one: 4_0\.avi, 4_1\.avi; the state at these steps is in .*failed_model\.pt"
     )
     with pytest.raises(TrainingError, match=sentence):
         _epoch(Net().double(), data, tmp_path, max_bad_steps=3)
     content = load(tmp_path / "failed_model.pt")
     assert content["failed"] == {"epoch": 0, "step": 5, "videos": ["4_0.avi", "4_1.avi"]}
-    assert content["health"]["left_out"] == 3
+    assert content["health"]["left_out"] == 3 and content["health"]["in_a_row"] == 0
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 

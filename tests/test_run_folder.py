@@ -19,6 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import run_folder
+from engine.checkpoint import save
 from engine.distributed import Process
 from engine.log import close_logging
 from engine.run_folder import RunFolder, RunFolderError, choose_folder
@@ -61,9 +62,13 @@ def chosen(tmp_path: Path, explicit: Path | None = None, fresh: bool = False, di
 
 def test_a_new_folder_where_there_is_no_run(tmp_path: Path):
     assert chosen(tmp_path / "nowhere") == (tmp_path / "nowhere" / "new", False)
-    assert chosen(tmp_path) == (tmp_path / "new", False) and not (tmp_path / "new").exists()
-    (tmp_path / "new").mkdir(), (tmp_path / "new_1").write_text("")
+    assert chosen(tmp_path) == (tmp_path / "new", False) and (tmp_path / "new").is_dir()  # nobody else gets it
+    (tmp_path / "new_1").write_text("")
     assert chosen(tmp_path) == (tmp_path / "new_2", False)
+    begin(tmp_path / "new_2").close()
+    for name in ("new", "new_2"):
+        run_folder._forget(tmp_path / name)
+    assert not (tmp_path / "new").exists() and (tmp_path / "new_2").exists()
     assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
     (tmp_path / "mine").mkdir()
     assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
@@ -80,7 +85,33 @@ def test_the_newest_unfinished_run_of_the_same_kind_goes_on(tmp_path: Path, capl
     assert chosen(tmp_path, fresh=True) == (tmp_path / "new", False)
     assert chosen(tmp_path, tmp_path / "older") == (tmp_path / "older", True)
     assert chosen(tmp_path, tmp_path / "done") == (tmp_path / "done", True)  # by its name, to be told that it is
-    assert chosen(tmp_path, differs=lambda config, start: "all differ") == (tmp_path / "new", False)
+    caplog.clear()
+    assert chosen(tmp_path, differs=lambda config, start: "all differ") == (tmp_path / "new_1", False)
+    assert f"{tmp_path / 'other'}: not finished, but another run: all differ; so a new one begins" in caplog.text
+
+
+def test_a_damaged_description_is_taken_from_the_newest_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = made(tmp_path / "run")
+    save(path / "last_model.pt", {"config": CONFIG, "meta": META})
+    for name, text in (("run.json", "[]"), ("run.json", '{"a": 1}'), ("config.yaml", "- 1"), ("config.yaml", "")):
+        (path / name).write_text(text)
+        assert chosen(tmp_path) == (path, True)
+        with begin(path, resume=True):
+            assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
+    assert "its config.yaml or run.json is damaged" in caplog.text and "last_model.pt tells the same" in caplog.text
+
+
+def test_a_run_that_may_not_be_written_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    made(tmp_path / "theirs")
+
+    def refuse(folder: Path) -> str | None:
+        raise PermissionError(13, "Permission denied", str(folder / ".lock"))
+
+    monkeypatch.setattr(run_folder, "_user", refuse)
+    assert chosen(tmp_path) == (tmp_path / "new", False)
+    assert f"{tmp_path / 'theirs'}: passed over" in caplog.text
 
 
 def test_what_makes_another_run_is_asked_of_the_newest_start(tmp_path: Path):
@@ -97,7 +128,7 @@ def test_a_damaged_folder_is_passed_over_and_said(tmp_path: Path, caplog: pytest
         (made(tmp_path / name) / file).write_text(text)
     assert chosen(tmp_path) == (tmp_path / "whole", True)
     for name in "abc":
-        assert f"passed over: {tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
+        assert f"{tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
     with pytest.raises(RunFolderError, match="a: .*cannot be read"):
         chosen(tmp_path, tmp_path / "a")
 
@@ -172,7 +203,7 @@ def test_two_processes_cannot_have_one_folder(
             begin(path, resume=True)
         with caplog.at_level(logging.INFO, "td4v"):
             assert chosen(tmp_path) == (tmp_path / "new", False)
-        assert "the same run is going on there" in caplog.text
+        assert f"{path}: going on, by process {child}" in caplog.text
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     # It was killed with -9: the folder is free at once, and the run goes on.
     assert chosen(tmp_path) == (path, True)
