@@ -23,6 +23,7 @@ from engine.evaluation import PASS_CLIPS, evaluate
 from engine.log import setup_logging
 from engine.loop import LoopSettings, Trainee, Trainer
 from engine.run_folder import RunFolder
+from engine.stop import ending_in_order
 
 logger = logging.getLogger("td4v")
 
@@ -62,7 +63,11 @@ def dry_run(
 
     The model is not the same afterwards. Errors are those of a run.
     """
-    with tempfile.TemporaryDirectory(prefix="td4v_dry_run_") as place, RunFolder(place, {}, {}, process) as record:
+    with (
+        tempfile.TemporaryDirectory(prefix="td4v_dry_run_") as place,
+        ending_in_order(),
+        RunFolder(place, {}, {}, process) as record,
+    ):
         trainer = Trainer(trainee, train_loader, val_loader, expected, process, settings, record)
         trainee.model.train()
         groups = trainer.groups(0)
@@ -77,10 +82,11 @@ def dry_run(
         sync_buffers(trainee.model)
         batch = next(iter(val_loader))
         videos = sum(gather(len(batch["index"]) + len(batch["skipped"])))
-        since = _now(process)
-        accuracy = evaluate(trainee.model, [batch], process, trainee.precision, videos, None, trainee.normalizer)
-        clips_validated = batch["video"].shape[0] * batch["video"].shape[1] if batch["video"] is not None else 1
-        seconds = (_now(process) - since) / math.ceil(clips_validated / PASS_CLIPS)
+        for _ in range(2):  # the first warms up
+            since = _now(process)
+            accuracy = evaluate(trainee.model, [batch], process, trainee.precision, videos, None, trainee.normalizer)
+        validated = max(gather(batch["video"].shape[0] * batch["video"].shape[1] if batch["video"] is not None else 1))
+        seconds = (_now(process) - since) / math.ceil(validated / PASS_CLIPS)
         since = _now(process)
         trainer.save()
         save = _now(process) - since
@@ -91,7 +97,7 @@ def dry_run(
     )
     evaluations = sum(settings.evaluates(epoch) for epoch in range(settings.epochs))
     saves = settings.epochs + evaluations
-    passes = math.ceil(len(val_loader) * clips_validated / PASS_CLIPS)
+    passes = math.ceil(len(val_loader) * validated / PASS_CLIPS)
     whole = step * trainer.steps * settings.epochs + seconds * passes * evaluations + save * saves
     estimate = Estimate(step, seconds, save, whole, memory, size, clips / step)
     logger.info("%d videos validated, loss finite: %s", accuracy.videos, not trainer.state.health.left_out)

@@ -51,6 +51,21 @@ def leaving_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """While inside, SIGTERM and SIGUSR1 end this process as Ctrl-C does, for what has to be tidied up and not gone on
+    with. Outside the main thread it does nothing."""
+    former = {}
+    if threading.current_thread() is threading.main_thread():
+        raising = signal.default_int_handler
+        former = {number: signal.signal(number, raising) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     logger.warning("stopped by %s with nothing to save; the same command starts again", signal.Signals(number).name)
     os._exit(START_AGAIN)

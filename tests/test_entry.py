@@ -387,13 +387,46 @@ def test_one_view_gives_the_validation_of_training(config: Path, varied: Path, t
 
 
 @pytest.mark.parametrize("key", ["pretrain", "resume"])
-def test_evaluate_only_evaluates(config: Path, trained: Path, tmp_path: Path, key: str):
+def test_evaluate_only_evaluates(config: Path, varied: Path, trained: Path, tmp_path: Path, key: str):
+    """The weights it is given, which score otherwise than those of the start, and changes nothing."""
     before = files(trained)
-    chosen = settings(("solver.evaluate=true", f"{key}={trained / 'last_model.pt'}"))
+    chosen = settings(("solver.evaluate=true", f"{key}={varied}", "solver.epochs=1"))
     status, text = command("train_vision.py", "--config", config, "--output", tmp_path / "run", *chosen)
-    (row,) = metrics(trained)
-    assert status == 0 and f"validation: top-1 {row['top1']:.2f} top-5 {row['top5']:.2f}" in text
+    tested = evaluated(config, varied, tmp_path / "results.json")
+    assert status == 0 and f"validation: top-1 {tested['top1']:.2f} top-5 {tested['top5']:.2f}" in text
+    assert f"mean class {tested['mean_class']:.2f} " in text
+    assert len(set(dict(tested["predicted"]).values())) > 2
     assert not (tmp_path / "run").exists() and files(trained) == before
+
+
+def test_a_restart_goes_on_with_a_fresh_run(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = train(config, tmp_path / "run", "solver.epochs=1")
+    call = ("train_vision.py", "--config", config, "--output", folder, "--fresh", *settings(("solver.epochs=1",)))
+    assert "--fresh was asked" in refusal(*call)
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            assert command(*call)[0] == 0
+
+
+def test_more_and_fewer_epochs(config: Path, tmp_path: Path):
+    """More of them follow the longer schedule from their first step on; fewer than were made are refused."""
+    chosen = ("logging.print_freq=1",)
+    folder = train(config, tmp_path / "run", "solver.epochs=1", *chosen)
+    train(config, folder, "solver.epochs=2", *chosen)
+    rates = [float(rate) for rate in re.findall(r"epoch 1/2 step .* lr (\S+) ", (folder / "log.txt").read_text())]
+    assert len(rates) == 8 and rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(5e-4, rel=0.01)
+    assert "2 epochs were trained already" in training_refusal(config, folder, "solver.epochs=1", *chosen)
+
+
+def test_other_code_is_told_when_a_run_goes_on(config: Path, trained: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    saved = content(folder / "last_model.pt")
+    saved["meta"]["versions"]["torch"] = "1.0"
+    torch.save(saved, folder / "last_model.pt")
+    status, text = command("train_vision.py", "--config", config, "--output", folder, *settings(("solver.epochs=1",)))
+    assert status == 0 and "this run goes on with other code or machines: versions torch was 1.0 and is now" in text
 
 
 def test_another_number_of_classes_needs_a_new_classifier(config: Path, trained: Path, tmp_path: Path):

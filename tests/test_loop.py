@@ -347,6 +347,41 @@ def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) ->
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 
+def test_a_ruined_model_pushes_out_no_checkpoint(tmp_path: Path) -> None:
+    """Steps that are left out are not saved upon, and an evaluation of nothing finite says what to do."""
+    data = _batches(2, 2, 2, 2)
+    for batch in data[2:]:
+        batch["video"][:] = math.nan
+    trainee = _trainee(Net().double(), 4, 1, optim="sgd", lr=1.0)
+    with RunFolder(tmp_path, {}, {}, Process()) as run:
+        trainer = _trainer(trainee, data, run, LoopSettings(1, save_steps=1))
+        trainer.train_epoch()
+        assert load(tmp_path / "last_model.pt")["step"] == 2 and trainer.state.step == 4
+        with torch.no_grad():
+            trainee.model.head.bias.fill_(math.nan)
+        trainer.val_loader = [{**batch, "video": batch["video"].nan_to_num()[:, None]} for batch in data[:1]]
+        trainer.expected = 2
+        with pytest.raises(
+            TrainingError, match=r"not finite: it has diverged after epoch 0: begin another run, .*earlier"
+        ):
+            trainer._finish_epoch()
+    assert load(tmp_path / "last_model.pt")["step"] == 2 and (tmp_path / "step_00000001.pt").exists()
+
+
+def test_mixup_of_an_odd_batch_averages_over_the_clips_that_it_mixes(tmp_path: Path) -> None:
+    results = []
+    for size in (4, 5):
+        seed_everything(1, Process())
+        batch = _batches(5)[0]
+        batch |= {"video": torch.ones_like(batch["video"]).float(), "label": torch.zeros(5, dtype=torch.int64)}
+        batch |= {key: batch[key][:size] for key in ("video", "label", "index")}
+        with RunFolder(tmp_path / str(size), {}, {}, Process()) as run:
+            trainer = _trainer(_trainee(Net(norm=False), mixing=True), [batch], run, LoopSettings(1))
+            trainer.step([batch])
+            results.append(trainer.meter.epoch.loss_max)
+    assert results[0] == pytest.approx(results[1])
+
+
 def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Path) -> None:
     torch.manual_seed(4)
     model, data = Net(norm=False), _batches(4, 4, 4, 4)
