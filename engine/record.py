@@ -1,7 +1,7 @@
 """What is known of a run at its start, as plain values: sources, versions, machine, command line, data lists.
 
 Lives here: `run_meta`, which run.json, checkpoints and test results hold, and `check_same_lists`, which compares two.
-Does not live here: writing it (log.py, checkpoint.py) and setting runs side by side (scripts/compare_runs.py).
+Does not live here: writing it (run_folder.py, checkpoint.py) and setting runs side by side (scripts/compare_runs.py).
 Nothing here needs git, a GPU or requirements.txt: what cannot be known is None, "unknown" or "absent".
 """
 

@@ -75,8 +75,8 @@ class SavedScores:
 
 
 def class_name(names: Sequence[str] | None, label: int) -> str:
-    """Its name, or `class 7` where there are none."""
-    return f"class {label}" if names is None else names[label]
+    """Its name in one line, or `class 7` where there are none."""
+    return f"class {label}" if names is None else " ".join(names[label].split())
 
 
 def check_target(path: Path) -> None:
@@ -206,15 +206,25 @@ def _fault(arrays: dict[str, numpy.ndarray]) -> str | None:
         return f"class_names has shape {arrays['class_names'].shape} for {classes} classes"
     if not numpy.isfinite(score).all():
         return "score holds values that are not finite"
+    if score.min() < 0 or score.max() > 1.000001 or not numpy.allclose(score.sum(axis=1), 1, rtol=0, atol=1e-6):
+        return "score does not hold probabilities that sum to 1 for each video"
     if (numpy.diff(arrays["index"]) <= 0).any() or arrays["index"][0] < 0 or arrays["skipped"] < 0:
         return "index does not ascend from 0"
     if arrays["label"].min() < 0 or arrays["label"].max() >= classes:
         return f"a label is outside 0..{classes - 1}"
     try:
-        json.loads(str(arrays["meta"]))
-    except ValueError:
-        return "meta is not JSON"
+        meta = json.loads(str(arrays["meta"]))
+    except (ValueError, RecursionError):  # the latter where it is nested thousands deep
+        return "meta is not JSON that can be read"
+    if not isinstance(meta, dict) or _deeper(meta, 100):
+        return "meta is not a JSON object, or nested more than 100 deep"
     return None
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a plain value is nested deeper than so; the writer of JSON has its limit, too."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _deeper(each, levels - 1) for each in inner)
 
 
 def _whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:

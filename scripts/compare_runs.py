@@ -15,7 +15,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def different_places(runs: list[Run]) -> dict[str, list[str]]:
 
 def over_seeds(runs: list[Run], metric: str) -> list[Row]:
     """Mean and sample standard deviation over finished runs that differ in nothing but the seed: settings, data lists
-    (their content, where it was noted) and number of processes are the same. One row a group, as text."""
+    (their content, where it was noted) and number of processes are the same. Of several with one seed, the latest
+    counts. One row a group of at least two seeds, as text."""
     groups: dict[str, list[tuple[int, Run]]] = {}
     for number, run in enumerate(runs, start=1):
         hashes = {key: run.of_starts(key) for start in run.starts for key in start if LIST_HASH.fullmatch(key)}
@@ -119,9 +120,12 @@ def over_seeds(runs: list[Run], metric: str) -> list[Row]:
         groups.setdefault(key, []).append((number, run))
     table = []
     for members in groups.values():
-        finished = [run for _, run in members if run.finished and run.last(metric)]
-        if len(finished) < 2:
+        done = [(number, run) for number, run in members if run.finished and run.last(metric)]
+        by_seed = {run.seed: (number, run) for number, run in sorted(done, key=lambda each: each[1].latest)}
+        if len(by_seed) < 2:
             continue
+        counted = {number: run for number, run in sorted(by_seed.values(), key=lambda each: each[0])}
+        finished = list(counted.values())
         columns = {
             f"best {METRICS[metric]}": [run.best(metric)[metric] for run in finished],
             **{f"last {title}": [row.get(name) for run in finished if (row := run.last(metric))]
@@ -131,14 +135,19 @@ def over_seeds(runs: list[Run], metric: str) -> list[Row]:
         }  # fmt: skip
         table.append(
             {
-                "runs": ", ".join(str(number) for number, run in members if run in finished),
-                "seeds": ", ".join(str(run.seed) for run in finished),
-                "not finished": ", ".join(str(number) for number, run in members if run not in finished) or None,
+                "runs": listed(counted),
+                "seeds": listed(run.seed for run in finished),
+                "seed again, left out": listed(number for number, _ in done if number not in counted) or None,
+                "not finished": listed(each[0] for each in members if each not in done) or None,
                 **{title: mean_and_deviation(values) for title, values in columns.items() if None not in values},
-                "revisions": ", ".join(dict.fromkeys(name for run in finished for name in revisions(run))) or None,
+                "revisions": listed(dict.fromkeys(name for run in finished for name in revisions(run))) or None,
             }
         )
     return table
+
+
+def listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def mean_and_deviation(values: list[float]) -> str:

@@ -12,6 +12,7 @@ accuracy (engine/metrics.py).
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import sys
@@ -67,8 +68,8 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
     """Average the runs, print the table, write the results to `target` (X.json) and beside it.
 
     Raises:
-        EnsembleError: fewer than two files, the same twice, weights that do not fit, runs over different videos or
-            classes. ReportError: a file that cannot be read or written.
+        EnsembleError: fewer than two files, the same or its copy twice, weights that do not fit, runs over different
+            videos or classes. ReportError: a file that cannot be read or written.
     """
     if len(paths) < 2:
         raise EnsembleError(f"an ensemble needs at least two files of scores, not {len(paths)}")
@@ -87,6 +88,9 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
     for other in runs[1:]:
         if (difference := first_difference(runs[0], other)) is not None:
             raise EnsembleError(f"{runs[0].path} and {other.path} cannot be averaged: {difference}")
+    for one, other in itertools.combinations(runs, 2):
+        if torch.equal(one.saved.table.score, other.saved.table.score):
+            raise EnsembleError(f"{one.path} and {other.path} hold the same scores: one result would count twice")
     accuracy = _accuracy(runs[0].saved.table, mean_score([run.saved.table.score for run in runs], weights))
     print(table(runs, accuracy), flush=True)
     names = next((run.saved.names for run in runs if run.saved.names is not None), None)

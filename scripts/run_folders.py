@@ -1,7 +1,7 @@
 """What run folders say: config.yaml, run.json, metrics.jsonl and the results of test_vision.py beside the checkpoints.
 
 Lives here: finding and reading runs of any age, and the class Run. Does not live here: setting them side by side
-(compare_runs.py) and writing run folders (engine/log.py, engine/record.py).
+(compare_runs.py) and writing run folders (engine/run_folder.py, engine/record.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """All epochs are there, or its latest start has noted the end (as one that early_stop ended does)."""
         done, planned = self.epochs
-        return done > 0 and (done == planned or self.settings.get("solver.early_stop") is not None)
+        return done > 0 and (done == planned or bool(self.starts and self.starts[-1].get("finished")))
+
+    @property
+    def latest(self) -> float:
+        """When it finished, else was last started, in seconds since 1970; 0 where neither was noted."""
+        last = self.starts[-1] if self.starts else {}
+        try:
+            return datetime.fromisoformat(str(last.get("finished") or last.get("started"))).timestamp()
+        except ValueError:
+            return 0.0
 
     @property
     def seed(self) -> Any:

@@ -120,6 +120,29 @@ def test_mean_over_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
     assert "last mean class" not in row  # nobody noted it
 
 
+def test_early_stop_does_not_make_a_killed_run_a_finished_one(tmp_path: Path) -> None:
+    sections = {**SECTIONS, "solver": {**SECTIONS["solver"], "early_stop": 2}}
+    ended = "2026-01-02T03:04:05+00:00"
+    make_run(tmp_path / "0", [1.0, 40.0], sections, [{}, {"finished": ended}], seed=0)
+    make_run(tmp_path / "1", [50.0, 2.0], sections, [{"finished": ended}], seed=1)
+    make_run(tmp_path / "2", [9.0, 9.0], sections, [{}], seed=2)  # killed
+    make_run(tmp_path / "3", [9.0, 9.0], sections, [{"finished": ended}, {}], seed=3)  # goes on
+    make_run(tmp_path / "4", [9.0, 9.0], sections, [], seed=4)
+    make_run(tmp_path / "5", [9.0, 9.0, 60.0], sections, [{}], seed=5)  # every epoch
+    (row,) = over_seeds(find_runs([tmp_path]), "top1")
+    assert (row["runs"], row["not finished"], row["last top-1"]) == ("1, 2, 6", "3, 4, 5", "34.00 ± 29.46")
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    days = {"a": (0, 10, 1.0), "b": (0, 12, 3.0), "c": (0, 11, 2.0), "d": (1, 13, 5.0)}  # seed, day, score
+    for name, (seed, day, score) in days.items():
+        make_run(tmp_path / name, [score] * 3, starts=[{"started": f"2026-01-{day}T00:00:00+01:00"}], seed=seed)
+    (row,) = over_seeds(find_runs([tmp_path]), "top1")
+    assert (row["runs"], row["seeds"], row["seed again, left out"]) == ("2, 4", "0, 1", "1, 3")
+    assert row["last top-1"] == "4.00 ± 1.41"
+    assert over_seeds(find_runs([tmp_path / name for name in "abc"]), "top1") == []  # one seed has no deviation
+
+
 def test_lists_that_moved_are_the_same_data(tmp_path: Path) -> None:
     for seed, (place, content) in enumerate((("x.txt", "a"), ("y.txt", "a"), ("y.txt", "b"))):
         lists = {"train_list": {"path": place, "sha256": content * 64, "rows": 5}}

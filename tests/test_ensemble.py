@@ -146,6 +146,9 @@ def test_what_is_given_is_checked(capsys, caplog) -> None:
     a, b = _run("a"), _run("b")
     assert "at least two files of scores, not 1" in _refusal(capsys, caplog, a)
     assert "a.npz: is given twice" in _refusal(capsys, caplog, a, b, f"./{a}")
+    Path("copy.npz").write_bytes(Path(a).read_bytes())
+    said = _refusal(capsys, caplog, b, a, "copy.npz", "--weights", "1", "1", "2")
+    assert said == "a.npz and copy.npz hold the same scores: one result would count twice"
     assert "one number for each of the 2 files, not 3" in _refusal(capsys, caplog, a, b, "--weights", "1", "1", "1")
     for weight in ("0", "-1", "nan", "inf"):
         assert "must be numbers above 0" in _refusal(capsys, caplog, a, b, "--weights", "1", weight)

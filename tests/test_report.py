@@ -91,6 +91,8 @@ def test_the_worst_confusions_come_first_and_ties_by_share_and_number() -> None:
     found = [(each.label, each.taken_for, each.times, each.videos) for each in worst_confusions(empty)]
     assert found == [(1, 0, 3, 3), (0, 1, 3, 9), (2, 0, 2, 13), (2, 3, 2, 13), (0, 2, 1, 9)]
     assert len(worst_confusions(empty, most=2)) == 2
+    names = ["a\nline\r\n", " b\tb", "c", "d"]
+    assert worst_confusions(empty)[0].sentence(names) == "b b taken for a line: 3 of 3"
     assert worst_confusions(empty)[0].sentence(None) == "class 1 taken for class 0: 3 of 3"
 
 
@@ -169,7 +171,12 @@ def _changed(path: Path, arrays: dict[str, object]) -> None:
         ({"index": numpy.zeros(6, numpy.int64)}, "does not ascend"),
         ({"class_names": numpy.array(["a"])}, r"class_names has shape \(1,\) for 4 classes"),
         ({"path": numpy.array(["v"] * 6)}, "changed after the test"),
+        ({"score": 5 * numpy.eye(6, 4)}, "score does not hold probabilities that sum to 1 for each video"),
+        ({"score": numpy.tile([-0.5, 0.5, 0.5, 0.5], (6, 1))}, "score does not hold probabilities"),
+        ({"score": numpy.full((6, 4), 1e308)}, "score does not hold probabilities"),
         ({"meta": numpy.array("{")}, "meta is not JSON"),
+        ({"meta": numpy.array("[1]")}, "meta is not a JSON object"),
+        *(({"meta": numpy.array('{"a":' * deep + "1" + "}" * deep)}, "meta is not") for deep in (102, 900, 100_000)),
         ({"path": numpy.array([Evil()] * 6, dtype=object)}, "holds pickled objects"),
     ],
 )
