@@ -62,12 +62,15 @@ def _points(cell: float) -> float:
 
 
 def _labels(names: Sequence[str] | None, classes: int) -> list[str]:
-    """The shown names, with numbers where the columns show numbers alone; none where they would not fit."""
+    """The shown names, with numbers where the columns show numbers alone or names are cut to the same; none where they
+    would not fit."""
     if names is None or classes > NAMED:
         return []
     plain = [" ".join(name.split()) for name in names]
     short = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in plain]
-    return short if classes <= BOTH else [f"{name}  {label}" for label, name in enumerate(short)]
+    if classes <= BOTH and len(set(short)) == classes:
+        return short
+    return [f"{name}  {label}" for label, name in enumerate(short)]
 
 
 def _put_labels(axes: Axes, labels: Sequence[str], classes: int, points: float) -> None:

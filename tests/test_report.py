@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import report
+from engine import confusion_picture, report
 from engine.metrics import Accuracy, compute_accuracy
 from engine.report import ReportError, check_target, load_scores, worst_confusions, write
 
@@ -111,6 +111,13 @@ def test_pictures_of_any_number_of_classes(tmp_path: Path, classes: int, recwarn
     if classes > 4:  # the row without videos
         assert max(count for count, colour in colours if colour == (0xD0, 0xD0, 0xD0)) > 1000
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_classes_whose_names_are_cut_to_the_same_have_numbers() -> None:
+    start = "Pretending to put something onto something else but it falls "
+    assert confusion_picture._labels(["a\n b", "c"], 2) == ["a b", "c"]
+    cut = confusion_picture._labels([f"{start}left", f"{start}right", "c"], 3)
+    assert cut == [f"{start[:55]}…  0", f"{start[:55]}…  1", "c  2"]
 
 
 def test_what_cannot_be_written_is_refused_before_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
