@@ -45,9 +45,26 @@ RICH = (  # everything that draws, remembers or averages; three batches a step l
     "checkpoint.every_steps=2",
 )  # fmt: skip
 WORKERS = (*RICH, "data.workers=2")
-TUNED = ("network.method=td4v_finetune", "solver.clip_grad=1.0", "network.drop_fc=0.3", "data.workers=2")
-KINDS = {"plain": PLAIN, "saved each epoch": UNSAVED, "rich": RICH, "rich, workers": WORKERS, "finetune": TUNED}
+CLOCK = ("checkpoint.every_steps=", "checkpoint.every_minutes=0.001", "checkpoint.keep=1")
+TUNED = (
+    "network.method=td4v_finetune",
+    "checkpoint.full=true",
+    "checkpoint.keep=4",
+    "solver.clip_grad=1.0",
+    "network.drop_fc=0.3",
+    "data.workers=2",
+)
+KINDS = {
+    "plain": PLAIN,
+    "saved each epoch": UNSAVED,
+    "by the clock": CLOCK,
+    "rich": RICH,
+    "rich, workers": WORKERS,
+    "finetune": TUNED,
+}
 SHARED = ("data.batch_size=2", "network.drop_fc=0.3", "solver.mixup=true")  # for several processes
+SHARED_RICH = (*SHARED, "solver.ema_decay=0.9", "solver.grad_accumulation_steps=2", "network.sync_bn=true",
+               "data.workers=1", "data.num_sample=2")  # fmt: skip
 _FIRST = 1000 * int(os.environ.get("FAULT_SEED", 0))
 ROUNDS = range(_FIRST, _FIRST + int(os.environ.get("FAULT_ROUNDS", 1)))  # seeds; see faults.py
 each_round = pytest.mark.parametrize("seed", ROUNDS)

@@ -21,6 +21,7 @@ from tests.fault_bench import (
     KINDS,
     RICH,
     SHARED,
+    SHARED_RICH,
     WORKERS,
     Bench,
     Started,
@@ -149,14 +150,15 @@ def test_killed_at_each_file_operation(bench: Bench, reference, operations: int,
 @pytest.mark.parametrize(("processes", "killed"), [(2, (0,)), (2, (1,)), (2, (0, 1)), (3, (2,)), (3, (0, 1, 2))])
 def test_ranks_are_killed(bench: Bench, reference, processes: int, killed: tuple[int, ...], seed: int):
     """kill -9 of one or all of two or three ranks at a random step: the others end by themselves, ends equal"""
-    whole, rng, folder = reference(*SHARED, processes=processes), draws(seed, f"{processes}{killed}"), bench.path()
-    ranks = bench.ranks(processes, folder, *SHARED)
+    chosen = SHARED_RICH if len(killed) == processes else SHARED
+    whole, rng, folder = reference(*chosen, processes=processes), draws(seed, f"{processes}{killed}"), bench.path()
+    ranks = bench.ranks(processes, folder, *chosen)
     wait_for(folder, rng.randint(1, step_of(whole) - 1), *ranks)
     time.sleep(rng.random() * 0.02)
     for rank in killed:
         ranks[rank].kill()
     assert all(rank.wait() in (0, 1, -signal.SIGKILL) for rank in ranks)
-    ranks = bench.ranks(processes, folder, *SHARED)
+    ranks = bench.ranks(processes, folder, *chosen)
     assert [rank.wait() for rank in ranks] == [0] * processes, [rank.said for rank in ranks]
     assert not (found := differences(whole, folder)), found
 
