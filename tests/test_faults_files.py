@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,21 +38,23 @@ from tests.fault_bench import (
 )
 
 
-def _begun(bench: Bench, overrides: tuple[str, ...] = (), moment: int = 17) -> Path:
-    """A run killed in its second epoch, with two checkpoints to go on from."""
+def _begun(bench: Bench, moment: int = 18) -> Path:
+    """A run killed in its second epoch, two steps after a save: with two checkpoints to go on from, and the best."""
     folder = bench.path()
-    run = bench.train(folder, *overrides)
+    run = bench.train(folder, first={"slow_steps": {"seconds": 0.05}})
     assert wait_for(folder, moment, run)
     run.kill()
     run.wait()
-    assert len(files(folder)) >= 3  # the two, and the best; the third may not have been removed yet
+    assert len(files(folder)) == 3
     return folder
 
 
 def _bit(path: Path, rng) -> None:
-    """In the largest part of the file, which tensors are."""
+    """Inside a tensor, where nothing but the file's own sums can tell it."""
+    with zipfile.ZipFile(path) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
     data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data) // 4, len(data) // 4 * 3)] ^= 1 << rng.randrange(8)
+    data[data.index(tensor) + rng.randrange(len(tensor))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
 
 
@@ -125,12 +128,13 @@ def test_other_files_are_damaged(bench: Bench, reference, damage: str, record_pr
     folder, rng = _begun(bench), draws(0, damage)
     record_property("tried", 7)
     before = files(folder)
-    for name in ("config.yaml", "run.json"):  # by which a run is known
+    for name in ("config.yaml", "run.json") if damage == "deleted" else ():  # then it might be a folder of anything
         good = (folder / name).read_bytes()
         DAMAGES[damage](folder / name, rng)
         assert str(folder) in bench.train(folder).refusal() and files(folder) == before
         (folder / name).write_bytes(good)
-    for path in (folder / "metrics.jsonl", folder / "log.txt", folder / ".lock", *folder.glob("step_*.pt")):
+    names = ["metrics.jsonl", "log.txt", ".lock"] + ([] if damage == "deleted" else ["config.yaml", "run.json"])
+    for path in (*(folder / name for name in names), *folder.glob("step_*.pt")):
         DAMAGES[damage](path, rng)
     best = bench.path()
     shutil.copytree(folder, best)
@@ -216,8 +220,8 @@ def test_a_poisoned_batch(bench: Bench, workers: int):
     assert content(folder / "last_model.pt")["step"] == 12
 
 
-def test_poison_without_end(bench: Bench):
-    """Batches of NaN without end: stops with step, videos and failed_model.pt, whose weights are finite; cured: goes on"""
+def test_poison_without_end(bench: Bench, reference):
+    """Batches of NaN without end: stops with step, videos and failed_model.pt, whose weights are finite; cured: ends equal"""
     folder = bench.path()
     run = bench.train(folder, "solver.max_bad_steps=4", first={"poison": {"first": 10}})
     sentence = run.refusal()
@@ -231,9 +235,7 @@ def test_poison_without_end(bench: Bench):
     }
     for path in (folder / "last_model.pt", folder / "model_best.pt", *folder.glob("step_*.pt")):
         assert all(torch.isfinite(v).all() for v in content(path)["model_state_dict"].values())
-    cured = bench.train(folder, "solver.max_bad_steps=4")
-    assert cured.wait() == 0, cured.said
-    assert [row["left_out"] for row in metrics(folder)] == [0, 2, 0]  # those before the last checkpoint
+    finish(bench, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4")  # nothing was saved among them
 
 
 class Evil:
