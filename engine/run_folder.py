@@ -367,12 +367,18 @@ def _write(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def _written(file: Path) -> tuple[float, float]:
+    """When one of TensorBoard's files was begun, as its name tells, and written."""
+    begun = file.name.split(".")[3]
+    return (float(begun) if begun.isdigit() else 0.0, file.stat().st_mtime)
+
+
 def _rewrite_events(folder: Path, history: Sequence[dict[str, Any]], step: int) -> set[tuple[str, int]]:
     """Join TensorBoard's files in one, without points behind `step`, of epochs outside `history`, or given twice.
 
     Returns the (name, step) of the points that are left. Whenever this is interrupted, no point before is lost.
     """
-    files = sorted(folder.glob("events.out.tfevents.*"))  # by the time in their names
+    files = sorted(folder.glob("events.out.tfevents.*"), key=_written)
     if not files:
         return set()
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader

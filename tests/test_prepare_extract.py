@@ -131,7 +131,7 @@ def test_kill_and_go_on(tmp_path):
     process.wait()
     wait_for(lambda: not any(is_running(int(child)) for child in children))
     before = state(out)
-    assert list((out / "partial").iterdir()) and not (out / "train.txt").exists()
+    assert (out / "partial").exists() and not (out / "train.txt").exists()  # workers may have finished their videos
     finished = {Path(name).parent for name in before}
     assert 3 <= len(finished) < 12
 

@@ -384,7 +384,7 @@ def trained(path: Path, epochs: int = 3) -> list[dict]:
 def points(path: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(path)).Reload()
     found = events.Scalars(name) if name in events.Tags()["scalars"] else []
-    return [(event.step, round(event.value, 4)) for event in found]
+    return sorted((event.step, round(event.value, 4)) for event in found)
 
 
 def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path):
