@@ -76,7 +76,9 @@ def another_ended(error: BaseException) -> bool:
 def _worker(error: BaseException, text: str, now: Situation) -> str | None:
     if isinstance(error, ChildProcessError) and error.errno is None:
         return text  # the loader's own sentence
-    if not isinstance(error, RuntimeError) or not re.search(r"DataLoader worker .*(killed by signal: (?!Bus)|exited unexp)", text):
+    if not isinstance(error, RuntimeError) or not re.search(
+        r"DataLoader worker .*(killed by signal: (?!Bus)|exited unexp)", text
+    ):
         return None
     workers = "" if now.workers is None else f", now {now.workers},"  # torch's SIGCHLD handler raises it anywhere
     return (

@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tracemalloc  # noqa: F401, pytest would import it where no file can be opened
 import time
+import tracemalloc  # noqa: F401, pytest would import it where no file can be opened
 from collections import namedtuple
 
 import numpy as np
