@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -37,33 +37,28 @@ class Stopped(Exception):
         self.status = INTERRUPTED if number == signal.SIGINT else START_AGAIN
 
 
-@contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
+def leaving_at_once() -> contextlib.AbstractContextManager[None]:
     """While inside, SIGTERM and SIGUSR1 end this process at once with START_AGAIN: a run that is being built, which
     takes minutes, has nothing to save. StopSignals go before. Outside the main thread it does nothing."""
-    former = {}
-    if threading.current_thread() is threading.main_thread():
-        former = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    return _answered(_leave)
+
+
+def ending_in_order() -> contextlib.AbstractContextManager[None]:
+    """While inside, SIGTERM and SIGUSR1 end this process as Ctrl-C does, for what has to be tidied up and not gone on
+    with. Outside the main thread it does nothing."""
+    return _answered(signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def ending_in_order() -> Iterator[None]:
-    """While inside, SIGTERM and SIGUSR1 end this process as Ctrl-C does, for what has to be tidied up and not gone on
-    with. Outside the main thread it does nothing."""
+def _answered(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     former = {}
     if threading.current_thread() is threading.main_thread():
-        raising = signal.default_int_handler
-        former = {number: signal.signal(number, raising) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
