@@ -88,7 +88,7 @@ def dry_run(
         validated = max(gather(batch["video"].shape[0] * batch["video"].shape[1] if batch["video"] is not None else 1))
         seconds = (_now(process) - since) / math.ceil(validated / PASS_CLIPS)
         since = _now(process)
-        trainer.save()
+        trainer.keeper.save(trainer.state, trainer.meter)
         save = _now(process) - since
         size = (record.path / checkpoint.LAST).stat().st_size if process.is_main else 0
         setup_logging(process)  # the log in the folder goes with it

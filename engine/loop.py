@@ -2,7 +2,7 @@
 
 Lives here: epochs, steps, accumulation, what is checked, measured, saved and when, and where a run can be interrupted:
 between any two steps, and anywhere in an evaluation.
-Does not live here: how a step, a checkpoint, an accuracy or a log line is made; any model or dataset.
+Does not live here: how a checkpoint (keeper.py), an accuracy or a log line is made; any model or dataset.
 
 Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `path` (names of the B videos), `skipped`
 (sentences on videos that could not be read) and `error` (a sentence that stops the run, or None). `video` is
@@ -31,13 +31,14 @@ from engine import checkpoint
 from engine.distributed import EngineError, Process, barrier, explained, gather, gradient_sync, sync_buffers, unwrap
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
 from engine.health import Situation
+from engine.keeper import Keeper
 from engine.log import Eta, progress_line
 from engine.meter import Meter, Window
 from engine.metrics import DivergedError
 from engine.optim import Precision
 from engine.pixels import Normalizer
 from engine.run_folder import RunFolder
-from engine.state import Parts, TrainState, bare, collect, restore, rng_state, set_rng_state
+from engine.state import Parts, TrainState, rng_state, set_rng_state
 from engine.stop import Consensus, Stopped, StopSignals
 
 logger = logging.getLogger("td4v")
@@ -119,8 +120,8 @@ class Trainer:
         self.state, self.meter = TrainState(), Meter()
         self.consensus, self.signals = Consensus(), StopSignals()
         self.buffers = list(unwrap(trainee.model).buffers())
-        self.saved_step: int | None = None
-        self.saved_at = time.monotonic()
+        saving = (settings.save_steps, settings.save_minutes, settings.keep, settings.full)
+        self.keeper = Keeper(trainee, process, run, *saving)
         self.rehearsed = False
         self.situation = Situation(
             batch_size=getattr(getattr(train_loader, "batch_sampler", None), "batch_size", None),
@@ -144,7 +145,8 @@ class Trainer:
             Stopped: after SIGTERM, SIGUSR1 or Ctrl-C, when everything is saved.
         """
         if resume is not None:
-            self._restore(Path(resume), content or checkpoint.load(resume))
+            content = content or checkpoint.load(resume)
+            self.state, self.meter = self.keeper.restore(Path(resume), content, self.steps, self.settings.epochs)
         self.run.rewind(self.state.history, self.state.step if resume is not None else -1)
         self.eta = Eta(self.state.step, self.eta.total)
         if self.process.is_main and self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
@@ -159,36 +161,6 @@ class Trainer:
             self.run.finish()
         barrier()
         return self.state
-
-    def _restore(self, path: Path, content: dict[str, Any]) -> None:
-        self.state, meter = restore(content, path, self.trainee, self.process)
-        content.clear()  # the tensors were copied
-        self.meter = Meter.of(meter)
-        done = self.state.epoch * self.steps + self.state.place
-        if self.state.step != done:
-            raise checkpoint.CheckpointError(
-                f"{path}: made {self.state.step} steps in {self.state.epoch} epochs and {self.state.place} steps, where "
-                f"an epoch now has {self.steps}: resume with the same list, batch size and accumulation"
-            )
-        if self.state.epoch > self.settings.epochs:
-            raise checkpoint.CheckpointError(
-                f"{path}: {self.state.epoch} epochs were trained already, solver.epochs is {self.settings.epochs}"
-            )
-        if path.parent.resolve() == self.run.path.resolve():
-            self.saved_step = self.state.step if path.name == checkpoint.LAST else None
-        if self.state.best >= 0 and self.process.is_main:
-            self._check_best(path.parent / checkpoint.BEST)
-
-    def _check_best(self, source: Path) -> None:
-        """Take the best model so far along into another folder; warn where it is not whole, or not there."""
-        try:
-            best = checkpoint.load(source)
-            if best.get("best") != self.state.best:
-                raise checkpoint.CheckpointError(f"{source}: is not the best model up to this checkpoint")
-            if source.parent.resolve() != self.run.path.resolve():
-                checkpoint.save(self.run.path / checkpoint.BEST, best)
-        except checkpoint.CheckpointError as error:
-            logger.warning("%s; it had top-1 %.2f, and only a better one takes its place", error, self.state.best)
 
     def _stale(self) -> bool:
         """Whether validation has not improved for so long that the run ends early."""
@@ -214,21 +186,21 @@ class Trainer:
             asked, due = self.step(group)
             self._progress(lr)
             if state.place < self.steps and (asked or due):
-                self.save()
+                self.keeper.save(state, self.meter)
                 self._stop_if(asked)
         sync_buffers(trainee.model)
         row = {"epoch": state.epoch, "step": state.step, "lr": lr, **self.meter.summary(self.process.device)}
         state.epoch, state.place, state.pending = state.epoch + 1, 0, row
         self.meter = Meter()
         if asked or settings.evaluates(row["epoch"]):
-            self.save()  # an evaluation that fails or is interrupted must not cost the epoch
+            self.keeper.save(state, self.meter)  # an evaluation that fails or is interrupted must not cost the epoch
             self._stop_if(asked)
 
     def _stop_if(self, asked: int) -> None:
         if asked:
             barrier()  # whoever exits first has the others ended
             place = f" and {self.state.place} steps of {self.steps}" if self.state.place else ""
-            saved = "saved" if self.saved_step == self.state.step else "steps are being left out, so not saved"
+            saved = "saved" if self.keeper.saved_step == self.state.step else "steps are being left out, so not saved"
             raise Stopped(asked, f"after {self.state.epoch} epochs{place}, {saved}")
 
     def groups(self, skip: int) -> Iterator[list[dict[str, Any]]]:
@@ -277,7 +249,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         loss_value, norm_value = torch.stack([loss.double(), norm.double().to(loss.device)]).tolist()
         own = not (math.isfinite(loss_value) and math.isfinite(norm_value))
-        bad, asked, due = self.consensus.most([own, self.signals.asked, self._save_is_due()])
+        bad, asked, due = self.consensus.most([own, self.signals.asked, self.keeper.is_due(state.step + 1)])
         if not bad:
             if self.settings.clip_grad is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
@@ -327,11 +299,8 @@ class Trainer:
             n for _, part in parts for n in part
         ]
         in_a_row, health.in_a_row = health.in_a_row, 0  # who goes on from there may try again
-        content = self._content() | {"failed": {"epoch": state.epoch, "step": state.place + 1, "videos": found}}
-        path = self.run.path / checkpoint.FAILED
-        if self.process.is_main:
-            checkpoint.save(path, content)
-        barrier()
+        failed = {"epoch": state.epoch, "step": state.place + 1, "videos": found}
+        path = self.keeper.save_failed(state, self.meter, failed)
         shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         raise TrainingError(
             f"{what} at {where}, {in_a_row} steps in a row: {self._advice()}; videos of the last one: "
@@ -381,7 +350,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
-        state, trainee = self.state, self.trainee
+        state = self.state
         row, accuracy = state.pending, None
         if self.settings.evaluates(row["epoch"]):
             try:
@@ -391,17 +360,11 @@ class Trainer:
             log_accuracy(f"epoch {row['epoch']}", accuracy)
             improved = accuracy.top1 > state.best
             state.best, state.stale = (accuracy.top1, 0) if improved else (state.best, state.stale + 1)
-            if improved and self.process.is_main:
-                best = {
-                    "epoch": state.epoch,
-                    "step": state.step,
-                    "best": state.best,
-                    **bare(trainee, self.settings.full),
-                }
-                checkpoint.save(self.run.path / checkpoint.BEST, best | self._origin())
+            if improved:
+                self.keeper.save_best(state)
         row = row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}
         state.history, state.pending = [*state.history, row], None
-        self.save(accuracy is not None)
+        self.keeper.save(state, self.meter, sound=accuracy is not None)
         self.run.record_epoch(row)
 
     def evaluate(self) -> Any:
@@ -419,35 +382,6 @@ class Trainer:
             if self.signals.asked and not isinstance(error, EngineError):  # the others, asked too, have left already
                 raise Stopped(self.signals.asked, "in an evaluation, saved before it") from error
             raise
-
-    def _save_is_due(self) -> bool:
-        """By the number of steps, or by the clock of the main process."""
-        settings = self.settings
-        if settings.save_steps is not None and (self.state.step + 1) % settings.save_steps == 0:
-            return True
-        if settings.save_minutes is None or not self.process.is_main:
-            return False
-        return time.monotonic() - self.saved_at > 60 * settings.save_minutes
-
-    def _origin(self) -> dict[str, Any]:
-        return {"config": self.run.config, "meta": self.run.meta}
-
-    def _content(self) -> dict[str, Any]:
-        return collect(self.trainee, self.state, self.meter.state(), self.process, self.settings.full) | self._origin()
-
-    def save(self, sound: bool = False) -> None:
-        """Write last_model.pt; every process must call it.
-
-        Not while steps are being left out, unless the model is known to be `sound`: what was saved before then is worth
-        more, and a run that goes on from it makes the same steps again.
-        """
-        if self.state.health.in_a_row and not sound:
-            return
-        content = self._content()
-        if self.process.is_main:
-            self.run.flush()  # curves up to here must not be lost with the process
-            checkpoint.save_last(self.run.path, content, self.settings.keep, self.saved_step)
-        self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
 
 def _place(loader: DataLoader, epoch: int, first_batch: int) -> int:
