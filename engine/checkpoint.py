@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.distributed import EngineError
+from engine.whole_file import write_whole
 
 logger = logging.getLogger("td4v")
 
@@ -51,18 +52,9 @@ def save(path: str | Path, content: dict[str, Any]) -> None:
     _write(Path(path), lambda file: torch.save(content, file))
 
 
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")  # left behind by a kill, it is written over by the next
+def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     try:
-        try:
-            with open(partial, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, fill)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: cannot write this checkpoint ({_first_line(_of_system(error))})") from error
 
@@ -252,16 +244,6 @@ def lacks_backbone(checkpoint: dict[str, Any]) -> bool:
 
 def _is_state_dict(weights: dict[Any, Any]) -> bool:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _of_system(error: BaseException) -> BaseException:

@@ -34,6 +34,7 @@ import torch
 
 from engine.distributed import EngineError
 from engine.metrics import Accuracy, Table
+from engine.whole_file import write_whole
 
 logger = logging.getLogger("td4v")
 
@@ -228,17 +229,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _whole(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-    """Let `fill` write the file under a temporary name, and give it its name when it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        try:
-            with open(partial, "wb") as file:
-                fill(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, fill)
     except OSError as error:
         raise ReportError(f"{path}: cannot be written ({error.strerror or error})") from error
 

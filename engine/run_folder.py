@@ -31,6 +31,7 @@ from engine.checkpoint import CheckpointError, load, newest
 from engine.distributed import EngineError, Process, gather
 from engine.log import setup_logging
 from engine.pixels import Normalizer
+from engine.whole_file import write_whole
 
 logger = logging.getLogger("td4v")
 
@@ -358,13 +359,7 @@ def _points(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file all or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # or a power cut leaves an empty file, and a run that cannot be gone on with
-    os.replace(partial, path)
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _written(file: Path) -> tuple[float, float]:
