@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clip.authors import from_authors, is_authors_layout
 from clip.backbone import VisionTower, build_custom_tower, build_tower, find_weights
-from clip.methods import td4v_finetune, td4v_side
+from clip.methods import full_finetune, linear_probe, td4v_finetune, td4v_side
 from configs.schema import Config, ConfigError, fill_options, nearest
 
 logger = logging.getLogger("td4v")
@@ -28,6 +28,8 @@ logger = logging.getLogger("td4v")
 METHODS: dict[str, ModuleType] = {
     "td4v_side": td4v_side,
     "td4v_finetune": td4v_finetune,
+    "full_finetune": full_finetune,
+    "linear_probe": linear_probe,
 }
 
 

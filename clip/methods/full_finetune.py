@@ -1,0 +1,88 @@
+"""Full fine-tuning: all of CLIP's vision tower is tuned, and a classifier. One method, one file; a point of reference.
+
+Letters: B clips, T frames, N patch tokens, D the tower's width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clip.backbone import VisionTower
+from configs.schema import Config
+
+
+@dataclass(frozen=True)
+class Options:
+    """`network.options` of this method."""
+
+    feature: Literal["class_token", "mean_tokens"] = "class_token"
+
+
+class FullFinetune(nn.Module):
+    """CLIP frame by frame, averaged over frames, and a classifier; nothing is frozen, nothing looks across frames.
+
+    The tower stays in eval mode, in which CLIP, without dropout and BatchNorm, computes what it does in training.
+
+    Args:
+        tower: CLIP. num_classes: K.
+        feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
+        dropout: before the classifier.
+        recompute: run each block again in backward instead of keeping its activations.
+
+    Shape: video (B, T, 3, height, width), normalised, any T -> logits (B, K).
+    """
+
+    frames_per_segment = 1
+
+    def __init__(self, tower: VisionTower, num_classes: int, feature: str = "class_token", dropout: float = 0.0,
+                 recompute: bool = False):  # fmt: skip
+        super().__init__()
+        self.feature, self.recompute = feature, recompute
+        self.tower = tower
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(tower.width, num_classes)
+
+    def tuned_modules(self) -> dict[str, nn.Module | nn.Parameter]:
+        """Everything that is trained, by name."""
+        return {
+            **self._embedding(),
+            "blocks": self.tower.blocks,
+            "ln_post": self.tower.visual.ln_post,
+            "head": self.head,
+        }
+
+    def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The same from input to classifier: all of the embedding, each block, ln_post, the head."""
+        blocks = [[block] for block in self.tower.blocks]
+        return [list(self._embedding().values()), *blocks, [self.tower.visual.ln_post], [self.head]]
+
+    def _embedding(self) -> dict[str, nn.Module | nn.Parameter]:
+        names = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        return {name: getattr(self.tower.visual, name) for name in names}
+
+    def features(self, video: Tensor) -> Tensor:
+        """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
+        x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        for index in range(len(self.tower.blocks)):
+            if self.recompute and self.training:
+                x = checkpoint(self._block, index, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._block(index, x)
+        x = x[:, :1] if self.feature == "class_token" else x
+        return self.tower.visual.ln_post(x).mean(1).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
+
+    def _block(self, index: int, x: Tensor) -> Tensor:
+        return self.tower.transform(index, self.tower.attend(index, x))
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(video)))
+
+
+def build(config: Config, tower: VisionTower, options: Options) -> FullFinetune:
+    """The method as a configuration describes it."""
+    network = config.network
+    return FullFinetune(tower, config.data.num_classes, options.feature, network.drop_fc, network.recompute)

@@ -1,0 +1,76 @@
+"""A linear probe: a classifier on what a frozen CLIP says of the frames. One method, one file; a point of reference.
+
+Letters: B clips, T frames, N patch tokens, D the tower's width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clip.backbone import VisionTower
+from configs.schema import Config
+
+
+@dataclass(frozen=True)
+class Options:
+    """`network.options` of this method."""
+
+    feature: Literal["class_token", "mean_tokens"] = "class_token"
+
+
+class LinearProbe(nn.Module):
+    """The frozen tower runs without autograd; a linear classifier on the average over frames is all that is tuned.
+
+    Args:
+        tower: frozen CLIP. num_classes: K.
+        feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
+        dropout: before the classifier.
+
+    Shape: video (B, T, 3, height, width), normalised, any T -> logits (B, K).
+
+    Source: Radford et al. 2021, section 3.2 (with a classifier of its own before the projection to the text space).
+    """
+
+    frames_per_segment = 1
+
+    def __init__(self, tower: VisionTower, num_classes: int, feature: str = "class_token", dropout: float = 0.0):
+        super().__init__()
+        self.feature = feature
+        self.tower = tower
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(tower.width, num_classes)
+
+    def tuned_modules(self) -> dict[str, nn.Module]:
+        """Everything that is trained, by name."""
+        return {"head": self.head}
+
+    def tuned_layers(self) -> list[list[nn.Module]]:
+        """The same from input to classifier: one layer."""
+        return [[self.head]]
+
+    @torch.no_grad()
+    def frozen_features(self, video: Tensor) -> Tensor:
+        """What no training changes: (B, T, 3, height, width) -> (B, D)."""
+        x = self.tower(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        x = x[:, :1] if self.feature == "class_token" else x
+        return self.tower.visual.ln_post(x).mean(1).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
+
+    def from_frozen(self, features: Tensor) -> Tensor:
+        """The rest: (B, D) -> logits (B, K)."""
+        return self.head(self.dropout(features))
+
+    def features(self, video: Tensor) -> Tensor:
+        """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
+        return self.frozen_features(video)
+
+    def forward(self, video: Tensor) -> Tensor:
+        return self.from_frozen(self.frozen_features(video))
+
+
+def build(config: Config, tower: VisionTower, options: Options) -> LinearProbe:
+    """The method as a configuration describes it."""
+    return LinearProbe(tower, config.data.num_classes, options.feature, config.network.drop_fc)
