@@ -25,6 +25,7 @@ ALLOWED = {
         "scripts",
         "train_vision",
         "test_vision",
+        "clip.authors",
         "clip.build",
         "clip.groups",
         "engine",
