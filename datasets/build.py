@@ -26,7 +26,7 @@ from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, V
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.traits import traits_of
 from datasets.transforms import EvalTransform, TrainTransform
-from datasets.video_dataset import EvalDataset, TrainDataset, VideoSource, collate
+from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
 
 def train_loader(
@@ -43,39 +43,19 @@ def train_loader(
     """
     if frames_per_segment != 1:
         raise ValueError(f"the method reads {frames_per_segment} frames a segment; the loaders here read 1")
-    source = _source(data, "train")
-    if data.shot is not None:
-        source = replace(source, records=few_shot(source.records, data.shot, seed))
-    traits = traits_of(data)
-    transform = TrainTransform(
-        data.input_size,
-        traits.scale_size,
-        rand_aug=data.rand_aug,
-        rand_erase=data.rand_erase,
-        flip=traits.flip,
-        flip_pairs=traits.flip_pairs,
-        gray_prob=traits.gray_prob,
-        crop_scale=data.crop_scale,
-        mean=data.mean,
-        std=data.std,
-    )
-    dataset = TrainDataset(
-        source,
-        data.num_segments,
-        data.sampling_style,
-        data.dense,
-        transform,
-        seed,
-        num_sample=data.num_sample,
-        random_frames=data.random_shift,
-    )
+    dataset = _training(data, seed)
     sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
     return _loader(data, dataset, sampler, data.batch_size, data.num_sample, seed)
 
 
+def listed_loader(data: DataConfig, seed: int, rank: int = 0, world_size: int = 1) -> VideoLoader:
+    """Every video that `train_loader` draws from, once over all processes, in order and as validation sees videos."""
+    return _eval_loader(data, _training_source(data, seed), seed, rank, world_size, 1, None, data.dense)
+
+
 def val_loader(data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
-    return _eval_loader(data, "val", seed, rank, world_size, crops=1, clips=None, dense=data.dense)
+    return _eval_loader(data, _source(data, "val"), seed, rank, world_size, 1, None, data.dense)
 
 
 def test_loader(
@@ -96,7 +76,7 @@ def test_loader(
     """
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
-    return _eval_loader(data, "test", seed, rank, world_size, crops, clips, dense)
+    return _eval_loader(data, _source(data, "test"), seed, rank, world_size, crops, clips, dense)
 
 
 test_loader.__test__ = False  # not a test, whatever pytest makes of its name
@@ -107,9 +87,34 @@ def class_names(data: DataConfig) -> tuple[str, ...] | None:
     return None if data.label_list is None else read_labels(data.label_list, data.num_classes)
 
 
+def _training(data: DataConfig, seed: int) -> TrainDataset | PlainTrainDataset:
+    source, traits = _training_source(data, seed), traits_of(data)
+    reading = (source, data.num_segments, data.sampling_style, data.dense)
+    if not data.augment:
+        return PlainTrainDataset(*reading, EvalTransform(data.input_size, traits.scale_size, crops=1))
+    transform = TrainTransform(
+        data.input_size,
+        traits.scale_size,
+        rand_aug=data.rand_aug,
+        rand_erase=data.rand_erase,
+        flip=traits.flip,
+        flip_pairs=traits.flip_pairs,
+        gray_prob=traits.gray_prob,
+        crop_scale=data.crop_scale,
+        mean=data.mean,
+        std=data.std,
+    )
+    return TrainDataset(*reading, transform, seed, num_sample=data.num_sample, random_frames=data.random_shift)
+
+
+def _training_source(data: DataConfig, seed: int) -> VideoSource:
+    source = _source(data, "train")
+    return source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
+
+
 def _eval_loader(
     data: DataConfig,
-    split: Literal["val", "test"],
+    source: VideoSource,
     seed: int,
     rank: int,
     world_size: int,
@@ -119,7 +124,7 @@ def _eval_loader(
 ) -> VideoLoader:
     scale_size = traits_of(data).scale_size
     transform = EvalTransform(data.input_size, scale_size, crops)
-    dataset = EvalDataset(_source(data, split), data.num_segments, data.sampling_style, dense, transform, clips)
+    dataset = EvalDataset(source, data.num_segments, data.sampling_style, dense, transform, clips)
     views = crops * (clips or 1)
     batch_size = max(1, data.batch_size // views)
     return _loader(data, dataset, StridedSampler(len(dataset), rank, world_size), batch_size, views, seed)

@@ -1,7 +1,7 @@
 """Record -> indices -> frames -> clip: the map-style datasets, and how their items become a batch.
 
-Lives here: the two datasets (training, evaluation), the keys that make an item depend on (seed, epoch, index) alone,
-what happens to a video that cannot be read, and `collate`.
+Lives here: the datasets (training with and without augmentation, evaluation), the keys that make an item depend on
+(seed, epoch, index) alone, what happens to a video that cannot be read, and `collate`.
 Does not live here: the steps themselves (sampling.py, readers.py, transforms.py), the order of videos (sampler.py), and
 normalising: pixels stay uint8, a quarter of the bytes, until they are on the model's device.
 
@@ -171,6 +171,17 @@ class EvalDataset(_VideoDataset):
         video = self.transform(frames)  # (crops, clips * T, S, S, 3)
         video = video.unflatten(1, (-1, self.T)).transpose(0, 1).flatten(0, 1)  # (clips * crops, T, S, S, 3)
         return {"video": _colours_third(video), "label": torch.tensor(label), "index": torch.tensor(index)}
+
+
+class PlainTrainDataset(EvalDataset):
+    """Training without augmentation: validation's frames and centre crop, the same in every epoch.
+
+    Item: video (1, T, 3, S, S) uint8, label and index (1,) int64, path str: as TrainDataset's; or BadVideo.
+    """
+
+    def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        item = super()._views(frames, label, epoch, index)
+        return item | {key: item[key][None] for key in ("label", "index")}  # (1,)
 
 
 def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | None = None) -> dict[str, Any]:

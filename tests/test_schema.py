@@ -71,6 +71,34 @@ def test_shipped_files_are_the_published_recipe(write, stem):
     assert load_config(ROOT / f"configs/{stem}.yaml", ["logging.print_freq=10"]) == published
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.augment=false", "data.num_sample=2"],
+            "data.num_sample: 2 draws .* all the same with data.augment: false",
+        ),
+        (["data.augment=false", "data.rand_aug=true"], "data.rand_aug: asks for what data.augment: false leaves out"),
+        (["data.augment=false", "data.flip=true"], "data.flip: asks for what data.augment: false leaves out"),
+        (["network.cache_features=all"], "network.cache_features: all keeps one clip a video, but data.augment: true"),
+        (
+            ["network.cache_features=all", "data.augment=false", "solver.mixup=true"],
+            "network.cache_features: all gives features in training, and solver.mixup mixes pixels",
+        ),
+        (["network.cache_features=train"], "network.cache_features: must be one of off, val, all"),
+    ],
+)
+def test_what_does_not_go_with_unchanging_clips(write, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(SMALL), overrides)
+
+
+def test_unchanging_clips(write):
+    config = load_config(write(SMALL), ["data.augment=false", "data.flip=false", "network.cache_features=all"])
+    assert not config.data.augment and config.network.cache_features == "all"
+    assert load_config(write(SMALL), ["network.cache_features=val"]).data.augment
+
+
 def test_overrides(write):
     overrides = [
         "solver.lr=5e-4",

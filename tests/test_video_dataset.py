@@ -14,7 +14,7 @@ from PIL import Image
 
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import AnnotationError, VideoRecord
-from datasets.build import class_names, train_loader, val_loader
+from datasets.build import class_names, listed_loader, train_loader, val_loader
 from datasets.build import test_loader as loader_of_test
 from datasets.readers import Clip, DecodedFrames
 from datasets.sampler import ShuffledSampler, StridedSampler
@@ -314,3 +314,36 @@ def test_video_files_and_a_corrupt_one(data, tmp_path, workers):
     (batch,) = val_loader(data)
     assert batch["index"].tolist() == [0, 2, 3] and batch["video"].shape == (3, 1, 4, 3, 16, 16)
     assert "corrupted.mp4" in batch["skipped"][0] and "line 2" in batch["skipped"][0]
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_without_augmentation_training_shuffles_what_validation_sees(data, dense):
+    """The same pixels in every epoch, validation's; another order in each."""
+    plain = replace(data, augment=False, dense=dense)
+    seen = {}
+    for batch in val_loader(plain):
+        seen |= dict(zip(batch["index"].tolist(), batch["video"][:, 0], strict=True))
+    orders = []
+    for epoch in range(3):
+        found = batches(plain, epoch)
+        assert [tuple(batch["video"].shape) for batch in found] == [(3, 4, 3, 16, 16)] * 2
+        for batch in found:
+            assert batch["label"].tolist() == [index % 2 for index in batch["index"].tolist()]
+            assert batch["path"] == [f"video {index}" for index in batch["index"].tolist()]
+            assert all(map(torch.equal, batch["video"], (seen[index] for index in batch["index"].tolist())))
+        orders.append([index for batch in found for index in batch["index"].tolist()])
+        assert orders[-1] == [index for batch in batches(data, epoch) for index in batch["index"].tolist()]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_the_list_of_training_in_order(data):
+    """What training draws from, as validation sees it, few shots included."""
+    found = list(listed_loader(data, seed=5))
+    assert [index for batch in found for index in batch["index"].tolist()] == list(range(7))
+    for ours, theirs in zip(found, val_loader(data), strict=True):
+        assert torch.equal(ours["video"], theirs["video"]) and ours["path"] == theirs["path"]
+    few = replace(data, shot=1, batch_size=1)
+    assert len(listed_loader(few, seed=5).dataset) == len(train_loader(few, seed=5).dataset) < 7
+    assert {p for b in listed_loader(few, 5) for p in b["path"]} == {p for b in batches(few) for p in b["path"]}
+    parts = [[i for b in listed_loader(data, 5, rank, 2) for i in b["index"].tolist()] for rank in range(2)]
+    assert parts == [[0, 2, 4, 6], [1, 3, 5]]
