@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import yaml
 
 from clip.adapter import TD4V
 from clip.backbone import build_custom_tower
@@ -13,8 +16,8 @@ from clip.build import tune_only
 from clip.methods.td4v_finetune import PLACEMENTS, TD4VFinetune
 from clip.methods.td4v_side import TD4VSide
 from clip.side_network import SideBlock
-from configs.schema import parse_ratio
-from scripts import bench_plain
+from configs.schema import ConfigError, load_config, parse_ratio
+from scripts import bench_model, bench_pair, bench_plain
 from scripts.bench_plain import PlainFineTuning, PlainSideBlock, PlainSideTuning, PlainTD4V, PlainTrunk, TrunkSizes
 from tests.test_golden import CASES, FOLDER, TOLERANCE, fill, tensor
 
@@ -176,3 +179,62 @@ def test_golden(path, fill):
         if parameters[key].requires_grad:
             found = parameters[key].grad.norm().item()
             assert abs(found - norm) <= 10 * TOLERANCE[case["dtype"]] * max(norm, 1e-2 * largest), key
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A configuration of a custom tower, whose data nobody reads."""
+    path = tmp_path / "tiny.yaml"
+    network = {
+        "arch": "custom", "init": False, "pyramid": {"n_embs": [24, 72]},
+        "vision": {"width": 64, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 48},
+    }  # fmt: skip
+    data = {"dataset": "tiny", "style": "kinetics", "num_classes": 5, "num_segments": 8, "input_size": 48}
+    path.write_text(yaml.safe_dump({"data": data, "network": network}))
+    return str(path)
+
+
+def test_the_command(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_model, "matrix_rate", partial(bench_model.matrix_rate, size=256))
+    arguments = [tiny, "--device", "cpu", "--frames", "4", "--repeats", "1", "--output", str(tmp_path)]
+    assert bench_model.main([*arguments, "--method", "side", "fine"]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "bench_model.md").read_text() and "NOT EQUAL" not in text
+    record = json.loads((tmp_path / "bench_model.json").read_text())
+    assert [result["method"] for result in record["results"]] == ["td4v_side", "td4v_finetune"]
+    for result in record["results"]:
+        assert set(result["equality"]) == set(bench_model.ALLOWED) and not record["failures"]
+        curve = result["curve"]["plain"]
+        assert len(curve) == bench_pair.STEPS and curve[-1] < 0.7 * curve[0]  # it learns, so that equal means something
+        assert set(result["speed"]) == {"fp32", "bf16"} and result["step_flops"] > result["forward_flops"] > 0
+        for speed in result["speed"].values():
+            assert speed["step"]["plain"][0] > 0 and speed["rate"][0] > 0
+            assert speed["saved"]["plain"] > 0 and speed["peak"]["product"] > 0
+        errors = result["speed"]["bf16"]["error"]
+        assert all(1e-4 < value < 0.1 for who in errors.values() for value in who.values())
+        ratio = result["speed"]["fp32"]["step"]["plain"][0] / result["speed"]["fp32"]["step"]["product"][0]
+        assert f"{ratio:.2f}" in text
+
+
+@pytest.mark.parametrize(("wrong", "message"), [(1.7, "differ by"), (float("nan"), "differ by nan")])
+def test_unequal_models_are_said_first(tiny, tmp_path, capsys, caplog, monkeypatch, wrong, message):
+    monkeypatch.setattr(bench_plain.QuickGELU, "forward", lambda self, x: x * torch.sigmoid(wrong * x))
+    monkeypatch.setattr(bench_model, "matrix_rate", lambda *_, **__: 1e9)
+    arguments = [tiny, "--device", "cpu", "--repeats", "1", "--precision", "fp32", "--output", str(tmp_path)]
+    assert bench_model.main(arguments) == 1
+    assert capsys.readouterr().out.startswith("**NOT EQUAL** tiny td4v_side")
+    assert message in caplog.text
+
+
+def test_bad_arguments(tiny, tmp_path, caplog):
+    for arguments, message in (
+        ([tiny, "--batch", "1"], "--batch and --frames must be at least 2"),
+        ([str(tmp_path / "none.yaml")], "none.yaml"),
+        ([tiny, "--precision", "fp16", "--device", "cpu"], "needs a GPU"),
+    ):
+        caplog.clear()
+        assert bench_model.main(arguments) == 1
+        assert message in caplog.text
+    config = replace(load_config(tiny), network=replace(load_config(tiny).network, options={"td4v": False}))
+    with pytest.raises(ConfigError, match="all of its temporal parts"):
+        bench_pair.make_pair(config, 2, 0, torch.device("cpu"))
