@@ -180,24 +180,28 @@ def barrier() -> None:
         dist.barrier()
 
 
-def wrap(model: nn.Module, process: Process, sync_bn: bool = False) -> nn.Module:
+def wrap(model: nn.Module, process: Process, sync_bn: bool = False, compile: bool = False) -> nn.Module:
     """Move `model` to the process's device and, with several processes, average its gradients over them.
 
     Args:
         sync_bn: replace each BatchNorm by one whose statistics go over the clips of all processes. Names in the
             state dict stay as they are.
+        compile: have torch.compile translate it when it is first called, in training and in evaluation. It stays the
+            same module in the same place; results differ by the order of sums.
     """
     model = model.to(process.device)
-    if process.world_size == 1:
-        if sync_bn:
-            logger.warning("BatchNorm is not synchronised: there is only one process, whose clips it sees anyway")
-        return model
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if process.world_size == 1 and sync_bn:
+        logger.warning("BatchNorm is not synchronised: there is only one process, whose clips it sees anyway")
+    elif process.world_size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         seen = f"all {process.world_size} processes" if sync_bn else "one process"
         logger.info("BatchNorm takes its statistics over the clips of one forward pass on %s", seen)
-    if sync_bn:
+    if process.world_size > 1 and sync_bn:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm if process.device.type == "cuda" else convert_sync_batchnorm
         model = convert(model)
+    if compile:
+        model.compile()
+    if process.world_size == 1:
+        return model
     devices = [process.device.index] if process.device.type == "cuda" else None
     return DistributedDataParallel(
         model, device_ids=devices, find_unused_parameters=False, gradient_as_bucket_view=True

@@ -76,6 +76,7 @@ def dry_run(
         barrier()
         since = _now(process)
         trainer.step(group)
+        trainer.settle()
         step = _now(process) - since
         clips = sum(gather(sum(len(batch["label"]) for batch in group)))
         groups.close()

@@ -1,6 +1,6 @@
 """An exponential moving average of what is trained, to validate and keep beside the weights themselves.
 
-Lives here: the averages (by timm's ModelEmaV3), under the model's own names, and their visit in the model.
+Lives here: the averages, under the model's own names, and their visit in the model.
 Does not live here: when to update, evaluate or save (loop.py, state.py).
 
     ema = TunedEma(model, decay=0.999)      # after wrap() and after weights are loaded
@@ -11,11 +11,11 @@ Does not live here: when to update, evaluate or save (loop.py, state.py).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from engine.distributed import EngineError, sync_buffers, unwrap
@@ -32,7 +32,8 @@ class TunedEma:
     buffers (num_batches_tracked) are copied. A frozen tower is neither averaged nor copied: memory is that of the tuned
     part once more. Averages have the device and dtype of what they average; float32 in every precision of ours.
 
-    The decay is the same from the first step on, timm's default (use_warmup=False): the averages start as the
+    The decay is the same from the first step on, as timm.utils.ModelEmaV3 has it (whose update cannot be left out by a
+    tensor): the averages start as the
     weights of step 0 and follow them by about 1 / (1 - decay) steps, which should be well below the steps of the run.
 
     Args:
@@ -50,15 +51,28 @@ class TunedEma:
             raise EmaError("there is nothing to average: no parameter requires gradients")
         self.decay = decay
         self._live = _Registry(values)
-        self._average = ModelEmaV3(self._live, decay=decay)  # deep-copies the registry, so the tuned part alone
+        self._average = copy.deepcopy(self._live).requires_grad_(False)  # the registry, so the tuned part alone
 
-    def update(self) -> None:
-        """Take the weights of now into the averages. Stays on the device: nothing waits for it."""
-        self._average.update(self._live)
+    @torch.no_grad()
+    def update(self, left_out: Tensor | None = None) -> None:
+        """Take the weights of now into the averages. Stays on the device: nothing waits for it.
+
+        Args:
+            left_out: (), 1.0 where this is not to happen, which is then known on the device alone; else 0.0.
+        """
+        pairs = list(zip(self._average.state_dict().values(), self._live.state_dict().values(), strict=True))
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)  # counters have not moved in a step that was left out
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        steps = torch._foreach_sub(values, averages)
+        rate = 1 - self.decay
+        torch._foreach_mul_(steps, rate if left_out is None else rate * (1 - left_out.to(steps[0].dtype)))
+        torch._foreach_add_(averages, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages under the names of the model's state_dict: the tensors themselves, not copies."""
-        held = self._average.module.state_dict()
+        held = self._average.state_dict()
         return {name: held[key] for name, key in self._live.keys_by_name.items()}
 
     def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
@@ -94,7 +108,7 @@ class TunedEma:
 
     def broadcast(self) -> None:
         """Give every process the averaged buffers of rank 0; those of parameters are equal anyway. All must call it."""
-        sync_buffers(self._average.module)
+        sync_buffers(self._average)
 
 
 class _Registry(nn.Module):

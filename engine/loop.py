@@ -2,7 +2,11 @@
 
 Lives here: epochs, steps, accumulation, what is checked, measured, saved and when, and where a run can be interrupted:
 between any two steps, and anywhere in an evaluation.
-Does not live here: how a checkpoint (keeper.py), an accuracy or a log line is made; any model or dataset.
+Does not live here: what a step does on the device (step.py), how a checkpoint (keeper.py), an accuracy or a log line is
+made; any model or dataset.
+
+The host issues a step before it knows what came of the one before, so that the device never waits for it; `settle` does
+know, and goes before everything that is saved or ends.
 
 Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `path` (names of the B videos), `skipped`
 (sentences on videos that could not be read) and `error` (a sentence that stops the run, or None). `video` is
@@ -18,27 +22,27 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine import checkpoint
-from engine.distributed import EngineError, Process, barrier, explained, gather, gradient_sync, sync_buffers, unwrap
+from engine.distributed import EngineError, Process, barrier, explained, gather, sync_buffers, unwrap
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
 from engine.health import Situation
 from engine.keeper import Keeper
 from engine.log import Eta, progress_line
 from engine.meter import Meter, Window
 from engine.metrics import DivergedError
-from engine.optim import Precision
-from engine.pixels import Normalizer
+from engine.optim import learning_rate
 from engine.run_folder import RunFolder
-from engine.state import Parts, TrainState, rng_state, set_rng_state
+from engine.state import TrainState, rng_state, set_rng_state
+from engine.step import Figures, Issued, Stepper, Trainee, clips_of
 from engine.stop import Consensus, Stopped, StopSignals
 
 logger = logging.getLogger("td4v")
@@ -49,16 +53,17 @@ class TrainingError(EngineError):
 
 
 @dataclass(frozen=True)
-class Trainee(Parts):
-    """A model (as wrapped for the processes), all that changes it, and what its input goes through on the device.
+class Awaited:
+    """The last step issued, whose outcome the host does not know yet. `epoch` counts from 0, `place` in the epoch and
+    `step` in the run from 1; `names` are those of its videos here."""
 
-    `mixup` maps (video, label) to (video, target).
-    """
-
-    criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
-    precision: Precision = field(default_factory=lambda: Precision("fp32", None, scaled=False))
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    normalizer: Normalizer = field(default_factory=Normalizer)
+    epoch: int
+    place: int
+    step: int
+    lr: float
+    clips: int
+    names: list[str]
+    issued: Issued
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Trainer:
         self.steps = steps_per_epoch(len(train_loader), settings.accumulation)
         self.state, self.meter = TrainState(), Meter()
         self.consensus, self.signals = Consensus(), StopSignals()
-        self.buffers = list(unwrap(trainee.model).buffers())
+        self.stepper, self.awaited = Stepper(trainee, process, settings.clip_grad), None
         saving = (settings.save_steps, settings.save_minutes, settings.keep, settings.full)
         self.keeper = Keeper(trainee, process, run, *saving)
         self.rehearsed = False
@@ -177,17 +182,18 @@ class Trainer:
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         trainee.model.train()
-        for group in self.groups(skip):
-            if not self.rehearsed:
-                self.rehearse(group[0]["video"])
-            if state.step == 0:
-                self.run.show_clips(group[0]["video"])
-            lr = max(part["lr"] for part in trainee.optimizer.param_groups)
-            asked, due = self.step(group)
-            self._progress(lr)
-            if state.place < self.steps and (asked or due):
-                self.keeper.save(state, self.meter)
-                self._stop_if(asked)
+        with self._settled():
+            for group in self.groups(skip):
+                if not self.rehearsed:
+                    self.rehearse(group[0]["video"])
+                if state.step == 0:
+                    self.run.show_clips(group[0]["video"])
+                lr = learning_rate(trainee.optimizer)
+                asked, due = self.step(group)
+                if state.place < self.steps and (asked or due):
+                    self.settle()
+                    self.keeper.save(state, self.meter)
+                    self._stop_if(asked)
         sync_buffers(trainee.model)
         row = {"epoch": state.epoch, "step": state.step, "lr": lr, **self.meter.summary(self.process.device)}
         state.epoch, state.place, state.pending = state.epoch + 1, 0, row
@@ -223,84 +229,74 @@ class Trainer:
             yield group
 
     def step(self, group: list[dict[str, Any]]) -> tuple[int, int]:
-        """One optimizer step, which averages over the clips of its batches, however many there are in each.
+        """One optimizer step (see step.py), of which the host learns when it has issued the next one, or by `settle`.
 
-        A step whose loss or gradients are not finite leaves no trace in the model. Returns the signal by which any
-        process was asked to stop (0: none), and whether a checkpoint is due.
+        Only while steps are being left out it waits for each, so that the run ends with the last that it allows.
+        Returns the signal by which any process was asked to stop (0: none), and whether a checkpoint is due.
         """
         trainee, state = self.trainee, self.state
-        former = [buffer.clone() for buffer in self.buffers]
-        clips = sum(len(batch["label"]) // 2 * 2 if trainee.mixup else len(batch["label"]) for batch in group)  # pairs
-        loss = torch.zeros((), device=self.process.device)
-        for place, batch in enumerate(group, start=1):
-            video = trainee.normalizer(batch["video"], self.process.device)  # (B, T, C, H, W)
-            target = batch["label"].to(self.process.device, non_blocking=True)  # (B,)
-            if trainee.mixup is not None:
-                video, target = trainee.mixup(video, target)  # (B, T, C, H, W), (B, K)
-            with gradient_sync(trainee.model, enabled=place == len(group)):
-                with trainee.precision.autocast(self.process.device):
-                    logits = trainee.model(video)  # (B, K)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                part = trainee.criterion(logits, target) * (len(video) / clips)
-                trainee.scaler.scale(part).backward()
-            loss = loss + part.detach()
-        trainee.scaler.unscale_(trainee.optimizer)
-        parameters = [p for part in trainee.optimizer.param_groups for p in part["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss_value, norm_value = torch.stack([loss.double(), norm.double().to(loss.device)]).tolist()
-        own = not (math.isfinite(loss_value) and math.isfinite(norm_value))
-        bad, asked, due = self.consensus.most([own, self.signals.asked, self.keeper.is_due(state.step + 1)])
-        if not bad:
-            if self.settings.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
-            trainee.scaler.step(trainee.optimizer)
-            trainee.scheduler.step()
-            if trainee.ema is not None:
-                trainee.ema.update()
-            self.meter.add(loss_value, norm_value, clips)
-            state.health.in_a_row = 0
-            if self.process.is_main and state.health.note(loss_value):  # of its own clips, as the curves
-                usual = f"usual are {state.health.mean:.4g} +- {state.health.variance**0.5:.2g}"
-                logger.warning(
-                    "loss spike at epoch %d, step %d: %.4g (%s)", state.epoch, state.place + 1, loss_value, usual
-                )
-        trainee.scaler.update()
-        trainee.optimizer.zero_grad(set_to_none=True)
-        if bad:
-            self._put_back(former)
-            self._leave_out(group, loss_value, norm_value)
+        lr, clips = learning_rate(trainee.optimizer), clips_of(group, trainee)
+        names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))]
+        issued = self.stepper(group)
+        self.settle()
+        self.awaited = Awaited(state.epoch, state.place + 1, state.step + 1, lr, clips, names, issued)
+        asked, due = self.consensus.most([self.signals.asked, self.keeper.is_due(state.step + 1)])
+        if state.health.in_a_row or self.settings.max_bad_steps == 1:
+            self.settle()
         state.step += 1
         state.place += 1
         return asked, due
 
-    @torch.no_grad()
-    def _put_back(self, former: list[Tensor]) -> None:
-        for buffer, value in zip(self.buffers, former, strict=True):
-            buffer.copy_(value)
+    def settle(self) -> None:
+        """Take down what came of the last step issued, if that has not been done. All processes must call it."""
+        awaited, self.awaited = self.awaited, None
+        if awaited is None:
+            return
+        figures, health = awaited.issued.read(), self.state.health
+        if figures.left_out:
+            self._leave_out(awaited, figures)
+        else:
+            self.meter.add(figures.loss, figures.norm, awaited.clips)
+            health.in_a_row = 0
+            if self.process.is_main and health.note(figures.loss):  # of its own clips, as the curves
+                where = f"epoch {awaited.epoch}, step {awaited.place}"
+                usual = f"usual are {health.mean:.4g} +- {health.variance**0.5:.2g}"
+                logger.warning("loss spike at %s: %.4g (%s)", where, figures.loss, usual)
+        self._progress(awaited)
 
-    def _leave_out(self, group: list[dict[str, Any]], loss: float, norm: float) -> None:
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """What came of the last step inside is known when this is left, by an error too."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # a device in an error state has no more to tell
+                self.settle()
+            raise
+        self.settle()
+
+    def _leave_out(self, awaited: Awaited, figures: Figures) -> None:
         """Count a step that was not finite; TrainingError, with the state saved, if that does not end."""
-        state, health = self.state, self.state.health
+        health = self.state.health
         health.left_out += 1
         health.in_a_row += 1
         self.meter.left_out += 1
-        scaled = self.trainee.scaler.is_enabled()
-        what = f"the loss is {loss:g}, the norm of the gradients {norm:g}"
-        where = f"epoch {state.epoch}, step {state.place + 1} of {self.steps}"
-        hint = f"; the loss scale is now {self.trainee.scaler.get_scale():g}" if scaled else ""
+        what = f"the loss is {figures.loss:g}, the norm of the gradients {figures.norm:g}"
+        where = f"epoch {awaited.epoch}, step {awaited.place} of {self.steps}"
+        hint = f"; the loss scale is now {figures.scale:g}" if self.trainee.scaler.is_enabled() else ""
         logger.warning(
             "%s: %s: step left out (%d in a row, %d in all%s)", where, what, health.in_a_row, health.left_out, hint
         )
         if health.in_a_row < self.settings.max_bad_steps:
             return
-        names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))]
-        parts = gather((math.isfinite(loss), names))  # gradients are not finite on any process, losses where it began
+        # gradients are not finite on any process, losses where it began
+        parts = gather((math.isfinite(figures.loss), awaited.names))
         found = [name for finite, part in parts if not finite for name in part] or [
             n for _, part in parts for n in part
         ]
         in_a_row, health.in_a_row = health.in_a_row, 0  # who goes on from there may try again
-        failed = {"epoch": state.epoch, "step": state.place + 1, "videos": found}
-        path = self.keeper.save_failed(state, self.meter, failed)
+        failed = {"epoch": awaited.epoch, "step": awaited.place, "videos": found}
+        path = self.keeper.save_failed(self.state, self.meter, failed)
         shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         raise TrainingError(
             f"{what} at {where}, {in_a_row} steps in a row: {self._advice()}; videos of the last one: "
@@ -311,18 +307,18 @@ class Trainer:
         start = f"from a checkpoint in {self.run.path} that was saved earlier (pretrain)"
         return f"begin another run, {start} or anew, with a lower learning rate or precision bf16 or fp32"
 
-    def _progress(self, lr: float) -> None:
+    def _progress(self, awaited: Awaited) -> None:
         """A line and TensorBoard's points, each print_freq steps and after the last of an epoch."""
-        state, settings = self.state, self.settings
-        if state.place % settings.print_freq and state.place != self.steps:
+        settings, place, step = self.settings, awaited.place, awaited.step
+        if place % settings.print_freq and place != self.steps:
             return
         curves, self.meter.window = self.meter.window.curves(), Window()
         rate = self.meter.rate() * self.process.world_size
-        left = self.eta.seconds(state.step)
+        left = self.eta.seconds(step)
         shown = curves.get("train/loss", math.nan)
-        logger.info(progress_line(state.epoch, settings.epochs, state.place, self.steps, shown, lr, rate, left))
-        health = {"health/left_out": state.health.left_out, "health/loss_spikes": state.health.spikes}
-        self.run.scalars({**curves, "train/lr": lr, "train/clips_per_s": rate, **health}, state.step)
+        logger.info(progress_line(awaited.epoch, settings.epochs, place, self.steps, shown, awaited.lr, rate, left))
+        health = {"health/left_out": self.state.health.left_out, "health/loss_spikes": self.state.health.spikes}
+        self.run.scalars({**curves, "train/lr": awaited.lr, "train/clips_per_s": rate, **health}, step)
 
     def rehearse(self, video: Tensor) -> None:
         """One forward and backward pass that changes nothing, before the first step of this process.
@@ -334,13 +330,16 @@ class Trainer:
         self.rehearsed = True
         self.situation = replace(self.situation, clips=len(video), frames=video.shape[1])
         trainee, process = self.trainee, self.process
-        generators, former = rng_state(process.device), [buffer.clone() for buffer in self.buffers]
+        buffers = list(unwrap(trainee.model).buffers())
+        generators, former = rng_state(process.device), [buffer.clone() for buffer in buffers]
         with trainee.precision.autocast(process.device):
             logits = trainee.model(trainee.normalizer(video, process.device))  # (B, K)
         logits.float().square().mean().backward()
         without = [n for n, p in unwrap(trainee.model).named_parameters() if p.requires_grad and p.grad is None]
         trainee.optimizer.zero_grad(set_to_none=True)
-        self._put_back(former)
+        with torch.no_grad():
+            for buffer, value in zip(buffers, former, strict=True):
+                buffer.copy_(value)
         set_rng_state(generators, process.device)
         if without:
             what = f"{len(without)} tuned parameters get no gradient: {', '.join(without[:5])}{', ...' if without[5:] else ''}"

@@ -1,7 +1,7 @@
 """How one optimisation step is taken: parameter groups, optimizer, learning rate, loss, mixing and number format.
 
 Lives here: constructors that take plain values, and the checks that go with them.
-Does not live here: the loop that calls them (loop.py), and which parameters a method trains (the method says).
+Does not live here: the step that is taken with them (step.py), and which parameters a method trains (the method says).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def build_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate.
+    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate; torch's fused ones, which can
+    leave out a step that only the device knows to be bad (step.py).
 
     `weight_decay` is for every group that does not bring its own under that name. `betas` and `eps` are AdamW's,
     `momentum` SGD's. Raises OptimError for another name or where nothing is to be tuned.
@@ -70,9 +71,14 @@ def build_optimizer(
     if not groups:
         raise OptimError("there is nothing to train: no group holds a parameter")
     if optim == "adamw":
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     if optim == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay)
+        optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+        if momentum:
+            for parameter in (parameter for group in groups for parameter in group["params"]):
+                # 0, and not absent until the first step: if that is left out torch would not fill what it makes there
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     raise OptimError(f"the optimizer must be adamw or sgd, not {optim!r}")
 
 
@@ -93,12 +99,17 @@ def scaled_lr(lr: float, base_batch: int | None, batch: int) -> float:
     return scaled
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The greatest of all groups, as the next step takes it."""
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: int, warmup_epochs: float
 ) -> LambdaLR:
     """The learning rate by optimizer step: linear from 0 over the warm-up, then a cosine to 0 after the last step.
 
-    Step k lies at epoch e = k / steps_per_epoch. The factor is e / w for e < w = warmup_epochs, else
+    Steps that are left out count too: the rate goes by the position in the run. Step k lies at epoch e = k / steps_per_epoch. The factor is e / w for e < w = warmup_epochs, else
     (1 + cos(pi (e - w) / (epochs - w))) / 2.
     """
 
@@ -200,3 +211,16 @@ def resolve_precision(name: Literal["amp", "fp16", "bf16", "fp32"], device: torc
     if chosen == "fp32":
         return Precision(chosen, None, scaled=False)
     raise OptimError(f"precision must be amp, fp16, bf16 or fp32, not {name!r}")
+
+
+def set_tf32(enabled: bool, device: torch.device) -> None:
+    """Whether float32 matrix products and convolutions on a GPU may round their inputs to TF32's 10 bits of mantissa.
+
+    Off, both are float32 throughout, the convolutions too, for which cudnn's own default is TF32. It holds for the whole
+    process. On a CPU nothing is changed.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+        torch.backends.cudnn.allow_tf32 = enabled
+    elif enabled:
+        logger.info("TF32 is a number format of GPUs: on a CPU float32 stays what it is")

@@ -1,6 +1,7 @@
 """Pixels as the loader gives them -> input of the model, on the model's device.
 
-Lives here: the move to the device, a quarter of the bytes of floats, and the normalising there.
+Lives here: the move to the device, a quarter of the bytes of floats, which the host does not wait for, and the
+normalising there.
 Does not live here: which mean and standard deviation (the configuration's).
 """
 
@@ -21,18 +22,32 @@ class Normalizer:
 
     def __init__(self, mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0)):
         self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)  # (C, 1, 1)
+        self._there: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, video: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """(..., C, H, W) uint8 or float32 -> float32 on the device, contiguous."""
-        video = video.to(device, non_blocking=True)
+        video = to_device(video, torch.device(device))
         if video.dtype != torch.uint8:
             return video.contiguous()
-        mean, std = self.mean.to(device, non_blocking=True), self.std.to(device, non_blocking=True)
+        mean, std = self._constants(video.device)
         video = video.to(torch.float32, memory_format=torch.contiguous_format)
         return video.div_(255).sub_(mean).div_(std)
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation there, brought once."""
+        if device not in self._there:
+            self._there[device] = self.mean.to(device), self.std.to(device)
+        return self._there[device]
 
     def undo(self, video: Tensor) -> Tensor:
         """(..., C, H, W) as the loader gives it -> float32 in 0..1, to be shown."""
         if video.dtype == torch.uint8:
             return video / 255
         return (video.float().cpu() * self.std + self.mean).clamp(0, 1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; to a GPU from page-locked memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # itself where it is already
+    return tensor.to(device, non_blocking=True)

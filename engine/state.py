@@ -191,7 +191,7 @@ def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Pr
     put_weights(parts.model, content, parts.backbone, path)
     what = "optimizer"
     try:
-        parts.optimizer.load_state_dict(content["optimizer_state_dict"])
+        parts.optimizer.load_state_dict(_fused_as(parts.optimizer, content["optimizer_state_dict"]))
         what = "run"
         parts.scheduler.load_state_dict(content["scheduler"])
         parts.scaler.load_state_dict(content["scaler"])
@@ -211,6 +211,12 @@ def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Pr
     where = f"{state.epoch} epochs" + (f" and {state.place} steps" if state.place else "")
     logger.info("resumed from %s after %s, best top-1 %.2f", path, where, state.best)
     return state, content["meters"][process.rank]
+
+
+def _fused_as(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved state with the kernels of this optimizer, which load_state_dict would replace by those of the one saved."""
+    kinds = {key: optimizer.param_groups[0].get(key) for key in ("fused", "foreach")}
+    return {**saved, "param_groups": [{**group, **kinds} for group in saved["param_groups"]]}
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

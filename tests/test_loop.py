@@ -307,28 +307,38 @@ def test_gradients_are_clipped_by_their_norm(tmp_path: Path) -> None:
     assert change.norm() == pytest.approx(1e-3, rel=1e-2)  # plain SGD with learning rate 1
 
 
-def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("optim", ["sgd", "adamw"])
+def test_a_step_that_is_not_finite_leaves_no_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, optim: str
+) -> None:
+    """Bit for bit, in weights, buffers, the optimizer's state and the average; only the learning rate has moved on."""
     data = _batches(2, 2, 2)
-    poisoned = [data[0], {**data[0], "video": torch.full_like(data[0]["video"], math.nan)}, *data[1:]]
+    nothing = {**data[0], "video": torch.full_like(data[0]["video"], math.nan)}
+    poisoned = [nothing, data[0], nothing, *data[1:]]
     results = []
     for number, batches in enumerate((data, poisoned)):
         torch.manual_seed(4)
         model = Net(norm=False).double()
         model.norm = nn.BatchNorm3d(6).double()
-        trainee = _trainee(model, 3, 1, optim="sgd", lr=0.1)
+        trainee = _trainee(model, 3, 1, optim=optim, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(trainee.optimizer, lambda step: 1.0)
+        trainee = Trainee(**{**vars(trainee), "scheduler": scheduler, "ema": TunedEma(model, 0.5)})
         with (
             RunFolder(tmp_path / str(number), {}, {}, Process()) as run,
             caplog.at_level(logging.WARNING, "td4v"),
         ):
-            trainer = _trainer(trainee, batches, run, LoopSettings(epochs=1))
+            trainer = _trainer(trainee, batches, run, LoopSettings(epochs=1, clip_grad=1.0))
             trainer.train_epoch()
-        results.append((trainee.model.state_dict(), trainer.state))
+        states = trainee.model.state_dict(), trainee.optimizer.state_dict()["state"], trainee.ema.state_dict()
+        results.append((states, trainer.state))
+        assert scheduler.last_epoch == len(batches)
     assert _same(results[0][0], results[1][0])
-    assert results[1][1].step == 4 and results[1][1].health.left_out == results[1][1].pending["left_out"] == 1
+    assert results[1][1].step == 5 and results[1][1].health.left_out == results[1][1].pending["left_out"] == 2
     assert results[0][1].pending["train_loss"] == results[1][1].pending["train_loss"]
-    assert (
-        "epoch 0, step 2 of 4: the loss is nan" in caplog.text and "step left out (1 in a row, 1 in all)" in caplog.text
-    )
+    assert results[0][1].pending["grad_norm"] == results[1][1].pending["grad_norm"]
+    for place in (1, 3):
+        assert f"epoch 0, step {place} of 5: the loss is nan" in caplog.text
+    assert "step left out (1 in a row, 2 in all)" in caplog.text
 
 
 def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) -> None:
@@ -378,6 +388,7 @@ def test_mixup_of_an_odd_batch_averages_over_the_clips_that_it_mixes(tmp_path: P
         with RunFolder(tmp_path / str(size), {}, {}, Process()) as run:
             trainer = _trainer(_trainee(Net(norm=False), mixing=True), [batch], run, LoopSettings(1))
             trainer.step([batch])
+            trainer.settle()
             results.append(trainer.meter.epoch.loss_max)
     assert results[0] == pytest.approx(results[1])
 
@@ -396,11 +407,13 @@ def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Pat
         trainer = _trainer(trainee, data, run, LoopSettings(1))
         groups = trainer.groups(0)
         trainer.step(next(groups))
+        trainer.settle()
         assert trainer.state.health.left_out == 1 and torch.equal(before, model.head.bias)
-        assert trainee.scheduler.last_epoch == 0 and trainer.state.step == 1 and scaler.get_scale() == 2.0**67
+        assert trainee.scheduler.last_epoch == trainer.state.step == 1 and scaler.get_scale() == 2.0**67
         for group in groups:
             trainer.step(group)
-    assert trainer.state.health.left_out == 1 and trainee.scheduler.last_epoch == 3
+        trainer.settle()
+    assert trainer.state.health.left_out == 1 and trainee.scheduler.last_epoch == 4
     assert not torch.equal(before, model.head.bias)
     assert "the loss scale is now 1.47574e+20" in (tmp_path / "log.txt").read_text()
 

@@ -18,6 +18,7 @@ from engine.optim import (
     check_groups,
     resolve_precision,
     scaled_lr,
+    set_tf32,
     warmup_cosine,
 )
 
@@ -89,10 +90,10 @@ def test_a_group_may_bring_its_own_weight_decay(optim: str) -> None:
 
 @pytest.mark.parametrize(("optim", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
 def test_nothing_but_the_settings_differs_from_torchs_own_optimizer(optim: str, kind: type) -> None:
-    """Same kernels (foreach and fused are left to torch) and the same weights, bit for bit."""
-    results = []
+    """The same weights as torch's fused kernels give, bit for bit, and as its plain ones, but for rounding."""
+    results, own = [], {"lr": 0.1, "weight_decay": 0.15, **({"momentum": 0.9} if optim == "sgd" else {})}
     for build in (lambda p: build_optimizer([{"name": "all", "params": p, "lr": 0.1}], optim, 0.15),
-                  lambda p: kind(p, lr=0.1, weight_decay=0.15, **({"momentum": 0.9} if optim == "sgd" else {}))):  # fmt: skip
+                  lambda p: kind(p, fused=True, **own), lambda p: kind(p, foreach=False, fused=False, **own)):  # fmt: skip
         torch.manual_seed(0)
         model = Two()
         optimizer = build([p for p in model.parameters() if p.requires_grad])
@@ -102,9 +103,45 @@ def test_nothing_but_the_settings_differs_from_torchs_own_optimizer(optim: str, 
             optimizer.step()
         settings = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("name", "params")}
         results.append((settings, torch.nn.utils.parameters_to_vector(model.parameters()).detach()))
-    (one, weights), (other, expected) = results
-    assert one == other and one["foreach"] is one["fused"] is None
+    (one, weights), (other, expected), (_, plain) = results
+    assert one == other and one["fused"] is True
     assert torch.equal(weights, expected)
+    torch.testing.assert_close(weights, plain)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_a_step_that_the_device_leaves_out_leaves_no_trace(optim: str) -> None:
+    """The first of all steps and a later one, in weights and in the optimizer's state."""
+    results = []
+    for bad in ((), (0, 3)):
+        torch.manual_seed(0)
+        model = Two()
+        optimizer = build_optimizer([{"name": "all", "params": list(model.head.parameters()), "lr": 0.1}], optim)
+        for number in range(3 + len(bad)):
+            optimizer.zero_grad()
+            for place, parameter in enumerate(model.head.parameters()):
+                parameter.grad = torch.full_like(parameter, math.nan if number in bad else 0.1 * (place + 1))
+            optimizer.found_inf = torch.tensor(float(number in bad))
+            optimizer.step()
+        results.append([*model.head.parameters(), *(v for s in optimizer.state.values() for v in s.values())])
+    one, other = results
+    assert len(one) == len(other) > 2 and all(map(torch.equal, one, other))
+
+
+def test_tf32_is_for_gpus(caplog) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        with caplog.at_level(logging.INFO, "td4v"):
+            set_tf32(True, torch.device("cpu"))
+        assert "on a CPU" in caplog.text
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+        set_tf32(True, torch.device("cuda"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        set_tf32(False, torch.device("cuda"))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_linear_scaling(caplog) -> None:
