@@ -15,12 +15,13 @@ import logging
 from clip.build import backbone_identity, build_model, load_weights, parameter_report
 from clip.groups import parameter_groups
 from configs.schema import load_config
-from datasets.build import class_names, train_loader, val_loader
+from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint
 from engine.distributed import EngineError, run, seed_everything, start, unwrap, wrap
 from engine.dry_run import dry_run
 from engine.ema import TunedEma
 from engine.evaluation import evaluate, log_accuracy
+from engine.features import FeatureCache
 from engine.log import setup_logging
 from engine.loop import LoopSettings, Trainee, Trainer, steps_per_epoch
 from engine.optim import (
@@ -77,13 +78,19 @@ def main() -> None:
 
     lean = checkpoint.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
+    caches = config.network.cache_features if not arguments.dry_run else "off"
     model = build_model(config, pretrained=not brings_backbone)
-    if content and not (whole and trains):  # a run that goes on takes its weights with the rest of its state
+    # A run that goes on takes its weights with the rest of its state, unless features are computed before.
+    if content and not (whole and trains and caches == "off"):
         drop_head = config.pretrain_head == "drop" and path == config.pretrain
         identity = content["backbone"] if lean else None
         load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
+    if caches != "off":
+        frozen = backbone_identity(model)["sha256"]
+        cache = FeatureCache(config, meta["lists"], model, frozen, process, precision, normalizer)
+        validation = cache.loader("val", validation, validation)
     if solver.evaluate:
         logger.info("%s", report)
         model.to(process.device)
@@ -92,6 +99,8 @@ def main() -> None:
         return
     backbone = backbone_identity(model) if lean or not whole else content["backbone"]
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
+    if caches == "all":
+        training = cache.loader("train", listed_loader(data, config.seed, *ours), training)
     model = wrap(model, process, config.network.sync_bn)
     seed_everything(config.seed, process)
     clips = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
@@ -123,7 +132,7 @@ def main() -> None:
         logger.info("%s", report)
         dry_run(trainee, *loaders, process, settings)
         return
-    shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips}
+    shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips if caches != "all" else 0}
     with RunFolder(folder, config.to_dict(), meta, process, resume=going_on, **shown) as record:
         logger.info("%s", report)
         logger.info(

@@ -3,6 +3,9 @@
 A method is one file in clip/methods/ with a module, a dataclass `Options` (what may stand in network.options) and
 `build(config, tower, options)`. The module has `forward(video (B, T, C, H, W)) -> logits (B, K)`, `tuned_modules()`,
 whose last entry `head` is the classifier, and `frames_per_segment`. It becomes known by one line in METHODS.
+
+It may have `tuned_layers()`, for solver.layer_decay. And, for network.cache_features, `frozen_features(video) -> (B, F)`,
+which no training changes, and `from_frozen(features) -> logits`; `forward` then takes either, by their dimensions.
 Does not live here: any layer, any loop.
 """
 
@@ -63,7 +66,16 @@ def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = method.build(config, build_config_tower(config, pretrained), options)
+    if network.cache_features != "off" and not hasattr(model, "frozen_features"):
+        able = ", ".join(name for name, module in METHODS.items() if _has_frozen_features(module))
+        raise ConfigError(
+            f"network.cache_features: {network.method_name} has no frozen features of its own to keep; {able} has"
+        )
     return tune_only(model)
+
+
+def _has_frozen_features(module: ModuleType) -> bool:
+    return any(hasattr(value, "frozen_features") for value in vars(module).values() if isinstance(value, type))
 
 
 def backbone_identity(model: nn.Module) -> dict[str, str] | None:

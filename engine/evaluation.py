@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -63,38 +63,60 @@ def evaluate(
     model.eval()
     normalizer = normalizer or Normalizer()
     scores = Scores()
-    eta = Eta(done=0, total=len(loader))
-    waiting = _Waiting()
 
-    def run(clips: Tensor) -> None:
+    def batches() -> Iterator[dict[str, Any]]:
+        for batch in watched(loader, "evaluating", print_freq, signals):
+            scores.skipped += check_batch(batch)
+            yield batch
+
+    def run(clips: Tensor) -> Tensor:
         with precision.autocast(process.device):
-            logits = model(normalizer(clips, process.device))  # (pass_clips, K)
-        waiting.give(logits, scores)
+            return model(normalizer(clips, process.device))  # (pass_clips, K)
 
     try:
-        for number, batch in enumerate(loader, start=1):
-            if signals is not None and signals.asked:
-                raise Stopped(signals.asked, "in an evaluation, saved before it")
-            if print_freq is not None and number % print_freq == 0 and number < len(loader):
-                left = timedelta(seconds=round(eta.seconds(number)))
-                logger.info("evaluating: batch %d/%d eta %s", number, len(loader), left)
-            scores.skipped += check_batch(batch)
-            if batch["video"] is not None:
-                for clips in waiting.take(batch, pass_clips):
-                    run(clips)
-        if (rest := waiting.rest(pass_clips)) is not None:
-            run(rest)
+        for index, logits, label, names in in_passes(run, batches(), pass_clips):
+            scores.add(index, logits, label, names)
     finally:
         model.train(was_training)
     return scores.accuracy(expected)
 
 
+def watched(
+    loader: DataLoader, what: str, print_freq: int | None = None, signals: StopSignals | None = None
+) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, with lines of progress that begin with `what`. Raises Stopped between two of them."""
+    eta = Eta(done=0, total=len(loader))
+    for number, batch in enumerate(loader, start=1):
+        if signals is not None and signals.asked:
+            raise Stopped(signals.asked, "in an evaluation, saved before it")
+        if print_freq is not None and number % print_freq == 0 and number < len(loader):
+            left = timedelta(seconds=round(eta.seconds(number)))
+            logger.info("%s: batch %d/%d eta %s", what, number, len(loader), left)
+        yield batch
+
+
+def in_passes(
+    run: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str] | None]]:
+    """Give `run` the clips of batches (B, V, ...) in passes of one size, (size, ...) -> (size, ...).
+
+    Yields videos all of whose views are through: index (n,), outputs (n, V, ...), label (n,), names or None.
+    """
+    waiting = _Waiting()
+    for batch in batches:
+        if batch["video"] is not None:
+            for clips in waiting.take(batch, size):
+                yield from waiting.give(run(clips))
+    if (rest := waiting.rest(size)) is not None:
+        yield from waiting.give(run(rest))
+
+
 class _Waiting:
-    """Clips that wait for a full pass, and videos that wait for the logits of all of their views."""
+    """Clips that wait for a full pass, and videos that wait for the outputs of all of their views."""
 
     def __init__(self) -> None:
-        self.clips: list[Tensor] = []  # each (n, T, C, H, W)
-        self.logits: list[Tensor] = []  # each (n, K)
+        self.clips: list[Tensor] = []  # each (n, T, C, H, W), or (n, F) of features
+        self.outputs: list[Tensor] = []  # each (n, ...)
         self.videos: deque[tuple[int, int, str | None]] = deque()  # index, label, path
         self.views = 1
 
@@ -116,17 +138,16 @@ class _Waiting:
             return None
         return torch.cat([clips, clips[-1:].expand(size - len(clips), *clips.shape[1:])])
 
-    def give(self, logits: Tensor, scores: Scores) -> None:
-        """Take in the logits (n, K) of a pass, and score the videos all of whose views are there."""
-        self.logits.append(logits)
-        there = torch.cat(self.logits)
+    def give(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str] | None]]:
+        """Take in the outputs (n, ...) of a pass, and give the videos all of whose views are there."""
+        self.outputs.append(outputs)
+        there = torch.cat(self.outputs)
         done = min(len(there) // self.views, len(self.videos))
+        self.outputs = [there[done * self.views :]]
         if done:
             index, label, path = zip(*(self.videos.popleft() for _ in range(done)), strict=True)
-            parts = there[: done * self.views].unflatten(0, (done, self.views))  # (n, V, K)
-            names = None if path[0] is None else list(path)
-            scores.add(torch.tensor(index), parts, torch.tensor(label), names)
-        self.logits = [there[done * self.views :]]
+            parts = there[: done * self.views].unflatten(0, (done, self.views))  # (n, V, ...)
+            yield torch.tensor(index), parts, torch.tensor(label), None if path[0] is None else list(path)
 
 
 def check_batch(batch: dict[str, Any]) -> int:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
-import fcntl
 import itertools
 import json
 import logging
@@ -21,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from torch import Tensor
@@ -29,6 +27,7 @@ from torchvision.utils import make_grid
 
 from engine.checkpoint import CheckpointError, load, newest
 from engine.distributed import EngineError, Process, gather
+from engine.lock import locked
 from engine.log import setup_logging
 from engine.pixels import Normalizer
 from engine.whole_file import write_whole
@@ -189,7 +188,7 @@ def _user(folder: Path) -> str | None:
     """
     until, told = time.monotonic() + PATIENCE_S, False
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        while not _locked(lock):
+        while not locked(lock):
             lock.seek(0)
             user = lock.read().strip() or "unknown"
             if time.monotonic() > until:
@@ -199,20 +198,6 @@ def _user(folder: Path) -> str | None:
             told = True
             time.sleep(0.5)
     return None
-
-
-def _locked(file: IO[str]) -> bool:
-    """Lock a file for as long as it is open in this process; False where another process has it.
-
-    The lock is not passed on to copies of the process, such as workers that outlive a killed run for some seconds.
-    """
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        logger.warning("%s: this file system has no locks, so two runs in one folder go unnoticed", file.name)
-    return True
 
 
 class RunFolder:
@@ -271,7 +256,7 @@ class RunFolder:
     def _take(self) -> str | None:
         """Lock the folder until this process ends, however it ends; or who has it."""
         self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held for as long as the run
-        if not _locked(self._lock):
+        if not locked(self._lock):
             self._lock.seek(0)
             return self._lock.read().strip() or "unknown"
         self._lock.truncate(0)
@@ -348,7 +333,7 @@ class RunFolder:
 
     def show_clips(self, video: Tensor) -> None:
         """Show the first clips of a batch (B, T, C, H, W) in TensorBoard, one row of frames each."""
-        if self.writer is not None:
+        if self.clips and self.writer is not None:
             for number, frames in enumerate(self.normalizer.undo(video[: self.clips])):  # (T, C, H, W)
                 self.writer.add_image(f"input/{number}", make_grid(frames, nrow=len(frames)), 0)
 

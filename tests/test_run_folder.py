@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine import run_folder
+from engine import lock, run_folder
 from engine.checkpoint import save
 from engine.distributed import Process
 from engine.log import close_logging
@@ -251,7 +251,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
     begin(tmp_path / "run").close()
     assert "this file system has no locks" in caplog.text
 

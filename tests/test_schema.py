@@ -97,6 +97,7 @@ def test_unchanging_clips(write):
     config = load_config(write(SMALL), ["data.augment=false", "data.flip=false", "network.cache_features=all"])
     assert not config.data.augment and config.network.cache_features == "all"
     assert load_config(write(SMALL), ["network.cache_features=val"]).data.augment
+    assert load_config(write(SMALL), ["network.cache_features=off"]).network.cache_features == "off"  # YAML's false
 
 
 def test_overrides(write):

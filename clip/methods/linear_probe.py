@@ -68,7 +68,8 @@ class LinearProbe(nn.Module):
         return self.frozen_features(video)
 
     def forward(self, video: Tensor) -> Tensor:
-        return self.from_frozen(self.frozen_features(video))
+        """Of a video, or of what `frozen_features` gave of it."""
+        return self.from_frozen(video if video.ndim == 2 else self.frozen_features(video))
 
 
 def build(config: Config, tower: VisionTower, options: Options) -> LinearProbe:
