@@ -180,16 +180,28 @@ def barrier() -> None:
         dist.barrier()
 
 
+def place(model: nn.Module, process: Process, compile: bool = False) -> nn.Module:
+    """Move `model` to the process's device, as it is used by one process.
+
+    Args:
+        compile: have torch.compile translate it when it is first called with a kind of input, in training and in
+            evaluation. It stays the same module under the same names; results differ by the order of sums, and the
+            draws of dropout.
+    """
+    model = model.to(process.device)
+    if compile:
+        model.compile()
+    return model
+
+
 def wrap(model: nn.Module, process: Process, sync_bn: bool = False, compile: bool = False) -> nn.Module:
     """Move `model` to the process's device and, with several processes, average its gradients over them.
 
     Args:
         sync_bn: replace each BatchNorm by one whose statistics go over the clips of all processes. Names in the
             state dict stay as they are.
-        compile: have torch.compile translate it when it is first called, in training and in evaluation. It stays the
-            same module in the same place; results differ by the order of sums.
+        compile: see `place`.
     """
-    model = model.to(process.device)
     if process.world_size == 1 and sync_bn:
         logger.warning("BatchNorm is not synchronised: there is only one process, whose clips it sees anyway")
     elif process.world_size > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -198,8 +210,7 @@ def wrap(model: nn.Module, process: Process, sync_bn: bool = False, compile: boo
     if process.world_size > 1 and sync_bn:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm if process.device.type == "cuda" else convert_sync_batchnorm
         model = convert(model)
-    if compile:
-        model.compile()
+    model = place(model, process, compile)
     if process.world_size == 1:
         return model
     devices = [process.device.index] if process.device.type == "cuda" else None

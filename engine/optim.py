@@ -192,12 +192,15 @@ class Precision:
         return torch.amp.GradScaler(device.type, enabled=self.scaled)
 
 
-def resolve_precision(name: Literal["amp", "fp16", "bf16", "fp32"], device: torch.device) -> Precision:
-    """What a precision setting means on a device: amp is fp16 on a GPU and fp32 on a CPU.
+def resolve_precision(
+    name: Literal["amp", "fp16", "bf16", "fp32"], device: torch.device, tf32: bool = False
+) -> Precision:
+    """What a precision setting means on a device: amp is fp16 on a GPU and fp32 on a CPU. Sets `tf32`, see set_tf32.
 
     Raises:
         OptimError: fp16 on a CPU, or an unknown name.
     """
+    set_tf32(tf32, device)
     chosen = name
     if name == "amp":
         chosen = "fp16" if device.type == "cuda" else "fp32"
