@@ -15,7 +15,7 @@ from clip.build import build_model, load_weights, parameter_report
 from configs.schema import ConfigError, load_config
 from datasets.build import class_names, test_loader
 from engine import checkpoint, report
-from engine.distributed import EngineError, run, start
+from engine.distributed import EngineError, place, run, start
 from engine.evaluation import evaluate, log_accuracy
 from engine.log import setup_logging
 from engine.optim import resolve_precision
@@ -62,8 +62,8 @@ def main() -> None:
     backbone = content["backbone"] if checkpoint.lacks_backbone(content) else None
     model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings the frozen weights too
     load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights, backbone=backbone)
-    model.to(process.device).eval()
-    precision = resolve_precision(config.solver.precision, process.device)
+    place(model, process, config.solver.compile).eval()
+    precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
     loader = test_loader(config.data, config.seed, process.rank, process.world_size, **views)
     logger.info(

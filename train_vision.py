@@ -17,7 +17,7 @@ from clip.groups import parameter_groups
 from configs.schema import load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint
-from engine.distributed import EngineError, run, seed_everything, start, unwrap, wrap
+from engine.distributed import EngineError, place, run, seed_everything, start, unwrap, wrap
 from engine.dry_run import dry_run
 from engine.ema import TunedEma
 from engine.evaluation import evaluate, log_accuracy
@@ -65,7 +65,7 @@ def main() -> None:
     overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
     config = load_config(arguments.config, overrides)
     data, solver, saving = config.data, config.solver, config.checkpoint
-    precision = resolve_precision(solver.precision, process.device)
+    precision = resolve_precision(solver.precision, process.device, solver.tf32)
     normalizer = Normalizer(data.mean, data.std)
     class_names(data)  # a label list that does not fit should not be found out at the end
     ours = (process.rank, process.world_size)
@@ -93,7 +93,7 @@ def main() -> None:
         validation = cache.loader("val", validation, validation)
     if solver.evaluate:
         logger.info("%s", report)
-        model.to(process.device)
+        place(model, process, solver.compile)
         expected, every = len(validation.dataset), config.logging.print_freq
         log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
         return
@@ -101,7 +101,7 @@ def main() -> None:
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
     if caches == "all":
         training = cache.loader("train", listed_loader(data, config.seed, *ours), training)
-    model = wrap(model, process, config.network.sync_bn)
+    model = wrap(model, process, config.network.sync_bn, solver.compile)
     seed_everything(config.seed, process)
     clips = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
     lr = scaled_lr(solver.lr, solver.lr_base_batch, clips)
