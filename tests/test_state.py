@@ -198,6 +198,20 @@ def test_another_optimizer_is_refused():
         state.restore(collected(parts()), "a.pt", replace(target, optimizer=split), Process())
 
 
+def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
+    """Checkpoints keep which of torch's kernels an optimizer took; a fused one must stay fused, whoever wrote them."""
+    trained, target = parts(), parts(seed=1)
+    step(trained)
+    groups = [{"name": "all", "params": target.optimizer.param_groups[0]["params"]}]
+    fused = torch.optim.AdamW(groups, fused=True)
+    assert not trained.optimizer.param_groups[0]["fused"]
+    content = collected(trained)
+    state.restore(content, "a.pt", replace(target, optimizer=fused), Process())
+    assert fused.param_groups[0]["fused"] is True and not content["optimizer_state_dict"]["param_groups"][0]["fused"]
+    for one, other in zip(fused.state.values(), trained.optimizer.state.values(), strict=True):
+        assert leaves(one) == leaves(other) and int(one["step"]) == 1
+
+
 def test_averages_of_another_model_are_refused():
     content = collected(parts(ema=0.5))
     del content["ema_state_dict"]["head.bias"]
