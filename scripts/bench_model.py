@@ -270,13 +270,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("--device cuda: no GPU that torch can use is here")
         return 1
     set_tf32(False, device)
+    results: list[Result] = []
     try:
         precisions = [resolve_precision(name, device) for name in options.precision]
-        results = [
-            measure(config, name, options.batch, precisions, options.repeats, device)
-            for name, config in _configs(options)
-        ]
+        configs = _configs(options)
         options.output.mkdir(parents=True, exist_ok=True)
+        for name, config in configs:
+            results.append(measure(config, name, options.batch, precisions, options.repeats, device))
+            _write(results, options.output)
     except (ConfigError, EngineError, ValueError, OSError) as error:
         logger.error("%s", error)
         return 1
@@ -288,15 +289,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = [failure for result in results for failure in result.failures()]
     for failure in failures:
         logger.error("%s", failure)
-    text = report(results)
-    record = {
-        "meta": run_meta() | {"threads": torch.get_num_threads()}, "failures": failures,
-        "results": [asdict(result) for result in results],
-    }  # fmt: skip
-    (options.output / "bench_model.md").write_text(text, encoding="utf-8")
-    (options.output / "bench_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(text, end="")
+    print(report(results), end="")
     return 1 if failures else 0
+
+
+def _write(results: Sequence[Result], folder: Path) -> None:
+    """What is measured so far: the tables, and all numbers."""
+    record = {
+        "meta": run_meta() | {"threads": torch.get_num_threads()},
+        "failures": [failure for result in results for failure in result.failures()],
+        "results": [asdict(result) for result in results],
+    }
+    (folder / "bench_model.md").write_text(report(results), encoding="utf-8")
+    (folder / "bench_model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
