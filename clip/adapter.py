@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clip.layers import TemporalProjection, over_tokens, quick_gelu
+from clip.layers import TemporalProjection
+from clip.lean import difference_streams
 
 
 class TD4V(nn.Module):
@@ -56,15 +57,7 @@ class TD4V(nn.Module):
         B, T, H, W, D = x.shape
         if T < 2:
             raise ValueError(f"TD4V takes differences of neighbouring frames and got {T} frame")
-        x = self.down(over_tokens(self.norm, x).view(B, T, H * W, D))  # (B, T, N, d)
-        difference = quick_gelu(torch.stack([x[:, :-1] - x[:, 1:], x[:, 1:] - x[:, :-1]]))  # (2, B, T-1, N, d)
-        last = difference.new_zeros(B, 1, H * W, x.shape[-1])  # a frame without neighbour: QuickGELU(0) = 0
-        backward = self.conv_backward(_images(torch.cat([difference[0], last], 1), H, W))
-        forward = self.conv_forward(_images(torch.cat([last, difference[1]], 1), H, W))
-        x = x + (backward + forward).permute(0, 2, 3, 1).view(x.shape)
-        return (self.up(x) * self.scale.to(x.dtype)).view(B, T, H, W, D)
-
-
-def _images(x: Tensor, H: int, W: int) -> Tensor:
-    """(B, T, N, d) -> (B*T, d, H, W) in channels-last memory, without a copy."""
-    return x.reshape(-1, H, W, x.shape[-1]).permute(0, 3, 1, 2)
+        x = x.reshape(B, T, H * W, D)
+        x = self.down(x, self.norm)  # (B, T, N, d)
+        x = difference_streams(x, self.conv_backward, self.conv_forward, (H, W))
+        return self.up(x, scale=self.scale).view(B, T, H, W, D)

@@ -15,14 +15,21 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.model import CLIPVisionCfg, resize_pos_embed
-from open_clip.transformer import QuickGELU, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from clip.frozen import FrozenBlock
+from clip.lean import working_dtype
+
 logger = logging.getLogger("td4v")
+
+CHUNK = 64  # images that a frozen block takes at a time where no gradient goes through it
 
 # OpenAI's names, the open_clip models that have their activation, and the archives users put into clip_pretrain/.
 OPENAI = {
@@ -63,6 +70,9 @@ class VisionTower(nn.Module):
         self.patch_size = visual.patch_size[0]
         self.grid = visual.grid_size
         self.image_size = visual.image_size
+        self._frozen: dict[
+            tuple[int, torch.dtype], tuple[Any, FrozenBlock]
+        ] = {}  # by block and dtype, with their state
         self.train(False)
 
     def train(self, mode: bool = True) -> VisionTower:
@@ -73,36 +83,89 @@ class VisionTower(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Patches, class token, positions, ln_pre: (M, 3, height, width) -> (M, 1 + N, D)."""
+    def patchify(self, images: Tensor) -> Tensor:
+        """Pixels by patch: (M, 3, height, width) -> (M, N, 3*P*P), in autocast's dtype where that is on."""
         if tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(f"the tower was built for {self.image_size} pixels and got {tuple(images.shape[-2:])}")
-        patches = self.visual.conv1(images).flatten(2).transpose(1, 2)  # (M, N, D)
-        token = self.visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
-        positions = self.visual.positional_embedding.to(patches.dtype)
-        return self.visual.ln_pre(torch.cat([token, patches], 1) + positions)
+        (H, W), P = self.grid, self.patch_size
+        patches = images.to(working_dtype(images)).unflatten(3, (W, P)).unflatten(2, (H, P))  # (M, 3, H, P, W, P)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images), H * W, -1)
 
-    def attend(self, index: int, x: Tensor) -> Tensor:
-        """The attention half of block `index`, with its residual: (M, 1 + N, D) -> the same."""
+    def embed(self, patches: Tensor) -> Tensor:
+        """Class token, positions, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
+        visual, dtype = self.visual, patches.dtype
+        with torch.autocast(patches.device.type, enabled=False):
+            x = F.linear(patches, visual.conv1.weight.flatten(1).to(dtype)).to(
+                visual.class_embedding.dtype
+            )  # (M, N, D)
+            x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+            return visual.ln_pre(x).to(dtype)
+
+    def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
+        """The attention half of block `index`, with its residual: (M, 1 + N, D) -> the same.
+
+        With `queries`, only for the first tokens: (M, 1 + N, D) -> (M, queries, D).
+        """
+        x = x.to(working_dtype(x))
+        if (frozen := self._block(index, x.dtype)) is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return frozen.attend(x, queries)
         block = self.blocks[index]
         y = block.ln_1(x)
         if hasattr(block, "attention"):
             y = block.attention(q_x=y)
         else:  # open_clip's CustomResidualAttentionBlock
             y = block.ln_attn(block.attn(y))
-        return x + block.ls_1(y)
+        return (x + block.ls_1(y))[:, :queries]
 
     def transform(self, index: int, x: Tensor) -> Tensor:
-        """The MLP half of block `index`, with its residual: (M, 1 + N, D) -> the same."""
+        """The MLP half of block `index`, with its residual: (M, L, D) -> the same."""
+        x = x.to(working_dtype(x))
+        if (frozen := self._block(index, x.dtype)) is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return frozen.transform(x)
         block = self.blocks[index]
         return x + block.ls_2(block.mlp(block.ln_2(x)))
 
+    def run_block(self, index: int, x: Tensor) -> Tensor:
+        """Block `index` without gradients, a few images at a time, so that its inner width never stands for all.
+
+        (M, 1 + N, D) -> the same.
+        """
+        with torch.no_grad():
+            parts = [self.transform(index, self.attend(index, part)) for part in x.split(CHUNK)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def forward(self, images: Tensor) -> Tensor:
         """All blocks, before ln_post: (M, 3, height, width) -> (M, 1 + N, D)."""
-        x = self.embed(images)
+        x = self.embed(self.patchify(images))
         for index in range(len(self.blocks)):
             x = self.transform(index, self.attend(index, x))
         return x
+
+    def _block(self, index: int, dtype: torch.dtype) -> FrozenBlock | None:
+        """The block's weights in `dtype`, made anew where they have changed; None if it must run as it was written."""
+        block = self.blocks[index]
+        if not _is_plain(block):
+            return None
+        state = tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
+        known, frozen = self._frozen.get((index, dtype), (None, None))
+        if known != state:
+            with torch.inference_mode(False), torch.no_grad():  # an evaluation's copies must serve training too
+                frozen = FrozenBlock.of(block, dtype, self.quick_gelu)
+            self._frozen[index, dtype] = state, frozen
+        return frozen
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether a block is open_clip's usual one, without layer scale, and nothing in it is tuned."""
+    return (
+        type(block) is ResidualAttentionBlock
+        and type(block.ls_1) is nn.Identity
+        and type(block.attn) is nn.MultiheadAttention
+        and type(block.mlp.gelu) in (QuickGELU, nn.GELU)
+        and not any(parameter.requires_grad for parameter in block.parameters())
+    )
 
 
 def build_tower(arch: str, image_size: int, source: str | None = None) -> VisionTower:

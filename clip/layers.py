@@ -1,4 +1,4 @@
-"""Small layers shared by the methods: activations, the temporal projection, attention, the token shift.
+"""Small layers shared by the methods: activations, the temporal projection, attention, the token shift, recomputation.
 
 Lives here: what is neither a method nor the TD4V module and has no state beyond its own weights.
 Does not live here: TD4V (adapter.py), the frozen tower (backbone.py), anything that reads a configuration.
@@ -8,9 +8,17 @@ Letters: B clips, T frames, N patch tokens a frame, D width, d reduced width.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from clip.lean import gelu_linear, normed_linear, temporal_linear, temporal_sum
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -45,6 +53,34 @@ def over_tokens(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.flatten(0, -2)).view(x.shape)  # (M, D) -> (..., D)
 
 
+def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function(*inputs)`, of which only the inputs are kept for the backward pass, which runs it again.
+
+    Args:
+        part: the module whose BatchNorms the function goes through: their running statistics move once, not twice.
+        function: without random numbers.
+    """
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), _still_statistics(part)
+
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _still_statistics(part: nn.Module) -> Iterator[None]:
+    norms = [norm for norm in part.modules() if isinstance(norm, _BatchNorm) and norm.training]
+    former = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, former, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
 class TemporalProjection(nn.Conv2d):
     """A convolution over time that sees one patch: nn.Conv3d(kernel (k, 1, 1)) for tokens.
 
@@ -53,21 +89,28 @@ class TemporalProjection(nn.Conv2d):
         kernel: frames seen, odd; zero padding keeps T.
 
     Shape: (B, T, N, in_width) -> (B, T, N, out_width).
+
+    With `norm`, a BatchNorm1d over in_width, the input goes through that first; with `scale` (1,) the result is
+    multiplied by it.
     """
 
     def __init__(self, in_width: int, out_width: int, kernel: int):
         super().__init__(in_width, out_width, kernel_size=(kernel, 1), padding=(kernel // 2, 0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1):
-            return F.linear(x, self.weight.flatten(1), self.bias)
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, T, N, d), channels last
+    def forward(self, x: Tensor, norm: nn.BatchNorm1d | None = None, scale: Tensor | None = None) -> Tensor:
+        if norm is None:
+            return temporal_linear(x, self.weight, self.bias, self.bias.new_ones(1) if scale is None else scale)
+        taps = self.kernel_size[0]
+        products = normed_linear(x, norm, self.weight.squeeze(-1).permute(2, 0, 1).flatten(0, 1), None)  # (B,T,N,k*d)
+        x = temporal_sum(products, taps) + self.bias.to(products.dtype)
+        return x if scale is None else x * scale.to(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention inside a frame, in which some leading tokens are only looked at.
 
-    The first `context` tokens give keys and values but no query. Weights as in nn.MultiheadAttention.
+    The first `context` tokens give keys and values but no query. Weights as in nn.MultiheadAttention. With `norm`, a
+    LayerNorm over D, the tokens go through that first.
 
     Args:
         width: D. heads: must divide D.
@@ -83,18 +126,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: int = 0) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (M, L, 3, heads, head width)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (M, heads, L, head width)
-        y = F.scaled_dot_product_attention(q[:, :, context:], k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))  # (M, N, D)
+    def forward(self, x: Tensor, context: int = 0, norm: nn.LayerNorm | None = None) -> Tensor:
+        qkv = self.qkv(x) if norm is None else normed_linear(x, norm, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (M, L, heads, head width)
+        y = F.scaled_dot_product_attention(q[:, context:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).flatten(2))  # (M, heads, N, head width) -> (M, N, D)
 
 
-class Mlp(nn.Sequential):
-    """Linear, exact GELU, Linear. Shape: (..., D) -> (..., D)."""
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear; with `norm`, a norm over D, behind that. Shape: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        hidden = self.fc1(x) if norm is None else normed_linear(x, norm, self.fc1.weight, self.fc1.bias)
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)

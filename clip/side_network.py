@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.layers import Attention, Mlp, over_tokens, token_shift
+from clip.lean import normed_linear, temporal_sum
 
 
 class SideBlock(nn.Module):
@@ -64,14 +66,14 @@ class SideBlock(nn.Module):
             token = token_shift(token) if self.shift else token
             tokens = torch.cat([token.unsqueeze(2).to(side.dtype), tokens], 2)  # (B, T, 1 + N, n)
         context = int(token is not None)
-        side = side + self.attn(self.norm_attn(tokens).flatten(0, 1), context).view(side.shape)
-        return side + self.mlp(over_tokens(self.norm_mlp, side))
+        side = side + self.attn(tokens.flatten(0, 1), context, self.norm_attn).view(side.shape)
+        return side + self.mlp(side, self.norm_mlp)
 
 
 class Stem(nn.Module):
     """Patches of the video itself: Conv3d kernel (k, P, P), stride (1, P, P), then BatchNorm.
 
-    Shape: video (B, T, 3, H*P, W*P) -> (B, T, H, W, n).
+    Shape: the video's patches (B, T, H, W, 3*P*P) -> (B, T, H, W, n).
     """
 
     def __init__(self, width: int, patch_size: int, kernel: int = 3):
@@ -81,9 +83,11 @@ class Stem(nn.Module):
         )
         self.norm = nn.BatchNorm1d(width)
 
-    def forward(self, video: Tensor) -> Tensor:
-        patches = self.conv(video.transpose(1, 2)).permute(0, 2, 3, 4, 1)  # (B, n, T, H, W) -> (B, T, H, W, n)
-        return over_tokens(self.norm, patches)
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.conv.weight.transpose(1, 2).flatten(2)  # (n, k, 3*P*P)
+        products = F.linear(patches.flatten(2, 3), weight.transpose(0, 1).flatten(0, 1))  # (B, T, N, k*n)
+        x = temporal_sum(products, weight.shape[1]) + self.conv.bias.to(products.dtype)
+        return over_tokens(self.norm, x.view(*patches.shape[:-1], -1))
 
 
 class SideLayer(nn.Module):
@@ -107,14 +111,14 @@ class SideLayer(nn.Module):
 
     def forward(self, side: Tensor, features: Tensor) -> Tensor:
         B, T, H, W, _ = side.shape
-        projected = self.project(self.norm(features)).unflatten(0, (B, T))  # (B, T, 1 + N, n)
-        token, patches = projected[:, :, 0], projected[:, :, 1:].unflatten(2, (H, W))
+        projected = normed_linear(features, self.norm, self.project.weight, self.project.bias)  # (B*T, 1 + N, n)
+        token, patches = projected.unflatten(0, (B, T)).split([1, H * W], 2)
         if self.upsample is not None:
-            side = self.upsample(side)
-        side = 0.5 * side + 0.5 * patches
+            side = normed_linear(side, self.upsample[0], self.upsample[1].weight, self.upsample[1].bias)
+        side = torch.lerp(side, patches.unflatten(2, (H, W)), 0.5)
         if self.temporal_embedding is not None:
             side = side + self.temporal_embedding.to(side.dtype)[:, None, None]
-        return self.block(side, token)
+        return self.block(side, token.squeeze(2))
 
 
 class SideNetwork(nn.Module):

@@ -68,6 +68,7 @@ class DataConfig:
     input_size: int = 224
     scale_size: Optional[int] = None  # short side before cropping; null: 256 for input_size 224, else input_size
     random_shift: bool = True  # false: training takes the validation's frames
+    augment: bool = True  # false: training takes the validation's frames and crop, the same in every epoch
     num_sample: int = 1  # repeated augmentation: draws of each video in a batch
     rand_aug: bool = False
     rand_erase: bool = False
@@ -110,6 +111,14 @@ class DataConfig:
                 "data.scale_size",
                 f"{self.scale_size} is smaller than data.input_size {self.input_size}",
             )
+        if not self.augment:
+            _require(
+                self.num_sample == 1,
+                "data.num_sample",
+                f"{self.num_sample} draws of a video are all the same with data.augment: false",
+            )
+            for key in ("rand_aug", "rand_erase", "flip", "gray_prob"):
+                _require(not getattr(self, key), f"data.{key}", "asks for what data.augment: false leaves out")
         for pair in self.flip_pairs or ():
             _require(
                 all(0 <= label < self.num_classes for label in pair),
@@ -197,6 +206,8 @@ class NetworkConfig:
     fine_tuning: bool = False
     drop_fc: float = 0.0  # dropout before the classifier
     sync_bn: bool = False
+    recompute: bool = False  # compute blocks again in backward instead of keeping their activations: less memory, more time
+    cache_features: Literal["off", "val", "all"] = "off"  # frozen features are computed once and kept on disk
     DA_ratio: Ratio = Ratio(1 / 6)
     sample_mode: Literal["FC", "CNN"] = "CNN"
     vision: Optional[VisionConfig] = None
@@ -257,6 +268,8 @@ class SolverConfig:
     ema_decay: Optional[float] = None  # validate and keep an exponential moving average of the tuned weights
     early_stop: Optional[int] = None  # end after so many validations without a better top-1
     max_bad_steps: int = 10  # end after so many steps in a row whose gradients are not finite; fewer are left out
+    compile: bool = False  # torch.compile: faster after a slow start, sums in another order
+    tf32: bool = False  # float32 matrix products on a GPU with 10 bits of mantissa: faster, less accurate
     precision: Literal["amp", "fp16", "bf16", "fp32"] = "amp"  # amp: fp16 with loss scaling on a GPU, fp32 on a CPU
 
     def check(self) -> None:
@@ -352,6 +365,17 @@ class Config:
             "solver.mixup",
             f"mixes pairs of clips and needs an even batch: data.batch_size * data.num_sample is {clips}",
         )
+        if self.network.cache_features == "all":
+            _require(
+                not self.data.augment,
+                "network.cache_features",
+                "all keeps one clip a video, but data.augment: true draws new ones in every epoch; set it to false, or this to val",
+            )
+            _require(
+                not self.solver.mixup,
+                "network.cache_features",
+                "all gives features in training, and solver.mixup mixes pixels; set one of them to off or false",
+            )
         if self.network.vision is not None:
             size = self.network.vision.image_size
             _require(
@@ -577,6 +601,8 @@ def _convert(kind: Any, value: Any, key: str, dead: list[str]) -> Any:
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from None
     elif origin is Literal:
+        if value is False and "off" in arguments:
+            value = "off"  # which YAML reads as false
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
         close = _hint(str(value), [str(choice) for choice in arguments])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clip.adapter import TD4V
 from clip.build import METHODS, build_model
 from configs.schema import config_from_dict
 from engine.distributed import gradient_sync, start, sync_buffers, unwrap, wrap
@@ -38,6 +39,11 @@ def make(method: str) -> nn.Module:
 
 def norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def seen_first(model: nn.Module) -> list[nn.Module]:
+    """Modules whose input goes into a BatchNorm as it is, the first of the model's first."""
+    return [module for module in model.modules() if isinstance(module, TD4V) or type(module) is nn.BatchNorm1d][:1]
 
 
 def clips(count: int) -> tuple[Tensor, Tensor]:
@@ -80,17 +86,17 @@ def test_batchnorm_sees_one_forward_pass_and_so_half_of_the_accumulated_batch(me
     model, large = make(method), make(method)
     before = norms(model)[0].running_mean.clone()
     rows: list[int] = []
-    for module in norms(model):
-        module.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    for module in seen_first(model):
+        module.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0][..., 0].numel()))
     first: list[Tensor] = []
-    norms(large)[0].register_forward_pre_hook(lambda module, inputs: first.append(inputs[0].detach()))
+    seen_first(large)[0].register_forward_pre_hook(lambda module, inputs: first.append(inputs[0].detach()))
 
     halves = accumulate(model, video, label, (2, 2))
     assert not close(halves, accumulate(large, video, label, (4,)))
-    assert set(rows) == {2 * FRAMES * PATCHES} and len(first[0]) == 4 * FRAMES * PATCHES
+    assert set(rows) == {2 * FRAMES * PATCHES} and first[0][..., 0].numel() == 4 * FRAMES * PATCHES
     assert {int(module.num_batches_tracked) for module in norms(model)} == {2}
     # what reaches the first norm depends on no other, so its statistics are known: each half in turn, momentum 0.1
-    one, other = (half.mean(0) for half in first[0].chunk(2))
+    one, other = (half.flatten(0, -2).mean(0) for half in first[0].chunk(2))
     torch.testing.assert_close(norms(model)[0].running_mean, 0.81 * before + 0.09 * one + 0.1 * other)
 
 

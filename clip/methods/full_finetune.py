@@ -66,7 +66,7 @@ class FullFinetune(nn.Module):
 
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
-        x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
         for index in range(len(self.tower.blocks)):
             if self.recompute and self.training:
                 x = checkpoint(self._block, index, x, use_reentrant=False, preserve_rng_state=False)

@@ -55,7 +55,9 @@ class LinearProbe(nn.Module):
     @torch.no_grad()
     def frozen_features(self, video: Tensor) -> Tensor:
         """What no training changes: (B, T, 3, height, width) -> (B, D)."""
-        x = self.tower(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
+        for index in range(len(self.tower.blocks)):
+            x = self.tower.run_block(index, x)
         x = x[:, :1] if self.feature == "class_token" else x
         return self.tower.visual.ln_post(x).mean(1).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.backbone import VisionTower
+from clip.layers import recomputed
+from clip.lean import add_to_patches
 from configs.schema import Config, ConfigError, NetworkConfig, Ratio
 
 logger = logging.getLogger("td4v")
@@ -46,7 +48,7 @@ class TD4VFinetune(nn.Module):
             reach the class token, so with that feature the last module before an MLP gets no gradient). mode, ratio, zero_init: see TD4V.
         feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
         temporal_embedding: (T, D), added to every token of a frame before the first block.
-        dropout: before the classifier.
+        dropout: before the classifier. recompute: keep only the input of each block.
 
     Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
 
@@ -57,9 +59,10 @@ class TD4VFinetune(nn.Module):
 
     def __init__(self, tower: VisionTower, num_classes: int, frames: int, placement: str = "before_attention",
                  mode: Literal["FC", "CNN"] = "FC", ratio: float = 1 / 12, feature: str = "class_token",
-                 zero_init: bool = True, temporal_embedding: bool = True, dropout: float = 0.0):  # fmt: skip
+                 zero_init: bool = True, temporal_embedding: bool = True, dropout: float = 0.0,
+                 recompute: bool = False):  # fmt: skip
         super().__init__()
-        self.frames, self.feature = frames, feature
+        self.frames, self.feature, self.recompute = frames, feature, recompute
         self.tower = tower
         places = zip(("attention", "mlp"), PLACEMENTS[placement], strict=True)
         self.td4v = nn.ModuleDict(
@@ -89,22 +92,29 @@ class TD4VFinetune(nn.Module):
         """Add TD4V to the patch tokens, if there is one at this place: (B*T, 1 + N, D) -> the same."""
         if place not in self.td4v:
             return x
-        token, patches = x[:, :1], x[:, 1:]
-        volume = patches.unflatten(1, self.tower.grid).unflatten(0, (-1, frames))  # (B, T, H, W, D)
-        branch = self.td4v[place][index](volume).view(patches.shape)
-        return torch.cat([token, patches + branch], 1)
+        volume = x[:, 1:].unflatten(1, self.tower.grid).unflatten(0, (-1, frames))  # (B, T, H, W, D)
+        branch = self.td4v[place][index](volume).flatten(2, 3).flatten(0, 1)  # (B*T, N, D)
+        return add_to_patches(x, branch)
+
+    def run_block(self, index: int, x: Tensor, frames: int) -> Tensor:
+        """Block `index` with its TD4V: (B*T, 1 + N, D) -> the same, or (B*T, 1, D) where only the class token is read."""
+        last = index == len(self.tower.blocks) - 1 and self.feature == "class_token" and "mlp" not in self.td4v
+        x = self.tower.attend(index, self.adapt("attention", index, x, frames), queries=1 if last else None)
+        return self.tower.transform(index, self.adapt("mlp", index, x, frames))
 
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
         B, T = video.shape[:2]
         if T != self.frames:
             raise ValueError(f"the model was built for {self.frames} frames and got {T}")
-        x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
         if self.temporal_embedding is not None:
             x = (x.unflatten(0, (B, T)) + self.temporal_embedding.to(x.dtype)[:, None]).flatten(0, 1)
         for index in range(len(self.tower.blocks)):
-            x = self.tower.attend(index, self.adapt("attention", index, x, T))
-            x = self.tower.transform(index, self.adapt("mlp", index, x, T))
+            if self.recompute and self.training:
+                x = recomputed(self.td4v, self.run_block, index, x, T)
+            else:
+                x = self.run_block(index, x, T)
         x = x[:, :1] if self.feature == "class_token" else x
         return self.tower.visual.ln_post(x).mean(1).unflatten(0, (B, T)).mean(1)  # (B*T, D) -> (B, D)
 
@@ -121,7 +131,7 @@ def build(config: Config, tower: VisionTower, options: Options) -> TD4VFinetune:
     try:
         return TD4VFinetune(
             tower, config.data.num_classes, config.data.num_segments, options.placement, options.mode, options.ratio,
-            options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc,
+            options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc, config.network.recompute,
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"network.options.ratio: {error}") from None

@@ -5,7 +5,7 @@ Letters: B clips, T frames, H x W the patch grid, D the tower's width, K classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.backbone import VisionTower
+from clip.layers import recomputed
 from clip.side_network import SideNetwork
 from configs.schema import Config, ConfigError
 
@@ -33,7 +34,7 @@ class TD4VSide(nn.Module):
     Args:
         tower: frozen CLIP. num_classes: K. frames: T. widths: side widths, one a tower block.
         mlp_ratio, ratio, mode, td4v, stem_kernel, token_shift, temporal_embedding: see SideNetwork.
-        dropout: before the classifier.
+        dropout: before the classifier. recompute: keep only the input of each level of the side network.
 
     Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
 
@@ -48,11 +49,11 @@ class TD4VSide(nn.Module):
 
     def __init__(self, tower: VisionTower, num_classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
                  ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN", dropout: float = 0.0, td4v: bool = True,
-                 stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True):  # fmt: skip
+                 stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True, recompute: bool = False):  # fmt: skip
         super().__init__()
         if len(widths) != len(tower.blocks):
             raise ValueError(f"{len(widths)} side widths for {len(tower.blocks)} blocks of the tower")
-        self.frames = frames
+        self.frames, self.recompute = frames, recompute
         self.tower = tower
         self.side = SideNetwork(tower.width, tower.patch_size, frames, widths, mlp_ratio, ratio, mode, td4v,
                                 stem_kernel, token_shift, temporal_embedding)  # fmt: skip
@@ -67,26 +68,54 @@ class TD4VSide(nn.Module):
         """The same from input to classifier: stem, levels of the pyramid, last norm, head."""
         return [[part] for part in (self.side.stem, *self.side.layers, self.side.norm, self.head)]
 
-    def features(self, video: Tensor) -> Tensor:
-        """What the classifier sees: (B, T, 3, height, width) -> (B, n of the last level)."""
-        B, T = video.shape[:2]
-        if T != self.frames:
-            raise ValueError(f"the model was built for {self.frames} frames and got {T}")
-        if self.training and B == 1 and type(self.side.norm) is nn.BatchNorm1d:
+    def tokens(self, patches: Tensor) -> Iterator[Tensor]:
+        """What each block of the frozen tower gives, as it is asked for: (B*T, N, 3*P*P) -> each (B*T, 1 + N, D)."""
+        with torch.no_grad():
+            x = self.tower.embed(patches)
+        for index in range(len(self.side.layers)):
+            x = self.tower.run_block(index, x)
+            yield x
+
+    def tune(self, patches: Tensor, tokens: Iterable[Tensor], clips: int) -> Tensor:
+        """What the classifier sees, from the patches' pixels and the tower's tokens: -> (B, n of the last level)."""
+        if self.training and clips == 1 and type(self.side.norm) is nn.BatchNorm1d:
             raise ValueError(
                 "side-tuning needs at least two clips a process in training (data.batch_size), or network.sync_bn over several processes: the features of one clip are constant behind the last BatchNorm"
             )
-        side = self.side.stem(video)  # (B, T, H, W, n)
-        with torch.no_grad():
-            x = self.tower.embed(video.flatten(0, 1))  # (B*T, 1 + N, D)
-        for index, layer in enumerate(self.side.layers):
-            with torch.no_grad():
-                x = self.tower.transform(index, self.tower.attend(index, x))
-            side = layer(side, x)
+        side = self.side.stem(patches.view(clips, self.frames, *self.tower.grid, -1))  # (B, T, H, W, n)
+        for layer, x in zip(self.side.layers, tokens, strict=True):
+            side = recomputed(layer, layer, side, x) if self.recompute and self.training else layer(side, x)
         return self.side.pool(side)
 
+    def features(self, video: Tensor) -> Tensor:
+        """What the classifier sees: (B, T, 3, height, width) -> (B, n of the last level)."""
+        patches = self._patches(video)
+        return self.tune(patches, self.tokens(patches), len(video))
+
+    def frozen_features(self, video: Tensor) -> Tensor:
+        """All that does not change in training: patches and tokens of each layer, (B, T, 3, height, width) -> (B, F)."""
+        patches = self._patches(video)
+        return torch.cat([part.reshape(len(video), -1) for part in (patches, *self.tokens(patches))], 1)
+
+    def from_frozen(self, features: Tensor) -> Tensor:
+        """What `frozen_features` gave (B, F) -> logits (B, K)."""
+        (H, W), images = self.tower.grid, len(features) * self.frames
+        size, levels = self.frames * (1 + H * W) * self.tower.width, len(self.side.layers)
+        patches, *tokens = features.split([features.shape[1] - levels * size, *[size] * levels], 1)
+        tokens = [x.reshape(images, 1 + H * W, -1) for x in tokens]
+        return self._classify(self.tune(patches.reshape(images, H * W, -1), tokens, len(features)))
+
     def forward(self, video: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(video)))
+        """A video, or in its place what `frozen_features` gave for it."""
+        return self.from_frozen(video) if video.ndim == 2 else self._classify(self.features(video))
+
+    def _patches(self, video: Tensor) -> Tensor:
+        if video.shape[1] != self.frames:
+            raise ValueError(f"the model was built for {self.frames} frames and got {video.shape[1]}")
+        return self.tower.patchify(video.flatten(0, 1))  # (B*T, N, 3*P*P)
+
+    def _classify(self, features: Tensor) -> Tensor:
+        return self.head(self.dropout(features))
 
 
 def build(config: Config, tower: VisionTower, options: Options) -> TD4VSide:
@@ -96,7 +125,7 @@ def build(config: Config, tower: VisionTower, options: Options) -> TD4VSide:
         return TD4VSide(
             tower, config.data.num_classes, config.data.num_segments, network.pyramid.n_embs,
             network.pyramid.mlp_ratio, network.DA_ratio, network.sample_mode, network.drop_fc, options.td4v,
-            options.stem_kernel, options.token_shift, options.temporal_embedding,
+            options.stem_kernel, options.token_shift, options.temporal_embedding, network.recompute,
         )  # fmt: skip
     except ValueError as error:
         key = "network.DA_ratio" if "ratio" in str(error) else "network.pyramid.n_embs"

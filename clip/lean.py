@@ -1,0 +1,316 @@
+"""Matrix products with what stands before or behind them, which keep little for the backward pass.
+
+The usual layers keep the input of every one of them. Here a norm and the linear layer behind it keep one tensor, the
+normalised input; an activation and the linear layer behind it keep the activation's input; a frozen layer keeps
+nothing of its own. What is left out is element-wise and is done again in the backward pass, never a matrix product.
+The results are those of the plain layers up to rounding.
+Lives here: those functions and their gradients. They have no state. Does not live here: any parameter or layer.
+
+All compute in autocast's dtype where autocast is on, else in the dtype of their input; statistics of norms are float32
+at least. A gradient of a gradient is not defined.
+
+Letters: R rows (all clips, frames, patches), B clips, T frames, N patches, D and O widths, d reduced width, k taps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+QUICK = 1.702  # QuickGELU(x) = x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where autocast is on and would touch `x`, else that of `x`."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def normed_linear(x: Tensor, norm: nn.LayerNorm | nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(norm(x), weight, bias)` that keeps the normalised x, once.
+
+    The norm's affine part goes into the weight, so that its gradients, and the sums that the gradient of a BatchNorm
+    needs, come from the product that the weight's gradient is made of.
+
+    Args:
+        x: (..., D). norm: nn.LayerNorm or nn.BatchNorm1d over D, both with affine parameters; a BatchNorm of another
+            kind (a synchronised one) is called as it is, and then the linear layer keeps its own input.
+        weight: (O, D). bias: (O,) or None.
+
+    Returns:
+        (..., O).
+    """
+    dtype = working_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(dtype)
+        if isinstance(norm, nn.LayerNorm):
+            return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, "layer", norm.eps, None, None, 0.0)
+        if type(norm) is not nn.BatchNorm1d or norm.momentum is None or norm.running_mean is None:
+            normed = norm(x.flatten(0, -2)).view(x.shape)  # (R, D) -> (..., D)
+            return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        kind, running = "batch" if norm.training else "running", (norm.running_mean, norm.running_var)
+        return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, kind, norm.eps, *running, norm.momentum)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear(F.gelu(x), weight, bias)` that keeps x alone: (..., D) -> (..., O)."""
+    dtype = working_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _GeluLinear.apply(x.to(dtype), weight, bias)
+
+
+def temporal_sum(x: Tensor, taps: int) -> Tensor:
+    """The second half of a convolution over time whose products (B, T, N, k*d) are there: (B, T, N, d).
+
+    out[t] = sum over j of x[t + j - k // 2, ..., j d:(j+1) d], frames outside the clip being zero. Keeps nothing.
+    """
+    return x if taps == 1 else _TemporalSum.apply(x, taps)
+
+
+def temporal_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+    """`scale * Conv3d(x)` with kernel (k, 1, 1) and zero padding, which keeps x alone.
+
+    Args:
+        x: (B, T, N, d). weight: (O, d, k, 1). bias: (O,). scale: (1,).
+
+    Returns:
+        (B, T, N, O).
+    """
+    dtype = working_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return _TemporalLinear.apply(x.to(dtype), weight, bias, scale)
+
+
+def difference_streams(x: Tensor, backward: nn.Conv2d, forward: nn.Conv2d, grid: tuple[int, int]) -> Tensor:
+    """x and the two streams of TD4V: x + backward(QuickGELU(x[t] - x[t+1])) + forward(QuickGELU(x[t] - x[t-1])).
+
+    A frame without neighbour on one side has the difference 0 there. Both convolutions run as one; x alone is kept.
+
+    Args:
+        x: (B, T, N, d). backward, forward: d -> d, 3 x 3, padding 1. grid: (H, W), N = H*W.
+    """
+    dtype = working_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        weight = torch.cat([backward.weight, forward.weight], 1)  # (d, 2*d, 3, 3)
+        return _DifferenceStreams.apply(x.to(dtype), weight, backward.bias + forward.bias, grid)
+
+
+def add_to_patches(x: Tensor, branch: Tensor) -> Tensor:
+    """Tokens (M, 1 + N, D) with `branch` (M, N, D) added to all but the first."""
+    return _AddToPatches.apply(x, branch)
+
+
+class _NormedLinear(torch.autograd.Function):
+    """See normed_linear. `kind`: layer (LayerNorm), batch (BatchNorm of this batch), running (BatchNorm in eval)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, kind: str,
+                eps: float, running_mean: Tensor | None, running_var: Tensor | None, momentum: float) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])  # (R, D)
+        if kind == "layer":
+            normed, _, rstd = layer_norm(rows, None, None, eps)  # rstd (R, 1)
+        elif kind == "batch":
+            running = running_mean, running_var
+            normed, _, rstd = torch.native_batch_norm(rows, None, None, *running, True, momentum, eps)  # rstd (D,)
+        else:
+            rstd = (running_var + eps).rsqrt()
+            normed = torch.addcmul(-running_mean * rstd, rows, rstd).to(x.dtype)
+        shift = torch.mv(weight, beta) if bias is None else torch.addmv(bias, weight, beta)
+        y = torch.addmm(shift.to(x.dtype), normed, (weight * gamma).to(x.dtype).t())
+        ctx.save_for_backward(normed, rstd, gamma, beta, weight)
+        ctx.kind = kind
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        normed, rstd, gamma, beta, weight = ctx.saved_tensors
+        shape = *dy.shape[:-1], normed.shape[-1]
+        dy = dy.reshape(-1, dy.shape[-1])  # (R, O)
+        dfolded = (dy.t() @ normed).to(weight.dtype)  # (O, D), of weight * gamma
+        dbias = dy.sum(0, dtype=weight.dtype)
+        dgamma, dbeta = (weight * dfolded).sum(0), dbias @ weight
+        dweight = torch.addr(dfolded.mul_(gamma), dbias, beta) if ctx.needs_input_grad[3] else None
+        dx = None
+        if ctx.needs_input_grad[0] and ctx.kind == "layer":
+            dx = _layer_norm_gradient(dy @ (weight * gamma).to(dy.dtype), normed, rstd).view(shape)
+        elif ctx.needs_input_grad[0]:
+            scale = gamma * rstd
+            dx = dy @ (weight * scale).to(dy.dtype)
+            if ctx.kind == "batch":
+                scale = scale / -len(dy)
+                dx.addcmul_(normed, (scale * dgamma).to(dy.dtype)).add_((scale * dbeta).to(dy.dtype))
+            dx = dx.view(shape)
+        return dx, dgamma, dbeta, dweight, dbias if ctx.needs_input_grad[4] else None, *[None] * 5
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])  # (R, O)
+        dweight = rows.t() @ F.gelu(x).reshape(len(rows), -1)
+        dx = (rows @ weight.to(dy.dtype)).view(x.shape)
+        return (torch.ops.aten.gelu_backward(dx, x), dweight.to(weight.dtype), rows.sum(0, dtype=weight.dtype))
+
+
+class _TemporalSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: int) -> Tensor:
+        ctx.taps = taps
+        return _sum_neighbours(x, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _stack_neighbours(dy, ctx.taps, -1), None
+
+
+class _TemporalLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale)
+        folded = (_flat_taps(weight) * scale).to(x.dtype)  # (O, k*d)
+        return F.linear(_stack_neighbours(x, weight.shape[2], 1), folded, (bias * scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias, scale = ctx.saved_tensors
+        taps, flat, rows = weight.shape[2], _flat_taps(weight), dy.reshape(-1, dy.shape[-1])  # rows (R, O)
+        stacked = _stack_neighbours(x, taps, 1).reshape(len(rows), -1)  # (R, k*d)
+        dflat = (rows.t() @ stacked).to(weight.dtype)
+        dbias = rows.sum(0, dtype=weight.dtype)
+        dscale = ((dflat * flat).sum() + dbias @ bias).view(1)
+        dweight = (dflat * scale).unflatten(1, (taps, -1)).transpose(1, 2).unsqueeze(-1)  # (O, d, k, 1)
+        dx = (rows @ (flat * scale).to(dy.dtype)).view(*dy.shape[:-1], -1)  # (B, T, N, k*d)
+        return _sum_neighbours(dx, taps, -1), dweight, dbias * scale, dscale
+
+
+class _DifferenceStreams(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.grid = grid
+        y = F.conv2d(_images(_streams(x), grid), weight.to(x.dtype), bias.to(x.dtype), padding=1)
+        return y.permute(0, 2, 3, 1).reshape(x.shape).add_(x)  # (B*T, d, H, W) -> (B, T, N, d)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        d = x.shape[-1]
+        dstreams, dweight, _ = torch.ops.aten.convolution_backward(
+            _images(dy, ctx.grid), _images(_streams(x), ctx.grid), weight.to(x.dtype), None,
+            [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
+        )  # fmt: skip
+        dstreams = dstreams.permute(0, 2, 3, 1).reshape(*x.shape[:-1], 2 * d)  # (B, T, N, 2*d)
+        change = (x[:, 1:] - x[:, :-1]).mul_(QUICK)
+        change = torch.ops.aten.silu_backward(dstreams[:, 1:, :, d:], change).sub_(
+            torch.ops.aten.silu_backward(dstreams[:, :-1, :, :d], change.neg())
+        )  # (B, T-1, N, d), of x[t+1] - x[t]
+        dx = dy.clone()
+        dx[:, 1:] += change
+        dx[:, :-1] -= change
+        return dx, dweight.to(weight.dtype), dy.sum((0, 1, 2), dtype=weight.dtype), None
+
+
+class _AddToPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 1:] += branch
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy[:, 1:]
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of (..., D): the result in x's dtype, and mean and 1/deviation (..., 1) in float32 at least."""
+    if weight is None and (ones := _float32_ones(x)) is not None:
+        weight, bias = ones, torch.zeros_like(ones)
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm_gradient(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient of x from that of LayerNorm's result; mean and rstd are those that `layer_norm` gave."""
+    weight = _float32_ones(x) if weight is None else weight
+    shape = x.shape[-1:]
+    return torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, None, [True, False, False])[0]
+
+
+def _layer_norm_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """The same where the normalised input was kept: as if that, of mean 0 and deviation 1, had been the input."""
+    return layer_norm_gradient(dy, normed, torch.zeros_like(rstd), torch.ones_like(rstd), None).mul_(rstd)
+
+
+def _float32_ones(x: Tensor) -> Tensor | None:
+    """A weight of ones where it is needed: on a CPU a norm without weight keeps its statistics in x's own dtype."""
+    low = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+    return torch.ones(x.shape[-1]) if low else None
+
+
+def _flat_taps(weight: Tensor) -> Tensor:
+    """(O, d, k, 1) -> (O, k*d), as `_stack_neighbours` orders them."""
+    return weight.squeeze(-1).transpose(1, 2).flatten(1)
+
+
+def _stack_neighbours(x: Tensor, taps: int, step: int) -> Tensor:
+    """out[t, ..., j d:(j+1) d] = x[t + step (j - k // 2)], 0 outside the clip: (B, T, N, d) -> (B, T, N, k*d)."""
+    if taps == 1:
+        return x
+    B, T, N, d = x.shape
+    out = x.new_zeros(B, T, N, taps, d)
+    for tap in range(taps):
+        offset = step * (tap - taps // 2)
+        low, high = max(0, -offset), min(T, T - offset)
+        if low < high:
+            out[:, low:high, :, tap] = x[:, low + offset : high + offset]
+    return out.flatten(3)
+
+
+def _sum_neighbours(x: Tensor, taps: int, step: int = 1) -> Tensor:
+    """out[t] = sum over j of x[t + step (j - k // 2), ..., j d:(j+1) d]: (B, T, N, k*d) -> (B, T, N, d)."""
+    if taps == 1:
+        return x
+    x = x.unflatten(3, (taps, -1))  # (B, T, N, k, d)
+    T, middle = x.shape[1], taps // 2
+    out = x[:, :, :, middle].clone()
+    for tap in range(taps):
+        offset = step * (tap - middle)
+        low, high = max(0, -offset), min(T, T - offset)
+        if offset and low < high:
+            out[:, low:high] += x[:, low + offset : high + offset, :, tap]
+    return out
+
+
+def _streams(x: Tensor) -> Tensor:
+    """QuickGELU of the backward and the forward differences side by side: (B, T, N, d) -> (B, T, N, 2*d)."""
+    d = x.shape[-1]
+    out = x.new_zeros(*x.shape[:-1], 2 * d)
+    change = (x[:, 1:] - x[:, :-1]).mul_(QUICK)
+    out[:, 1:, :, d:] = F.silu(change)
+    out[:, :-1, :, :d] = F.silu(change.neg_())
+    return out.div_(QUICK)
+
+
+def _images(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, T, N, d) -> (B*T, d, H, W) in channels-last memory, without a copy."""
+    return x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)
