@@ -3,8 +3,8 @@
     python -m scripts.bench_model configs/hmdb51.yaml configs/hmdb51_finetune.yaml --batch 2 --precision fp32 bf16
 
 For each configuration both models get the same random weights and the same random clips. First it is shown that they
-are the same function: logits and every tuned gradient in float32 at full size and in float64 on a small tower, and
-twenty AdamW steps on that tower. Then they are timed in turn (plain, product, plain, ...), beside a matrix product
+are the same function: logits and every tuned gradient in float64 (two clips) and in float32 (the batch), and twenty
+AdamW steps on a small tower. Then they are timed in turn (plain, product, plain, ...), beside a matrix product
 that says what the machine can do. Unequal or non-finite values are said first, and the exit code is 1.
 Does not live here: the plain models (bench_plain.py), the pair and its equality (bench_pair.py), and the account of one
 configuration alone (profile.py).
@@ -50,16 +50,18 @@ from scripts.bench_pair import (
 logger = logging.getLogger("td4v")
 
 CONFIGS = ("configs/hmdb51.yaml", "configs/hmdb51_finetune.yaml")
-# Largest |difference| over the rms of the plain value; for the curve over the plain loss.
+# Largest difference; see bench_pair.differences. In float32 a single number of a small gradient may be rounded far off:
+# with few clips the last BatchNorm takes most of what reaches it away.
 ALLOWED = {
-    "logits, full size, float32": 1e-4,
-    "inference, full size, float32": 1e-4,
-    "gradients, full size, float32": 1e-3,
-    "logits, small, float64": 1e-9,
-    "inference, small, float64": 1e-9,
-    "gradients, small, float64": 1e-9,
-    f"loss over {STEPS} steps, small, float64": 1e-8,
-    f"loss over {STEPS} steps, small, float32": 1e-3,
+    "logits, float64": 1e-9,
+    "inference, float64": 1e-9,
+    "gradients, float64": 1e-9,
+    "logits, float32": 1e-4,
+    "inference, float32": 1e-4,
+    "gradients, float32": 5e-2,
+    "gradients as one vector, float32": 1e-3,
+    f"loss over {STEPS} steps, small tower, float64": 1e-8,
+    f"loss over {STEPS} steps, small tower, float32": 1e-3,
 }
 
 
@@ -67,12 +69,12 @@ ALLOWED = {
 class Speed:
     """One precision: seconds of each repeat and the rest by "plain" and "product"."""
 
-    step: dict[str, list[float]]  # forward and backward of a training batch
+    training: dict[str, list[float]]  # forward and backward of a batch
     inference: dict[str, list[float]]  # forward in eval mode
     saved: dict[str, int]  # bytes kept for backward that grow with the batch
     casts: dict[str, int]  # bytes kept for backward of weights in another format
     peak: dict[str, int]  # bytes during a step beyond those before it
-    rate: list[float]  # FLOP/s of a square matrix product in this precision, between the repeats
+    rate: dict[str, list[float]]  # FLOP/s of a square matrix product in this precision, beside each repeat
     error: dict[str, dict[str, float]] | None  # of features and gradients against float32, rms over rms
 
 
@@ -112,17 +114,18 @@ def equality(
     config: Config, pair: Pair, device: torch.device
 ) -> tuple[dict[str, tuple[float, str]], dict[str, list[float]]]:
     """Everything of ALLOWED, and the training curves of both in float32."""
-    found = {f"{what}, full size, float32": value for what, value in differences(pair).items()}
+    found: dict[str, tuple[float, str]] = {}
     for dtype in (torch.float64, torch.float32):
         name = str(dtype).removeprefix("torch.")
+        exact = dtype == torch.float64
+        both = make_pair(config, 2, config.seed, device, dtype) if exact else pair
+        found |= {f"{what}, {name}": value for what, value in differences(both).items()}
         tiny = make_pair(small(config), 8, config.seed, device, dtype)
-        if dtype == torch.float64:
-            found |= {f"{what}, small, float64": value for what, value in differences(tiny).items()}
         curve = {who: losses(tiny, who) for who in WHO}
         errors = [abs(b - a) / abs(a) for a, b in zip(*curve.values(), strict=True)]
         worst = max(range(STEPS), key=lambda i: errors[i] if math.isfinite(errors[i]) else math.inf)
-        found[f"loss over {STEPS} steps, small, {name}"] = errors[worst], f"step {worst + 1}"
-    return found, curve
+        found[f"loss over {STEPS} steps, small tower, {name}"] = errors[worst], f"step {worst + 1}"
+    return {what: found[what] for what in ALLOWED}, curve
 
 
 def speed(pair: Pair, precision: Precision, repeats: int, exact: dict[str, dict[str, Tensor]]) -> Speed:
@@ -131,7 +134,8 @@ def speed(pair: Pair, precision: Precision, repeats: int, exact: dict[str, dict[
     if precision.dtype is not None:
         error = {who: relative_error(pair.values(who, precision), exact[who]) for who in WHO}
     dtype = precision.dtype or torch.float32
-    result = Speed({who: [] for who in WHO}, {who: [] for who in WHO}, {}, {}, {}, [], error)
+    times = {what: {who: [] for who in WHO} for what in ("training", "inference")}
+    result = Speed(**times, saved={}, casts={}, peak={}, rate={what: [] for what in times}, error=error)
     for who in WHO:
         model = pair.train().models[who]
         with precision.autocast(device):
@@ -141,16 +145,16 @@ def speed(pair: Pair, precision: Precision, repeats: int, exact: dict[str, dict[
         model.zero_grad()
         result.peak[who] = peak_bytes(lambda who=who: pair.step(who, precision), device)
         model.zero_grad()
-    for work, times in ((pair.step, result.step), (pair.infer, result.inference)):
-        pair.train(work == pair.step)
-        for repeat in tqdm(range(repeats + 1), desc=f"{precision.name} {work.__name__}", disable=None):
+    for what, work in (("training", pair.step), ("inference", pair.infer)):
+        pair.train(what == "training")
+        for repeat in tqdm(range(repeats + 1), desc=f"{precision.name} {what}", disable=None):
             for who in WHO:
                 since = _now(device)
                 work(who, precision)
                 if repeat:  # the first warms everything up
-                    times[who].append(_now(device) - since)
+                    times[what][who].append(_now(device) - since)
             if repeat:
-                result.rate.append(matrix_rate(device, dtype, repeats=1))
+                result.rate[what].append(matrix_rate(device, dtype, repeats=1))
     for model in pair.models.values():
         model.zero_grad()
     return result
@@ -194,16 +198,17 @@ def report(results: Sequence[Result]) -> str:
     ]
     for result in results:
         for name, speed in result.speed.items():
-            rate = statistics.median(speed.rate)
             for what, times, flops in (
-                ("training", speed.step, result.step_flops),
+                ("training", speed.training, result.step_flops),
                 ("inference", speed.inference, result.forward_flops),
             ):
+                rates = speed.rate[what]
                 both = [_spread([1000 * second / result.batch for second in times[who]]) for who in WHO]
-                shares = [f"{flops / statistics.median(times[who]) / rate:.0%}" for who in WHO]
+                shares = [statistics.median(flops / s / rate for s, rate in zip(times[who], rates, strict=True))
+                          for who in WHO]  # fmt: skip
                 ratio = [plain / product for plain, product in zip(times["plain"], times["product"], strict=True)]
                 cells = [result.name, name, what, *both, _spread(ratio, 2), f"{flops / result.batch / 1e9:.1f}",
-                         _spread([value / 1e9 for value in speed.rate], 0), *shares]  # fmt: skip
+                         _spread([rate / 1e9 for rate in rates], 0), *(f"{share:.0%}" for share in shares)]  # fmt: skip
                 lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

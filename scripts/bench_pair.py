@@ -9,7 +9,7 @@ Letters: B clips, T frames, D width of the features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,8 +125,8 @@ def small(config: Config) -> Config:
 
 
 def differences(pair: Pair) -> dict[str, tuple[float, str]]:
-    """Largest |difference| of logits, in training and in inference, and of gradients over the plain one's rms, and
-    where it is.
+    """Largest |difference| over the plain one's rms, and where it is: of logits, in training and in inference, and of
+    the gradient of each tuned parameter; and the rms of all gradients' difference over their rms.
 
     The gradient of a bias counts against that of its layer's weights where this is larger: some are 0 in theory (in
     front of a BatchNorm), and nothing but rounding errors.
@@ -139,12 +139,12 @@ def differences(pair: Pair) -> dict[str, tuple[float, str]]:
     for name, value in plain.items():
         scale = max(rms[name], rms.get(f"{name.removesuffix('bias')}weight", 0.0), 1e-300)
         errors[name] = (product[name] - value).abs().max().item() / scale
-    gradients = [name for name in plain if name not in ("features", "logits", "inference")]
-    worst = max(gradients, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    worst = max(_gradients(plain), key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
     return {
         "logits": (errors["logits"], "training"),
         "inference": (errors["inference"], "logits"),
         "gradients": (errors[worst], worst),
+        "gradients as one vector": (relative_error(product, plain)["gradients"], "all"),
     }
 
 
@@ -166,8 +166,11 @@ def relative_error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[s
     def norm(names: Sequence[str], value: Callable[[str], Tensor]) -> float:
         return math.sqrt(sum(value(name).double().pow(2).sum().item() for name in names))
 
-    gradients = [name for name in exact if name not in ("features", "logits")]
     return {
         what: norm(names, lambda name: found[name].double() - exact[name].double()) / norm(names, exact.__getitem__)
-        for what, names in (("features", ["features"]), ("gradients", gradients))
+        for what, names in (("features", ["features"]), ("gradients", _gradients(exact)))
     }
+
+
+def _gradients(values: Iterable[str]) -> list[str]:
+    return [name for name in values if name not in ("features", "logits", "inference")]

@@ -208,12 +208,12 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
         assert len(curve) == bench_pair.STEPS and curve[-1] < 0.7 * curve[0]  # it learns, so that equal means something
         assert set(result["speed"]) == {"fp32", "bf16"} and result["step_flops"] > result["forward_flops"] > 0
         for speed in result["speed"].values():
-            assert speed["step"]["plain"][0] > 0 and speed["rate"][0] > 0
+            assert speed["inference"]["plain"][0] > 0 and speed["rate"]["training"][0] > 0
             assert speed["saved"]["plain"] > 0 and speed["peak"]["product"] > 0
         errors = result["speed"]["bf16"]["error"]
         assert all(1e-4 < value < 0.1 for who in errors.values() for value in who.values())
-        ratio = result["speed"]["fp32"]["step"]["plain"][0] / result["speed"]["fp32"]["step"]["product"][0]
-        assert f"{ratio:.2f}" in text
+        times = result["speed"]["fp32"]["training"]
+        assert f"{times['plain'][0] / times['product'][0]:.2f}" in text
 
 
 @pytest.mark.parametrize(("wrong", "message"), [(1.7, "differ by"), (float("nan"), "differ by nan")])
