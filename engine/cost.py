@@ -242,11 +242,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_limited() -> Iterator[None]:
+def memory_limited(device: torch.device) -> Iterator[None]:
     """Let the process ask for no more memory than is free now, so that too large a batch is an error that can be
-    caught, and not the end of the process. Does nothing where the system does not tell or cannot."""
+    caught, and not the end of the process. Does nothing with a GPU, and where the system does not tell or cannot."""
     free, used = _free_memory(), _own_memory()
-    if free is None or used is None:
+    if device.type != "cpu" or free is None or used is None:
         yield
         return
     import resource  # of Unix alone

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from clip.build import build_model, parameter_report
 from configs.schema import Config, ConfigError, load_config
@@ -83,7 +83,7 @@ def measure(
             label=label, method=config.network.method_name, frames=config.data.num_segments, batch=batch,
             precision=precision.name, recompute=config.network.recompute, total=report.total, tuned=report.tuned, **flops,
         )  # fmt: skip
-        with cost.memory_limited():
+        with cost.memory_limited(device):
             row.rates = rates
             rates.append(cost.matrix_rate(device, dtype))
             for part, work in (("training", _training), ("inference", _inference)):
@@ -91,11 +91,10 @@ def measure(
                     work(row, config, device, repeats, f"{name}, {batch} clips")
                 except ValueError as error:  # a model that does not take such a batch
                     row.notes[part] = str(error)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not cost.is_out_of_memory(error):
                         raise
                     row.notes[part] = "out of memory"
-                    del error
                     logger.warning("%s, %d clips: out of memory in %s", name, batch, part)
                 _tidy(device)
         rows.append(row)
@@ -109,14 +108,15 @@ def _with_processes(row: Row, config: Config, device: torch.device, repeats: int
     logger.info(
         "%s, T = %d, %d clips on each of %d processes: time of training steps", row.label, row.frames, row.batch, number
     )
-    several = replace(row, processes=number, saved=[], held=None, beyond=None, training=[], inference=[], notes={})
+    rates = [rate * (number if device.type == "cuda" else 1) for rate in row.rates]  # of all devices
+    several = replace(
+        row, processes=number, rates=rates, saved=[], held=None, beyond=None, training=[], inference=[], notes={}
+    )
     if row.training:
         try:
             several.training = seconds_of_processes(config, row.batch, device, repeats, number)
-        except ProcessRaisedException as error:
-            several.notes["training"] = (
-                "out of memory" if "memory" in str(error) else str(error).strip().splitlines()[-1]
-            )
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            several.notes["training"] = str(error).strip().splitlines()[-1]
     else:
         several.notes = {"training": row.notes["training"]}
     return several
@@ -203,6 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_scaling(rows, options.output / "scaling.png")
     except (ConfigError, EngineError, ValueError, OSError) as error:
         logger.error("%s", error)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not cost.is_out_of_memory(error):
+            raise
+        logger.error("%s: out of memory with %d clips, before anything is timed", label, COUNTED_CLIPS)
         return 1
     print(summary(rows) + (f"\n{scaling(rows)}" if scales else ""), end="")
     files = ["profile.md", "profile.json", "saved_bytes.png", *(["scaling.png"] if scales else [])]

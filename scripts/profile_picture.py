@@ -94,7 +94,7 @@ def _bars(axes: Axes, table: dict[str, dict[int | str, float]], places: Sequence
 
 def draw_scaling(rows: Sequence[Row], path: Path) -> None:
     """Time and memory of a clip against T, or against the clips of a batch where there is one T; one line a
-    configuration, dashes and markers by the other one. The dotted lines grow in proportion."""
+    configuration, dashes and markers by the other one. Faint dots go on in proportion to T."""
     over_frames = len({row.frames for row in rows}) > 1
     panels: dict[str, Callable[[Row], float | None]] = {
         "training, ms a clip": lambda row: milliseconds(row, "training"),
@@ -113,9 +113,9 @@ def draw_scaling(rows: Sequence[Row], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True) if points else ((), ()), color=style["color"],
                           linestyle=("-", "--", "-.", ":")[place % 4], marker="osD^v"[place % 5], markersize=4.5,
                           linewidth=1.5, label=_series_name(label, other, over_frames, len(others)))  # fmt: skip
-        _proportional(axes, sorted({_place(row, over_frames) for row in rows}))
+        _scale(axes, sorted({_place(row, over_frames) for row in rows}), over_frames)
         axes.set_title(name, fontsize=10.5)
-        axes.set_xlabel("T, frames a clip" if over_frames else "clips a batch")
+        axes.set_xlabel("T, frames a clip (faint dots: in proportion to T)" if over_frames else "clips a batch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, names = figure.axes[0].get_legend_handles_labels()
@@ -138,8 +138,8 @@ def _series_name(label: str, other: tuple[int, int], over_frames: bool, number: 
     return text.replace("$", r"\$") + (f", {processes} processes" if processes > 1 else "")
 
 
-def _proportional(axes: Axes, places: Sequence[int]) -> None:
-    """Axes from 0 with the measured places, and dotted lines that grow as the places do."""
+def _scale(axes: Axes, places: Sequence[int], proportional: bool) -> None:
+    """Axes from 0 with the measured places, and dots that grow as the places do."""
     axes.set_xlim(0, 1.05 * places[-1])
     axes.set_xticks(places)
     drawn = [line for line in axes.lines if len(line.get_ydata())]
@@ -148,7 +148,7 @@ def _proportional(axes: Axes, places: Sequence[int]) -> None:
         axes.text(0.5, 0.5, "nothing measured", ha="center", transform=axes.transAxes, color="gray")
         return
     top = 1.08 * max(max(line.get_ydata()) for line in drawn)
-    for line in drawn:
+    for line in drawn if proportional else ():
         slope = line.get_ydata()[0] / line.get_xdata()[0]
         axes.plot(
             [0, places[-1]], [0, slope * places[-1]], color=line.get_color(), linestyle=":", linewidth=0.9, alpha=0.5

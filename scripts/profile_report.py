@@ -27,7 +27,7 @@ Peak: of tensors in one training step (forward, backward, optimizer); "standing"
 the batch, which live all the time. On a GPU by torch's allocator, on a CPU by torch.profiler's note of every allocation.
 Clips/s: median of the repeats (lowest to highest). MFU: GFLOPs a clip x median clips/s over the rate of a square matrix
 product in the same number format, the best of those measured in between.
-Weights are random (network.init false), the video too; BatchNorm is in training mode in training.
+Clips are those of one batch of one process. Weights are random (network.init false), the video too; BatchNorm is in training mode in training.
 """
 
 
@@ -112,7 +112,14 @@ def summary(rows: Sequence[Row]) -> str:
     reasons = list(dict.fromkeys(note for row in rows for note in row.notes.values()))
     signs = {note: f"({place})" for place, note in enumerate(reasons, start=1)}
     below = "".join(f"\n{sign} {note}\n" for note, sign in signs.items())
-    return as_table([_line(row, signs) for row in rows]) + below
+    return as_table(_without_single([_line(row, signs) for row in rows])) + below
+
+
+def _without_single(lines: list[dict[str, str | None]]) -> list[dict[str, str | None]]:
+    """The number of processes is told only where there are several."""
+    if all(line["processes"] == "1" for line in lines):
+        return [line | {"processes": None} for line in lines]
+    return lines
 
 
 def _line(row: Row, signs: dict[str, str]) -> dict[str, str | None]:
@@ -120,7 +127,7 @@ def _line(row: Row, signs: dict[str, str]) -> dict[str, str | None]:
     return {
         "configuration": row.label,
         "precision": row.precision,
-        "processes": str(row.processes) if row.processes > 1 else None,
+        "processes": str(row.processes),
         "T": str(row.frames),
         "clips": str(row.batch),
         "parameters, M": number(row.total / 1e6),
@@ -153,7 +160,7 @@ def scaling(rows: Sequence[Row]) -> str:
         lines.append(
             {
                 "configuration": row.label,
-                "processes": str(row.processes) if row.processes > 1 else None,
+                "processes": str(row.processes),
                 "clips": str(row.batch),
                 "T": str(row.frames),
                 **{f"{part}, ms a clip": _milliseconds(row, part) for part in PARTS},
@@ -166,7 +173,7 @@ def scaling(rows: Sequence[Row]) -> str:
                 "": None if not row.notes else ", ".join(f"no {part}" for part in row.notes),
             }
         )  # fmt: skip
-    return as_table(lines)
+    return as_table(_without_single(lines))
 
 
 def _series(row: Row) -> tuple[str, int, int]:
