@@ -70,9 +70,7 @@ class VisionTower(nn.Module):
         self.patch_size = visual.patch_size[0]
         self.grid = visual.grid_size
         self.image_size = visual.image_size
-        self._frozen: dict[
-            tuple[int, torch.dtype], tuple[Any, FrozenBlock]
-        ] = {}  # by block and dtype, with their state
+        self._frozen: dict[torch.dtype, tuple[Any, list[FrozenBlock | None]]] = {}  # and what each list was made of
         self.train(False)
 
     def train(self, mode: bool = True) -> VisionTower:
@@ -87,8 +85,9 @@ class VisionTower(nn.Module):
         """Pixels by patch: (M, 3, height, width) -> (M, N, 3*P*P), in autocast's dtype where that is on."""
         if tuple(images.shape[-2:]) != tuple(self.image_size):
             raise ValueError(f"the tower was built for {self.image_size} pixels and got {tuple(images.shape[-2:])}")
-        (H, W), P = self.grid, self.patch_size
-        patches = images.to(working_dtype(images)).unflatten(3, (W, P)).unflatten(2, (H, P))  # (M, 3, H, P, W, P)
+        (H, W), P, dtype = self.grid, self.patch_size, working_dtype(images)
+        self.prepare(dtype)
+        patches = images.to(dtype).unflatten(3, (W, P)).unflatten(2, (H, P))  # (M, 3, H, P, W, P)
         return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images), H * W, -1)
 
     def embed(self, patches: Tensor) -> Tensor:
@@ -143,18 +142,21 @@ class VisionTower(nn.Module):
             x = self.transform(index, self.attend(index, x))
         return x
 
-    def _block(self, index: int, dtype: torch.dtype) -> FrozenBlock | None:
-        """The block's weights in `dtype`, made anew where they have changed; None if it must run as it was written."""
-        block = self.blocks[index]
-        if not _is_plain(block):
-            return None
-        state = tuple((parameter.data_ptr(), parameter._version) for parameter in block.parameters())
-        known, frozen = self._frozen.get((index, dtype), (None, None))
-        if known != state:
+    @torch.compiler.disable
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Have the frozen blocks' weights in `dtype`, anew where they have changed; each pass begins with this."""
+        plain = [block if _is_plain(block) else None for block in self.blocks]
+        state = [(p.data_ptr(), p._version) for block in plain if block is not None for p in block.parameters()]
+        if self._frozen.get(dtype, (None,))[0] != (len(plain), state):
             with torch.inference_mode(False), torch.no_grad():  # an evaluation's copies must serve training too
-                frozen = FrozenBlock.of(block, dtype, self.quick_gelu)
-            self._frozen[index, dtype] = state, frozen
-        return frozen
+                of = [block and FrozenBlock.of(block, dtype, self.quick_gelu) for block in plain]
+            self._frozen[dtype] = (len(plain), state), of
+
+    def _block(self, index: int, dtype: torch.dtype) -> FrozenBlock | None:
+        """The block's weights in `dtype`; None if it must run as open_clip wrote it."""
+        if dtype not in self._frozen:
+            self.prepare(dtype)
+        return self._frozen[dtype][1][index]
 
 
 def _is_plain(block: nn.Module) -> bool:

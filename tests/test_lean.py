@@ -127,19 +127,19 @@ def test_frozen_block_is_open_clips(quick_gelu):
 
 
 def test_frozen_weights_follow_changes_and_evaluations():
-    tower = build_custom_tower(16, 1, 2, 8, 16)
-    x = torch.randn(2, 5, 16)
+    tower, images = build_custom_tower(16, 2, 2, 8, 16), torch.randn(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
-            first = tower.attend(0, x).clone()
-        y = x.clone().requires_grad_()
-        again = tower.transform(0, tower.attend(0, y))
-        again.float().sum().backward()
-        assert first.dtype == again.dtype == torch.bfloat16
+            first = tower(images).clone()
+        x = tower.embed(tower.patchify(images)).requires_grad_()
+        tower.transform(0, tower.attend(0, x)).float().sum().backward()  # not on what an evaluation had made
         with torch.no_grad():
-            tower.blocks[0].attn.out_proj.bias.add_(1)
-        torch.testing.assert_close(tower.attend(0, x).float(), first.float() + 1, atol=0.05, rtol=0.02)
-    torch.testing.assert_close(again.float(), tower.blocks[0](x) - 0, atol=2.0, rtol=0)  # near, moved by that 1
+            tower.blocks[1].mlp.c_proj.bias.add_(1)
+        moved = tower(images)
+        torch.testing.assert_close(moved.float(), first.float() + 1, atol=0.05, rtol=0.02)
+        tower.blocks.requires_grad_(True)
+        assert tower(images).requires_grad  # tuned now, so no longer run as frozen
+    assert first.dtype == moved.dtype == torch.bfloat16
 
 
 def small(method, recompute=False, **options):
