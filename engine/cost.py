@@ -189,7 +189,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its remarks that there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as noted:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as noted:
         work()
     events = [event for event in noted.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0

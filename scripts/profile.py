@@ -223,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="A configuration is a file, with overrides if need be: configs/hmdb51.yaml+network.recompute=true; without "
         "the file, +network.recompute=true, it is the first one's. Weights and video are random.",
     )
-    whole, several = _positive, {"type": _positive, "nargs": "+"}
+    whole, several = positive_number, {"type": positive_number, "nargs": "+"}
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
     parser.add_argument(
         "--compare", nargs="+", action="extend", default=[], metavar="CONFIG", help="others to measure in the same run"
@@ -258,7 +258,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _positive(text: str) -> int:
+def positive_number(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError

@@ -27,7 +27,8 @@ Peak: of tensors in one training step (forward, backward, optimizer); "standing"
 the batch, which live all the time. On a GPU by torch's allocator, on a CPU by torch.profiler's note of every allocation.
 Clips/s: median of the repeats (lowest to highest). MFU: GFLOPs a clip x median clips/s over the rate of a square matrix
 product in the same number format, the best of those measured in between.
-Clips are those of one batch of one process. Weights are random (network.init false), the video too; BatchNorm is in training mode in training.
+With solver.compile GFLOPs and saved bytes are the eager model's, the rest the compiled one's. Clips are those of one
+batch of one process. Weights are random (network.init false), the video too; BatchNorm is in training mode in training.
 """
 
 
