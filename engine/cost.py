@@ -116,6 +116,7 @@ def _kept(
     kept: dict[Address, tuple[str, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # with its graph, which holds what is returned here, it would hold itself for ever
         if _address(tensor) not in own and tensor.untyped_storage().nbytes():
             kept.setdefault(_address(tensor), (running[-1], tensor))
         return tensor
