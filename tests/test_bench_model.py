@@ -216,7 +216,10 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
         assert f"{times['plain'][0] / times['product'][0]:.2f}" in text
 
 
-@pytest.mark.parametrize(("wrong", "message"), [(1.7, "differ by"), (float("nan"), "differ by nan")])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [(1.7, "differ by"), pytest.param(float("nan"), "differ by nan", marks=pytest.mark.slow)],
+)
 def test_unequal_models_are_said_first(tiny, tmp_path, capsys, caplog, monkeypatch, wrong, message):
     monkeypatch.setattr(bench_plain.QuickGELU, "forward", lambda self, x: x * torch.sigmoid(wrong * x))
     monkeypatch.setattr(bench_model, "matrix_rate", lambda *_, **__: 1e9)

@@ -263,6 +263,7 @@ def test_model_flops_leave_recomputation_out(command, tmp_path: Path) -> None:
     assert again["saved_bytes_a_clip"] < plain["saved_bytes_a_clip"] / 2
 
 
+@pytest.mark.slow
 def test_two_processes(command, tmp_path: Path) -> None:
     assert command("--set", "network.method=linear_probe", "--processes", "2") == 0
     alone, both = json.loads((tmp_path / "out" / "profile.json").read_text())["rows"]
