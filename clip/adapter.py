@@ -58,6 +58,6 @@ class TD4V(nn.Module):
         if T < 2:
             raise ValueError(f"TD4V takes differences of neighbouring frames and got {T} frame")
         x = x.reshape(B, T, H * W, D)
-        x = self.down(x, self.norm)  # (B, T, N, d)
+        x = self.down.behind(self.norm, x)  # (B, T, N, d)
         x = difference_streams(x, self.conv_backward, self.conv_forward, (H, W))
-        return self.up(x, scale=self.scale).view(B, T, H, W, D)
+        return self.up(x, self.scale).view(B, T, H, W, D)

@@ -21,11 +21,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPVisionCfg, resize_pos_embed
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from clip.frozen import FrozenBlock
-from clip.lean import working_dtype
+from clip.lean import as_is, working_dtype
 
 logger = logging.getLogger("td4v")
 
@@ -70,7 +70,7 @@ class VisionTower(nn.Module):
         self.patch_size = visual.patch_size[0]
         self.grid = visual.grid_size
         self.image_size = visual.image_size
-        self._frozen: dict[torch.dtype, tuple[Any, list[FrozenBlock | None]]] = {}  # and what each list was made of
+        self._low: dict[int, tuple[torch.dtype, Any, FrozenBlock]] = {}  # blocks in autocast's dtype, and made of what
         self.train(False)
 
     def train(self, mode: bool = True) -> VisionTower:
@@ -93,11 +93,10 @@ class VisionTower(nn.Module):
     def embed(self, patches: Tensor) -> Tensor:
         """Class token, positions, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
         visual, dtype = self.visual, patches.dtype
-        with torch.autocast(patches.device.type, enabled=False):
-            x = F.linear(patches, visual.conv1.weight.flatten(1).to(dtype)).to(
-                visual.class_embedding.dtype
-            )  # (M, N, D)
-            x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+        with as_is(patches):
+            x = F.linear(patches, visual.conv1.weight.flatten(1).to(dtype))  # (M, N, D)
+            token = visual.class_embedding.expand(len(x), 1, -1)
+            x = torch.cat([token, x.to(token.dtype)], 1) + visual.positional_embedding
             return visual.ln_pre(x).to(dtype)
 
     def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
@@ -107,7 +106,7 @@ class VisionTower(nn.Module):
         """
         x = x.to(working_dtype(x))
         if (frozen := self._block(index, x.dtype)) is not None:
-            with torch.autocast(x.device.type, enabled=False):
+            with as_is(x):
                 return frozen.attend(x, queries)
         block = self.blocks[index]
         y = block.ln_1(x)
@@ -121,7 +120,7 @@ class VisionTower(nn.Module):
         """The MLP half of block `index`, with its residual: (M, L, D) -> the same."""
         x = x.to(working_dtype(x))
         if (frozen := self._block(index, x.dtype)) is not None:
-            with torch.autocast(x.device.type, enabled=False):
+            with as_is(x):
                 return frozen.transform(x)
         block = self.blocks[index]
         return x + block.ls_2(block.mlp(block.ln_2(x)))
@@ -144,29 +143,51 @@ class VisionTower(nn.Module):
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> None:
-        """Have the frozen blocks' weights in `dtype`, anew where they have changed; each pass begins with this."""
-        plain = [block if _is_plain(block) else None for block in self.blocks]
-        state = [(p.data_ptr(), p._version) for block in plain if block is not None for p in block.parameters()]
-        if self._frozen.get(dtype, (None,))[0] != (len(plain), state):
+        """Have the plain blocks' weights in `dtype`, anew where they have changed; `patchify` begins a pass with it.
+
+        Changes through `.data`, which leave no mark, are not seen.
+        """
+        for index, block in enumerate(self.blocks):
+            if _is_plain(block) and block.ln_1.weight.dtype != dtype:
+                self._refresh(index, dtype)
+
+    def _refresh(self, index: int, dtype: torch.dtype) -> None:
+        block = self.blocks[index]
+        marks = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
+        if index not in self._low or self._low[index][:2] != (dtype, marks):
             with torch.inference_mode(False), torch.no_grad():  # an evaluation's copies must serve training too
-                of = [block and FrozenBlock.of(block, dtype, self.quick_gelu) for block in plain]
-            self._frozen[dtype] = (len(plain), state), of
+                self._low[index] = dtype, marks, FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU)
 
     def _block(self, index: int, dtype: torch.dtype) -> FrozenBlock | None:
         """The block's weights in `dtype`; None if it must run as open_clip wrote it."""
-        if dtype not in self._frozen:
-            self.prepare(dtype)
-        return self._frozen[dtype][1][index]
+        block = self.blocks[index]
+        if not _is_plain(block):
+            return None
+        if block.ln_1.weight.dtype == dtype:
+            return FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU)
+        if not torch.compiler.is_compiling():
+            self._refresh(index, dtype)
+        return self._low[index][2]
+
+    def _apply(self, *arguments: Any, **options: Any) -> VisionTower:
+        self._low.clear()  # weights that moved must not hold on to copies where they were
+        return super()._apply(*arguments, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_low": {}}
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is open_clip's usual one, without layer scale, and nothing in it is tuned."""
+    """Whether a block is open_clip's usual one, without layer scale, with nothing in it tuned, replaced or watched."""
     return (
         type(block) is ResidualAttentionBlock
         and type(block.ls_1) is nn.Identity
         and type(block.attn) is nn.MultiheadAttention
-        and type(block.mlp.gelu) in (QuickGELU, nn.GELU)
+        and {type(block.ln_1), type(block.ln_2)} <= {nn.LayerNorm, LayerNorm, LayerNormFp32}
+        and type(block.mlp.c_fc) is type(block.mlp.c_proj) is nn.Linear
+        and (type(block.mlp.gelu) is QuickGELU or getattr(block.mlp.gelu, "approximate", None) == "none")
         and not any(parameter.requires_grad for parameter in block.parameters())
+        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
     )
 
 

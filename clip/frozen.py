@@ -45,8 +45,11 @@ class FrozenBlock:
     def of(cls, block: nn.Module, dtype: torch.dtype, quick: bool) -> FrozenBlock:
         """The weights as they are, or, in another dtype than theirs, folded and cast copies.
 
+        They must not change between a forward pass and its backward pass.
+
         Args:
-            block: open_clip's ResidualAttentionBlock, without layer scale. quick: whether its activation is QuickGELU.
+            block: open_clip's ResidualAttentionBlock, without layer scale. quick: whether its activation is QuickGELU,
+                not the exact GELU.
         """
         attn, mlp, norms = block.attn, block.mlp, (block.ln_1, block.ln_2)
         pairs = [(attn.in_proj_weight, attn.in_proj_bias), (attn.out_proj.weight, attn.out_proj.bias),
@@ -88,7 +91,7 @@ def _frozen_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """F.linear with a constant weight, which autograd would keep as if it were a tensor of this pass."""
+    """F.linear with a constant weight (O, D), which autograd would keep as if it were a tensor of this pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -103,6 +106,8 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _FrozenNorm(torch.autograd.Function):
+    """LayerNorm with a constant affine part: (..., D) -> the same, keeping x and its statistics."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, affine: tuple[Tensor | None, Tensor | None], eps: float) -> Tensor:
         y, mean, rstd = layer_norm(x, *affine, eps)
@@ -117,7 +122,7 @@ class _FrozenNorm(torch.autograd.Function):
 
 
 class _FrozenMlp(torch.autograd.Function):
-    """x + W2 act(W1 norm(x) + b1) + b2, which keeps x and the activation's input."""
+    """x + W2 act(W1 norm(x) + b1) + b2: (M, L, D) -> the same, keeping x and the activation's input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: FrozenBlock) -> Tensor:

@@ -1,4 +1,4 @@
-"""Small layers shared by the methods: activations, the temporal projection, attention, the token shift, recomputation.
+"""Small layers shared by the methods: the temporal projection, attention, the token shift, recomputation.
 
 Lives here: what is neither a method nor the TD4V module and has no state beyond its own weights.
 Does not live here: TD4V (adapter.py), the frozen tower (backbone.py), anything that reads a configuration.
@@ -9,7 +9,7 @@ Letters: B clips, T frames, N patch tokens a frame, D width, d reduced width.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip.lean import gelu_linear, normed_linear, temporal_linear, temporal_sum
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP (openai/CLIP clip/model.py, QuickGELU)."""
-    return x * torch.sigmoid(1.702 * x)
 
 
 def token_shift(token: Tensor) -> Tensor:
@@ -53,6 +48,7 @@ def over_tokens(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x.flatten(0, -2)).view(x.shape)  # (M, D) -> (..., D)
 
 
+@torch.compiler.disable
 def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """`function(*inputs)`, of which only the inputs are kept for the backward pass, which runs it again.
 
@@ -60,57 +56,61 @@ def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -
         part: the module whose BatchNorms the function goes through: their running statistics move once, not twice.
         function: without random numbers.
     """
+    return checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False,
+        context_fn=lambda: (contextlib.nullcontext(), _SameNorms(part)),
+    )  # fmt: skip
 
-    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), _still_statistics(part)
 
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+class _SameNorms(contextlib.AbstractContextManager):
+    """While it is entered, the BatchNorms of `part` are in the mode they are in now, and what they count is thrown away."""
 
+    def __init__(self, part: nn.Module):
+        self.modes = {norm: norm.training for norm in part.modules() if isinstance(norm, _BatchNorm)}
+        self.former: list[tuple[nn.Module, bool, dict[str, Tensor | None]]] = []
 
-@contextlib.contextmanager
-def _still_statistics(part: nn.Module) -> Iterator[None]:
-    norms = [norm for norm in part.modules() if isinstance(norm, _BatchNorm) and norm.training]
-    former = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, former, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+    def __enter__(self) -> None:
+        for norm, mode in self.modes.items():
+            self.former.append((norm, norm.training, dict(norm._buffers)))
+            norm.training = mode
+            if mode:
+                norm._buffers.update({name: x if x is None else x.clone() for name, x in norm._buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        while self.former:
+            norm, norm.training, buffers = self.former.pop()
+            norm._buffers.update(buffers)
 
 
 class TemporalProjection(nn.Conv2d):
-    """A convolution over time that sees one patch: nn.Conv3d(kernel (k, 1, 1)) for tokens.
+    """A convolution over time that sees one patch, nn.Conv3d(kernel (k, 1, 1)) for tokens, with what stands beside it.
 
     Args:
         in_width, out_width: channels.
         kernel: frames seen, odd; zero padding keeps T.
 
     Shape: (B, T, N, in_width) -> (B, T, N, out_width).
-
-    With `norm`, a BatchNorm1d over in_width, the input goes through that first; with `scale` (1,) the result is
-    multiplied by it.
     """
 
     def __init__(self, in_width: int, out_width: int, kernel: int):
         super().__init__(in_width, out_width, kernel_size=(kernel, 1), padding=(kernel // 2, 0))
 
-    def forward(self, x: Tensor, norm: nn.BatchNorm1d | None = None, scale: Tensor | None = None) -> Tensor:
-        if norm is None:
-            return temporal_linear(x, self.weight, self.bias, self.bias.new_ones(1) if scale is None else scale)
-        taps = self.kernel_size[0]
-        products = normed_linear(x, norm, self.weight.squeeze(-1).permute(2, 0, 1).flatten(0, 1), None)  # (B,T,N,k*d)
-        x = temporal_sum(products, taps) + self.bias.to(products.dtype)
-        return x if scale is None else x * scale.to(x.dtype)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The convolution, times `scale` (1,)."""
+        return temporal_linear(x, self.weight, self.bias, scale)
+
+    def behind(self, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+        """The convolution of `norm(x)`."""
+        weight = self.weight.squeeze(-1).permute(2, 0, 1).flatten(0, 1)  # (O, D, k, 1) -> (k*O, D)
+        products = normed_linear(x, norm, weight, None)  # (B, T, N, k*O)
+        return temporal_sum(products, self.kernel_size[0]) + self.bias.to(products.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head attention inside a frame, in which some leading tokens are only looked at.
 
-    The first `context` tokens give keys and values but no query. Weights as in nn.MultiheadAttention. With `norm`, a
-    LayerNorm over D, the tokens go through that first.
+    The first `context` tokens give keys and values but no query. Weights as in nn.MultiheadAttention; the tokens go
+    through `norm` first.
 
     Args:
         width: D. heads: must divide D.
@@ -126,21 +126,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: int = 0, norm: nn.LayerNorm | None = None) -> Tensor:
-        qkv = self.qkv(x) if norm is None else normed_linear(x, norm, self.qkv.weight, self.qkv.bias)
+    def forward(self, x: Tensor, norm: nn.Module, context: int = 0) -> Tensor:
+        qkv = normed_linear(x, norm, self.qkv.weight, self.qkv.bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (M, L, heads, head width)
         y = F.scaled_dot_product_attention(q[:, context:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(y.transpose(1, 2).flatten(2))  # (M, heads, N, head width) -> (M, N, D)
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear; with `norm`, a norm over D, behind that. Shape: (..., D) -> (..., D)."""
+    """Linear, exact GELU, Linear, behind a norm over D. Shape: (..., D) -> (..., D)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        hidden = self.fc1(x) if norm is None else normed_linear(x, norm, self.fc1.weight, self.fc1.bias)
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        hidden = normed_linear(x, norm, self.fc1.weight, self.fc1.bias)  # (..., hidden)
         return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)

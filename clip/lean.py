@@ -7,13 +7,14 @@ The results are those of the plain layers up to rounding.
 Lives here: those functions and their gradients. They have no state. Does not live here: any parameter or layer.
 
 All compute in autocast's dtype where autocast is on, else in the dtype of their input; statistics of norms are float32
-at least. A gradient of a gradient is not defined.
+at least. A gradient of a gradient is not defined. Hooks on the layers whose weights come here do not fire.
 
 Letters: R rows (all clips, frames, patches), B clips, T frames, N patches, D and O widths, d reduced width, k taps.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -27,31 +28,39 @@ QUICK = 1.702  # QuickGELU(x) = x * sigmoid(1.702 x) = SiLU(1.702 x) / 1.702
 def working_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where autocast is on and would touch `x`, else that of `x`."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    known = torch.amp.is_autocast_available(kind) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if known and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
-def normed_linear(x: Tensor, norm: nn.LayerNorm | nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+def as_is(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which autocast leaves tensors on x's device alone."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def normed_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear(norm(x), weight, bias)` that keeps the normalised x, once.
 
-    The norm's affine part goes into the weight, so that its gradients, and the sums that the gradient of a BatchNorm
-    needs, come from the product that the weight's gradient is made of.
+    The norm's affine part goes into the weight, so that its gradients come from the product that the weight's gradient
+    is made of.
 
     Args:
-        x: (..., D). norm: nn.LayerNorm or nn.BatchNorm1d over D, both with affine parameters; a BatchNorm of another
-            kind (a synchronised one) is called as it is, and then the linear layer keeps its own input.
+        x: (..., D). norm: nn.LayerNorm or nn.BatchNorm1d over D with affine parameters and running statistics; any
+            other (a synchronised one, say) is called as it is, on (R, D), and then the linear layer keeps its own input.
         weight: (O, D). bias: (O,) or None.
 
     Returns:
         (..., O).
     """
     dtype = working_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_is(x):
         x = x.to(dtype)
-        if isinstance(norm, nn.LayerNorm):
+        if type(norm) is nn.LayerNorm and norm.bias is not None:
             return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, "layer", norm.eps, None, None, 0.0)
-        if type(norm) is not nn.BatchNorm1d or norm.momentum is None or norm.running_mean is None:
+        fits = type(norm) is nn.BatchNorm1d and norm.affine and norm.running_mean is not None
+        if not fits or norm.momentum is None:
             normed = norm(x.flatten(0, -2)).view(x.shape)  # (R, D) -> (..., D)
             return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
         if norm.training:
@@ -63,7 +72,7 @@ def normed_linear(x: Tensor, norm: nn.LayerNorm | nn.Module, weight: Tensor, bia
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear(F.gelu(x), weight, bias)` that keeps x alone: (..., D) -> (..., O)."""
     dtype = working_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_is(x):
         return _GeluLinear.apply(x.to(dtype), weight, bias)
 
 
@@ -85,7 +94,7 @@ def temporal_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> T
         (B, T, N, O).
     """
     dtype = working_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_is(x):
         return _TemporalLinear.apply(x.to(dtype), weight, bias, scale)
 
 
@@ -98,7 +107,7 @@ def difference_streams(x: Tensor, backward: nn.Conv2d, forward: nn.Conv2d, grid:
         x: (B, T, N, d). backward, forward: d -> d, 3 x 3, padding 1. grid: (H, W), N = H*W.
     """
     dtype = working_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with as_is(x):
         weight = torch.cat([backward.weight, forward.weight], 1)  # (d, 2*d, 3, 3)
         return _DifferenceStreams.apply(x.to(dtype), weight, backward.bias + forward.bias, grid)
 
@@ -141,18 +150,16 @@ class _NormedLinear(torch.autograd.Function):
         dweight = torch.addr(dfolded.mul_(gamma), dbias, beta) if ctx.needs_input_grad[3] else None
         dx = None
         if ctx.needs_input_grad[0] and ctx.kind == "layer":
-            dx = _layer_norm_gradient(dy @ (weight * gamma).to(dy.dtype), normed, rstd).view(shape)
+            dx = _layer_gradient(dy @ (weight * gamma).to(dy.dtype), normed, rstd).view(shape)
         elif ctx.needs_input_grad[0]:
-            scale = gamma * rstd
-            dx = dy @ (weight * scale).to(dy.dtype)
-            if ctx.kind == "batch":
-                scale = scale / -len(dy)
-                dx.addcmul_(normed, (scale * dgamma).to(dy.dtype)).add_((scale * dbeta).to(dy.dtype))
-            dx = dx.view(shape)
+            dx = dy @ (weight * (gamma * rstd)).to(dy.dtype)  # times rstd already, which is constant for a channel
+            dx = (_batch_gradient(dx, normed, rstd) if ctx.kind == "batch" else dx).view(shape)
         return dx, dgamma, dbeta, dweight, dbias if ctx.needs_input_grad[4] else None, *[None] * 5
 
 
 class _GeluLinear(torch.autograd.Function):
+    """See gelu_linear."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -169,6 +176,8 @@ class _GeluLinear(torch.autograd.Function):
 
 
 class _TemporalSum(torch.autograd.Function):
+    """See temporal_sum."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: int) -> Tensor:
         ctx.taps = taps
@@ -181,6 +190,8 @@ class _TemporalSum(torch.autograd.Function):
 
 
 class _TemporalLinear(torch.autograd.Function):
+    """See temporal_linear."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias, scale)
@@ -196,12 +207,14 @@ class _TemporalLinear(torch.autograd.Function):
         dflat = (rows.t() @ stacked).to(weight.dtype)
         dbias = rows.sum(0, dtype=weight.dtype)
         dscale = ((dflat * flat).sum() + dbias @ bias).view(1)
-        dweight = (dflat * scale).unflatten(1, (taps, -1)).transpose(1, 2).unsqueeze(-1)  # (O, d, k, 1)
+        dweight = (dflat * scale).unflatten(1, (taps, -1)).transpose(1, 2).contiguous().unsqueeze(-1)  # (O, d, k, 1)
         dx = (rows @ (flat * scale).to(dy.dtype)).view(*dy.shape[:-1], -1)  # (B, T, N, k*d)
         return _sum_neighbours(dx, taps, -1), dweight, dbias * scale, dscale
 
 
 class _DifferenceStreams(torch.autograd.Function):
+    """See difference_streams."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -230,6 +243,8 @@ class _DifferenceStreams(torch.autograd.Function):
 
 
 class _AddToPatches(torch.autograd.Function):
+    """See add_to_patches."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor) -> Tensor:
         y = x.clone()
@@ -256,8 +271,18 @@ def layer_norm_gradient(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weigh
     return torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, None, [True, False, False])[0]
 
 
-def _layer_norm_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """The same where the normalised input was kept: as if that, of mean 0 and deviation 1, had been the input."""
+def _batch_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient through a BatchNorm's statistics, (R, D) both.
+
+    From what `dy` is after rounding, with sums in float32: an error of the mean would be the same in all rows.
+    """
+    one, zero = torch.ones_like(rstd), torch.zeros_like(rstd)
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(dy, normed, one, zero, one, zero, one, True, 0.0, [True, False, False])[0]
+
+
+def _layer_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """As layer_norm_gradient, from the normalised input: as if that, of mean 0 and deviation 1, had been the input."""
     return layer_norm_gradient(dy, normed, torch.zeros_like(rstd), torch.ones_like(rstd), None).mul_(rstd)
 
 
@@ -312,5 +337,5 @@ def _streams(x: Tensor) -> Tensor:
 
 
 def _images(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, T, N, d) -> (B*T, d, H, W) in channels-last memory, without a copy."""
+    """(B, T, N, d) -> (B*T, d, H, W) in channels-last memory, without a copy where x is contiguous."""
     return x.reshape(-1, *grid, x.shape[-1]).permute(0, 3, 1, 2)

@@ -66,7 +66,7 @@ class SideBlock(nn.Module):
             token = token_shift(token) if self.shift else token
             tokens = torch.cat([token.unsqueeze(2).to(side.dtype), tokens], 2)  # (B, T, 1 + N, n)
         context = int(token is not None)
-        side = side + self.attn(tokens.flatten(0, 1), context, self.norm_attn).view(side.shape)
+        side = side + self.attn(tokens.flatten(0, 1), self.norm_attn, context).view(side.shape)
         return side + self.mlp(side, self.norm_mlp)
 
 
@@ -85,8 +85,9 @@ class Stem(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.conv.weight.transpose(1, 2).flatten(2)  # (n, k, 3*P*P)
-        products = F.linear(patches.flatten(2, 3), weight.transpose(0, 1).flatten(0, 1))  # (B, T, N, k*n)
-        x = temporal_sum(products, weight.shape[1]) + self.conv.bias.to(products.dtype)
+        weight = weight.transpose(0, 1)  # (k, n, 3*P*P)
+        products = F.linear(patches.flatten(2, 3), weight.flatten(0, 1))  # (B, T, N, k*n)
+        x = temporal_sum(products, len(weight)) + self.conv.bias.to(products.dtype)
         return over_tokens(self.norm, x.view(*patches.shape[:-1], -1))
 
 

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 from clip.adapter import TD4V
-from clip.layers import Attention, TemporalProjection, over_tokens, quick_gelu, token_shift
+from clip.layers import Attention, TemporalProjection, over_tokens, token_shift
+
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 def plain_td4v(module: TD4V, x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +104,9 @@ def test_attention_is_multihead_attention():
     theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
                             "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})  # fmt: skip
     x = torch.randn(3, 7, 32, dtype=torch.float64)
-    torch.testing.assert_close(ours(x, context=2), theirs(x[:, 2:], x, x, need_weights=False)[0])
+    norm = nn.LayerNorm(32).double()
+    y = norm(x)
+    torch.testing.assert_close(ours(x, norm, context=2), theirs(y[:, 2:], y, y, need_weights=False)[0])
     with pytest.raises(ValueError, match="not divisible"):
         Attention(30, 4)
 
@@ -112,4 +118,4 @@ def test_temporal_projection_is_conv3d(kernel):
     expected = nn.functional.conv3d(
         x.permute(0, 3, 1, 2)[..., None], layer.weight[..., None], layer.bias, padding=(kernel // 2, 0, 0)
     )
-    torch.testing.assert_close(layer(x), expected[..., 0].permute(0, 2, 3, 1))
+    torch.testing.assert_close(layer(x, torch.full((1,), 2.0)), 2 * expected[..., 0].permute(0, 2, 3, 1))

@@ -13,7 +13,14 @@ ROOMS = ("clip", "configs", "datasets", "engine", "scripts", "tests", "train_vis
 # The first prefix that fits a module says which of our modules it may import.
 ALLOWED = {
     "configs.schema": (),
-    "clip.methods": ("clip.adapter", "clip.backbone", "clip.layers", "clip.lean", "clip.side_network", "configs.schema"),
+    "clip.methods": (
+        "clip.adapter",
+        "clip.backbone",
+        "clip.layers",
+        "clip.lean",
+        "clip.side_network",
+        "configs.schema",
+    ),
     "clip.build": ("clip.methods", "clip.authors", "clip.backbone", "configs.schema"),
     "clip.side_network": ("clip.adapter", "clip.layers", "clip.lean"),
     "clip.adapter": ("clip.layers", "clip.lean"),

@@ -102,6 +102,9 @@ class TD4VFinetune(nn.Module):
         x = self.tower.attend(index, self.adapt("attention", index, x, frames), queries=1 if last else None)
         return self.tower.transform(index, self.adapt("mlp", index, x, frames))
 
+    def _part(self, index: int) -> nn.ModuleList:
+        return nn.ModuleList(modules[index] for modules in self.td4v.values())
+
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
         B, T = video.shape[:2]
@@ -112,7 +115,7 @@ class TD4VFinetune(nn.Module):
             x = (x.unflatten(0, (B, T)) + self.temporal_embedding.to(x.dtype)[:, None]).flatten(0, 1)
         for index in range(len(self.tower.blocks)):
             if self.recompute and self.training:
-                x = recomputed(self.td4v, self.run_block, index, x, T)
+                x = recomputed(self._part(index), self.run_block, index, x, T)
             else:
                 x = self.run_block(index, x, T)
         x = x[:, :1] if self.feature == "class_token" else x

@@ -98,10 +98,13 @@ class TD4VSide(nn.Module):
         return torch.cat([part.reshape(len(video), -1) for part in (patches, *self.tokens(patches))], 1)
 
     def from_frozen(self, features: Tensor) -> Tensor:
-        """What `frozen_features` gave (B, F) -> logits (B, K)."""
+        """What `frozen_features` gave (B, F) -> logits (B, K). Raises ValueError for another F."""
         (H, W), images = self.tower.grid, len(features) * self.frames
-        size, levels = self.frames * (1 + H * W) * self.tower.width, len(self.side.layers)
-        patches, *tokens = features.split([features.shape[1] - levels * size, *[size] * levels], 1)
+        sizes = [self.frames * H * W * 3 * self.tower.patch_size**2]
+        sizes += [self.frames * (1 + H * W) * self.tower.width] * len(self.side.layers)
+        if features.shape[1:] != (sum(sizes),):
+            raise ValueError(f"the model's frozen features are {sum(sizes)} numbers a clip, not {features.shape[1]}")
+        patches, *tokens = features.split(sizes, 1)
         tokens = [x.reshape(images, 1 + H * W, -1) for x in tokens]
         return self._classify(self.tune(patches.reshape(images, H * W, -1), tokens, len(features)))
 
