@@ -78,7 +78,8 @@ class _SameNorms(contextlib.AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         while self.former:
-            norm, norm.training, buffers = self.former.pop()
+            norm, mode, buffers = self.former.pop()
+            norm.training = mode
             norm._buffers.update(buffers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,6 +205,72 @@ def test_side_tuning_from_frozen_features():
     features = model.frozen_features(video)
     assert features.ndim == 2 and not features.requires_grad
     assert torch.equal(model(features), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradient_through_batchnorm_is_as_near_as_the_plain_layers(dtype):
+    """An error of the mean is the same in all rows: the sum over many of them shows it."""
+    torch.manual_seed(0)
+    rows, width = 16384, 24
+    x, weight = 1 + torch.randn(rows, width), torch.randn(4 * width, width) / width**0.5
+    towards = torch.randn(4 * width) + torch.randn(rows, 4 * width)
+    found = {}
+    for name in ("exact", "plain", "lean"):
+        norm = nn.BatchNorm1d(width)
+        first = torch.eye(width).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=name != "exact"):
+            hidden = F.linear(x, first, torch.ones(width))
+            y = normed_linear(hidden, norm, weight, None) if name == "lean" else F.linear(norm(hidden), weight)
+        (y.float() * towards).sum().div(rows**0.5).backward()
+        found[name] = first.grad
+    error = {name: (value - found["exact"]).norm() / found["exact"].norm() for name, value in found.items()}
+    assert error["lean"] < 4 * error["plain"] + 1e-3, error
+
+
+@pytest.mark.parametrize("method", ["side", "finetune"])
+def test_recomputation_again_and_after_a_change_of_mode(method):
+    video, gradients = torch.randn(2, 4, 3, 16, 16), []
+    for recompute in (False, True):
+        model = small(method, recompute)
+        loss = model(video).square().sum()
+        loss.backward(retain_graph=True)
+        model.eval()
+        loss.backward()
+        assert not any(norm.training for norm in model.modules())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=0)
+
+
+def test_frozen_blocks_that_are_watched_or_replaced_run_as_they_are():
+    tower, x, seen = build_custom_tower(16, 1, 2, 8, 16), torch.randn(2, 5, 16), []
+    expected = tower.transform(0, x)
+    hook = tower.blocks[0].mlp.c_fc.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(tower.transform(0, x), expected)
+    hook.remove()
+    assert seen == [1]
+
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    louder = Louder(64, 16).requires_grad_(False)
+    louder.load_state_dict(tower.blocks[0].mlp.c_proj.state_dict())
+    tower.blocks[0].mlp.c_proj = louder
+    torch.testing.assert_close(tower.transform(0, x), expected + 1)
+
+
+def test_copies_of_frozen_weights_go_with_them():
+    model = small("side")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 4, 3, 16, 16))
+    assert model.tower._low and not copy.deepcopy(model).tower._low
+    assert not model.double().tower._low
+
+
+def test_features_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="frozen features are .* numbers a clip, not 100"):
+        small("side")(torch.randn(2, 100))
 
 
 def test_recomputed_puts_the_norms_back():
