@@ -182,6 +182,7 @@ class Trainer:
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         trainee.model.train()
+        lr, asked = learning_rate(trainee.optimizer), 0  # where a run failed at an epoch's last step, none is left
         with self._settled():
             for group in self.groups(skip):
                 if not self.rehearsed:
@@ -238,13 +239,13 @@ class Trainer:
         lr, clips = learning_rate(trainee.optimizer), clips_of(group, trainee)
         names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))]
         issued = self.stepper(group)
-        self.settle()
+        self.settle()  # which cannot end the run here: while steps are left out, none is open
         self.awaited = Awaited(state.epoch, state.place + 1, state.step + 1, lr, clips, names, issued)
         asked, due = self.consensus.most([self.signals.asked, self.keeper.is_due(state.step + 1)])
+        state.step += 1  # as the scheduler has: they agree in every file, failed_model.pt too
+        state.place += 1
         if state.health.in_a_row or self.settings.max_bad_steps == 1:
             self.settle()
-        state.step += 1
-        state.place += 1
         return asked, due
 
     def settle(self) -> None:

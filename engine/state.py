@@ -204,10 +204,11 @@ def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Pr
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}"
         raise CheckpointError(f"{path}: does not fit this {what} ({reason})") from None
-    if isinstance(parts.scheduler, LambdaLR):  # whose factors may reach over more epochs now
+    if isinstance(parts.scheduler, LambdaLR):  # by the position in the run, of files too whose scheduler is elsewhere
+        parts.scheduler.last_epoch = state.step
         rates = zip(parts.optimizer.param_groups, parts.scheduler.base_lrs, parts.scheduler.lr_lambdas, strict=True)
-        for group, base, factor in rates:
-            group["lr"] = base * factor(parts.scheduler.last_epoch)
+        for group, base, factor in rates:  # which may reach over more epochs now
+            group["lr"] = base * factor(state.step)
     where = f"{state.epoch} epochs" + (f" and {state.place} steps" if state.place else "")
     logger.info("resumed from %s after %s, best top-1 %.2f", path, where, state.best)
     return state, content["meters"][process.rank]

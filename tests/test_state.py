@@ -20,7 +20,7 @@ from engine.state import Health, Parts, TrainState
 
 BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
 TRAINED = TrainState(
-    epoch=1, place=2, step=6, best=12.5, stale=1, pending={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
+    epoch=1, place=1, step=5, best=12.5, stale=1, pending={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
     health=Health(left_out=3, in_a_row=1, spikes=2, mean=1.5, variance=0.25, seen=6),
 )  # fmt: skip
 METER = {"clips": 24, "epoch": {"loss": 3.0}}
@@ -86,7 +86,7 @@ def leaves(value: object, name: str = "") -> dict[str, object]:
 def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, ema: float | None, scaled: bool):
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     trained, path = parts(ema=ema, scaled=scaled), tmp_path / "last_model.pt"
-    for _ in range(3):  # an odd number of Gaussians leaves half a pair in Python's and NumPy's generators
+    for _ in range(TRAINED.step):  # an odd number of Gaussians leaves half a pair in Python's and NumPy's generators
         step(trained)
     checkpoint.save(path, collected(trained, full))
     for _ in range(2):
@@ -100,6 +100,22 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, em
     for _ in range(2):
         step(resumed)
     assert leaves(collected(resumed, full)) == wanted
+
+
+@pytest.mark.parametrize("ahead", [-2, 1])
+def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead: int):
+    """Whatever the scheduler of an older file counted: not the steps that were left out, or one too many."""
+    trained = parts()
+    for _ in range(TRAINED.step):
+        step(trained)
+    rate, content = trained.optimizer.param_groups[0]["lr"], collected(trained)
+    content["scheduler"]["last_epoch"] += ahead
+    content["optimizer_state_dict"]["param_groups"][0]["lr"] = 7.0
+    resumed = parts()
+    state.restore(content, tmp_path / "last_model.pt", resumed, Process())
+    assert resumed.scheduler.last_epoch == TRAINED.step and resumed.optimizer.param_groups[0]["lr"] == rate
+    step(trained), step(resumed)
+    assert resumed.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
 
 
 def test_every_generator_comes_back():

@@ -166,9 +166,34 @@ def test_a_run_ends_with_the_last_bad_step_that_it_may_make(tmp_path: Path, allo
         trainer.train_epoch()
     content = load(tmp_path / "failed_model.pt")
     assert content["failed"] == {"epoch": 0, "step": 1 + allowed, "videos": [f"{allowed}.avi"]}
-    assert content["step"] == content["place"] == allowed and content["health"]["left_out"] == allowed
+    assert content["step"] == content["place"] == content["scheduler"]["last_epoch"] == 1 + allowed
+    assert content["health"]["left_out"] == allowed
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
     assert {int(state["step"]) for state in content["optimizer_state_dict"]["state"].values()} == {1}
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> None:
+    """And a run that failed goes on from there, in the next epoch where it was the last step of one."""
+    with _trainer(tmp_path / "whole", _trainee(), _batches(4, broken=(bad,)), save_steps=1, keep=9) as trainer:
+        trainer.train_epoch()
+        trainer.keeper.save(trainer.state, trainer.meter)
+    with (
+        _trainer(tmp_path / "failed", _trainee(), _batches(4, broken=(bad,)), max_bad_steps=1) as trainer,
+        pytest.raises(EngineError, match="1 steps in a row"),
+    ):
+        trainer.train_epoch()
+    found = {path.name: load(path) for path in tmp_path.glob("*/*.pt")}
+    assert len(found) >= 4 and {"last_model.pt", "failed_model.pt"} < found.keys()
+    assert {name: content["step"] for name, content in found.items()} == {
+        name: content["scheduler"]["last_epoch"] for name, content in found.items()
+    }
+    with _trainer(tmp_path / "next", _trainee(), _batches(4)) as trainer:
+        path = tmp_path / "failed/failed_model.pt"
+        trainer.state, trainer.meter = trainer.keeper.restore(path, load(path), trainer.steps, 1)
+        trainer.train_epoch()
+        assert trainer.state.step == trainer.trainee.scheduler.last_epoch == 4 and trainer.state.epoch == 1
+        assert trainer.state.pending["left_out"] == 1 and math.isfinite(trainer.state.pending["train_loss"])
 
 
 def test_an_optimizer_that_cannot_leave_out_a_step_is_refused(tmp_path: Path) -> None:
