@@ -24,7 +24,7 @@ from PIL import Image
 from datasets import jpeg
 from datasets.box import Box
 from datasets.decoders import DecodeError, Decoder, open_video
-from datasets.pack.format import Pack, PackError
+from datasets.pack.format import HEADER, Pack, PackError
 
 
 class ReadError(RuntimeError):
@@ -68,6 +68,10 @@ class Reader(Protocol):
         """Look at the video at `path`, of which the list says that it has `declared_frames`. Raises ReadError."""
         ...
 
+    def stamped(self, path: str) -> str:
+        """The file or folder that changes when the video at `path` does."""
+        ...
+
 
 class FrameFolderReader:
     """One folder a video, one image a frame, named by `image_tmpl` and numbered from `index_base`.
@@ -89,6 +93,10 @@ class FrameFolderReader:
             raise clip.missing(declared_frames - 1)
         return clip
 
+    def stamped(self, path: str) -> str:
+        """The video's folder."""
+        return path
+
 
 class PackReader:
     """The frame folders of a pack (pack/format.py); `path` begins with the pack's own.
@@ -102,6 +110,10 @@ class PackReader:
         except PackError as error:
             raise ReadError(str(error)) from None
         self.root = os.path.join(root, "")
+
+    def stamped(self, path: str) -> str:
+        """The pack's head, which is written anew with the pack."""
+        return os.path.join(self.root, HEADER)
 
     def open(self, path: str, declared_frames: int | None) -> Clip:
         video = path.removeprefix(self.root)
@@ -122,6 +134,10 @@ class VideoReader:
 
     def __init__(self, decoder: Decoder = "decord"):
         self.decoder = decoder
+
+    def stamped(self, path: str) -> str:
+        """The video's file."""
+        return path
 
     def open(self, path: str, declared_frames: int | None) -> Clip:
         clip = _VideoClip(path, self.decoder)

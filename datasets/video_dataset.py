@@ -12,6 +12,7 @@ B is the number of videos in a batch, V of views of a video, T of frames, S the 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,20 @@ class VideoSource:
     list_file: str
     skip_errors: bool = False
 
+    def stamp(self) -> str:
+        """A hash of the size and the time of change of all that the rows name; the contents are not read.
+
+        Of a folder of frames that is the folder's: a frame that is written over in place does not change it.
+        """
+        digest = hashlib.sha256()
+        for path in dict.fromkeys(self.reader.stamped(os.path.join(self.root, row.path)) for row in self.records):
+            try:
+                found = os.stat(path)
+                digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            except OSError:  # which whoever reads it will say
+                digest.update(b"none\n")
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class BadVideo:
@@ -69,6 +84,10 @@ class _VideoDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source.records)
+
+    def stamp(self) -> str:
+        """Another one where the videos have changed (see VideoSource)."""
+        return self.source.stamp()
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | BadVideo:
         epoch, index = key if isinstance(key, tuple) else (0, key)

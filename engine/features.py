@@ -5,7 +5,8 @@ loader. Does not live here: what a frozen feature is (`frozen_features` and `fro
 videos.
 
 A folder OUTPUT_DIR/features/KEY holds the features of one list: part_N.bin, the rows that process N computed, one after
-the other, and features.json, which tells what they are, whose, and which videos could not be read. It gets its name when
+the other, and features.json, which tells what they are, whose, the stamp of the videos (what their files' sizes and times
+of change were), and which could not be read. It gets its name when
 all of that is on the disk; until then it is called .KEY.partial, and a killed run leaves nothing else.
 
 Letters: B clips, V views a video (1), F values of a feature.
@@ -40,7 +41,7 @@ from engine.whole_file import write_whole
 
 logger = logging.getLogger("td4v")
 
-FORMAT = 1  # of the files; another one makes other keys
+FORMAT = 2  # of the files; another one makes other keys
 WAIT_S = 1.0  # between two looks at whether another run has computed the same features
 _ABOUT = "features.json"
 
@@ -63,6 +64,7 @@ class Features:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         self.folder, self.dtype = folder, getattr(torch, about["dtype"])
         self.width, self.bytes = about["width"], about["width"] * self.dtype.itemsize
+        self.stamp = about["stamp"]
         self.unreadable = {int(index): sentence for index, sentence in about["unreadable"].items()}
         self.rows: dict[int, tuple[np.ndarray, int, str]] = {}
         for number, videos in enumerate(about["parts"]):
@@ -154,7 +156,8 @@ class FeatureCache:
         """What stands in for a loader; every process must call it.
 
         Args:
-            listed: gives each video of the list of that split once over all processes, one view each.
+            listed: gives each video of the list of that split once over all processes, one view each; its dataset's
+                `stamp()` is another where these have changed, and then they are computed again.
             instead_of: the loader to stand in for; `listed` itself in evaluation.
 
         Raises:
@@ -164,8 +167,9 @@ class FeatureCache:
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         folder = self.home / key
         with self._alone(folder):
-            if not self._on_main(lambda: self._is_whole(folder, rows)):
-                self._compute(folder, about, split, listed)
+            stamp = listed.dataset.stamp() if self.process.is_main else ""
+            if not self._on_main(lambda: self._is_there(folder, rows, stamp)):
+                self._compute(folder, {"about": about, "stamp": stamp}, split, listed)
             else:
                 logger.info("features of %d videos read from %s", rows, folder)
         features = self._opened(folder, rows)
@@ -190,8 +194,8 @@ class FeatureCache:
             "precision": self.precision.name, "tf32": self.config.solver.tf32, "device": self.process.device.type,
         }  # fmt: skip
 
-    def _compute(self, folder: Path, about: dict[str, Any], split: str, listed: DataLoader) -> None:
-        """Compute the features of a list and give them their name when all are on the disk."""
+    def _compute(self, folder: Path, head: dict[str, Any], split: str, listed: DataLoader) -> None:
+        """Compute the features of a list and give them their name when all are on the disk; `head` says what they are."""
         rows, partial = len(listed.dataset), folder.with_name(f".{folder.name}.partial")
         width, dtype = self._size()
         needed = rows * width * dtype.itemsize
@@ -209,7 +213,7 @@ class FeatureCache:
             raise FeatureError(f"{partial}: cannot keep features ({error.strerror or error})") from error
         parts = gather((videos, unreadable))
         content = {
-            "about": about, "width": width, "dtype": str(dtype).removeprefix("torch."),
+            **head, "width": width, "dtype": str(dtype).removeprefix("torch."),
             "parts": [part for part, _ in parts],
             "unreadable": {index: sentence for _, part in parts for index, sentence in part.items()},
         }  # fmt: skip
@@ -277,9 +281,15 @@ class FeatureCache:
             if lock is not None:
                 lock.close()
 
-    def _is_whole(self, folder: Path, rows: int) -> bool:
+    def _is_there(self, folder: Path, rows: int, stamp: str) -> bool:
+        """Whether it is whole, and of the videos as they are."""
         try:
-            return folder.is_dir() and len(Features(folder)) == rows
+            if not folder.is_dir():
+                return False
+            features = Features(folder)
+            if features.stamp != stamp:
+                logger.warning("%s: videos or frames have changed since (size or time), computed again", folder)
+            return features.stamp == stamp and len(features) == rows
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s: is damaged (%s), computed again", folder, error)
             return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import engine.checkpoint
 import engine.features
 from clip.build import backbone_identity, build_model
 from configs.schema import Config, ConfigError, config_from_dict, load_config
+from datasets.annotation import VideoRecord
 from datasets.build import listed_loader, train_loader, val_loader
 from datasets.prepare.frame_order import make
+from datasets.readers import PackReader, VideoReader
+from datasets.video_dataset import VideoSource
 from engine.distributed import Process, start
 from engine.evaluation import PASS_CLIPS, DataError, evaluate
 from engine.features import FeatureCache, FeatureError, FeatureLoader, Features
@@ -215,6 +220,45 @@ def test_what_is_not_finished_is_not_taken(config: Config, monkeypatch) -> None:
         with pytest.raises((ValueError, KeyError)):
             Features(folder)
         again()
+
+
+def test_videos_that_changed_are_computed_again(config: Config, path: Path, tmp_path: Path, caplog) -> None:
+    root = tmp_path / "frames"
+    shutil.copytree(path.parent / "data/frames", root)
+    config = replace(config, data=replace(config.data, val_root=str(root)))
+    before = list(validation_of(config, cache_of(config)))
+    (folder,) = folders(Path(config.logging.output_dir))
+    first = next(iter(before))["path"][0]
+    for image in sorted((root / first).iterdir()):
+        pixels = Image.effect_noise((32, 32), 90).convert("RGB")
+        image.unlink()
+        pixels.save(image)
+    after = list(validation_of(config, cache_of(config)))
+    assert f"{folder}: videos or frames have changed since (size or time), computed again" in caplog.text
+    same = before[0]["video"].flatten(1) == after[0]["video"].flatten(1)
+    assert not same[0].any() and same[1:].all() and folders(Path(config.logging.output_dir)) == [folder]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "td4v"):
+        assert_same(list(validation_of(config, cache_of(config))), after)
+    assert "computed again" not in caplog.text and "videos read from" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["video", "pack"])
+def test_the_stamp_of_files_and_packs(tmp_path: Path, kind: str) -> None:
+    reader = VideoReader() if kind == "video" else object.__new__(PackReader)
+    reader.root = str(tmp_path)
+    watched = tmp_path / ("1.mp4" if kind == "video" else "pack.json")
+    records = [VideoRecord(f"{number}.mp4", None, 0, number) for number in range(3)]
+    source = VideoSource(records, str(tmp_path), reader, "list")
+    stamps = [source.stamp()]
+    watched.write_bytes(b"1")
+    stamps.append(source.stamp())
+    os.utime(watched, ns=(5, 5))
+    stamps.append(source.stamp())
+    watched.write_bytes(b"12")
+    os.utime(watched, ns=(5, 5))
+    stamps.append(source.stamp())
+    assert len(set(stamps)) == 4 and source.stamp() == stamps[-1]
 
 
 def test_two_runs_at_once_compute_them_once(config: Config, caplog, monkeypatch) -> None:
