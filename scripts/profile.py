@@ -12,12 +12,13 @@ Nothing is loaded: weights are random (network.init false, whatever the configur
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from engine import cost
 from engine.distributed import EngineError, Process, place
 from engine.optim import resolve_precision, set_tf32
 from engine.record import run_meta
+from engine.stop import ending_in_order
 from scripts.profile_picture import draw_saved, draw_scaling
-from scripts.profile_report import Row, markdown, scaling, summary
-from scripts.profile_work import random_batch, seconds_of_processes, training_step
+from scripts.profile_report import Row, clips, markdown, scaling, summary
+from scripts.profile_work import random_batch, seconds_of_processes, threads_of_each, training_step
 
 logger = logging.getLogger("td4v")
 
@@ -41,6 +43,8 @@ ALWAYS = ("network.init=false", "network.weights=null", "resume=null", "pretrain
 BLOCK_HALVES = ("attend", "transform")  # of the tower, whose blocks may run without their modules
 COUNTED_CLIPS = 2  # FLOPs are counted with so many: side-tuning cannot train on one
 SPEC = re.compile(r"\+(?=[A-Za-z_][\w.]*=)")  # before an override in CONFIG+KEY=VALUE
+KEY = re.compile(r"[A-Za-z_][\w.]*=")
+FILES = ("profile.md", "profile.json", "saved_bytes.png", "scaling.png")
 
 
 class ProfileError(ValueError):
@@ -48,15 +52,26 @@ class ProfileError(ValueError):
 
 
 def parse_spec(spec: str, first: str) -> tuple[str, list[str]]:
-    """`CONFIG+KEY=VALUE+KEY=VALUE`: the file, which is `first` where none is given, and the overrides."""
+    """`CONFIG+KEY=VALUE+KEY=VALUE`: the file, which is `first` where none is given, and the overrides.
+
+    Raises ProfileError for overrides without the plus before them.
+    """
     path, *overrides = SPEC.split(spec)
+    if KEY.match(path) and not Path(path).exists():
+        raise ProfileError(f"--compare {spec}: is no file; to change the first configuration write +{spec}")
     return path or first, overrides
+
+
+@functools.cache
+def precision_name(name: str, device: torch.device) -> str:
+    """What a precision setting means here, said once. Raises OptimError."""
+    return resolve_precision(name, device).name
 
 
 def load_case(path: str, overrides: Sequence[str], device: torch.device) -> Config:
     """A configuration that needs neither weights nor data, its precision as resolved. Raises ConfigError, OptimError."""
     config = load_config(path, [*overrides, *ALWAYS])
-    precision = resolve_precision(config.solver.precision, device).name
+    precision = precision_name(config.solver.precision, device)
     network = replace(config.network, cache_features="off")
     return replace(config, network=network, solver=replace(config.solver, precision=precision))
 
@@ -68,8 +83,8 @@ def measure(
     device: torch.device,
     repeats: int,
     processes: Sequence[int] = (),
-) -> list[Row]:
-    """One row a batch. Raises ConfigError and the like where the model cannot be built."""
+) -> Iterator[Row]:
+    """One row a batch and number of processes, each as soon as it is measured. Raises ConfigError and the like where the model cannot be built."""
     name = f"{label}, T = {config.data.num_segments}"
     precision = resolve_precision(config.solver.precision, device)
     dtype = precision.dtype or torch.float32
@@ -77,49 +92,65 @@ def measure(
     logger.info("%s: building, from random weights", name)
     report = parameter_report(build_model(config, pretrained=False))
     flops = _flops(config, device, name)
-    rows, rates = [], []
+    rates: list[float] = []  # one list for all rows, in which the rate after a row counts for it too
     for batch in batches:
         row = Row(
             label=label, method=config.network.method_name, frames=config.data.num_segments, batch=batch,
-            precision=precision.name, recompute=config.network.recompute, total=report.total, tuned=report.tuned, **flops,
+            precision=precision.name, recompute=config.network.recompute, total=report.total, tuned=report.tuned,
+            threads=torch.get_num_threads(), **flops,
         )  # fmt: skip
         with cost.memory_limited(device):
             row.rates = rates
             rates.append(cost.matrix_rate(device, dtype))
             for part, work in (("training", _training), ("inference", _inference)):
                 try:
-                    work(row, config, device, repeats, f"{name}, {batch} clips")
+                    work(row, config, device, repeats, f"{name}, {clips(batch)}")
                 except ValueError as error:  # a model that does not take such a batch
                     row.notes[part] = str(error)
                 except (RuntimeError, MemoryError) as error:
                     if not cost.is_out_of_memory(error):
                         raise
                     row.notes[part] = "out of memory"
-                    logger.warning("%s, %d clips: out of memory in %s", name, batch, part)
+                    logger.warning("%s, %s: out of memory in %s", name, clips(batch), part)
                 _tidy(device)
-        rows.append(row)
-        rows += [_with_processes(row, config, device, repeats, number) for number in processes if number > 1]
+        yield row
+        for number in processes:
+            if number > 1:
+                yield _with_processes(row, config, device, repeats, number)
     rates.append(cost.matrix_rate(device, dtype))
-    return rows
 
 
 def _with_processes(row: Row, config: Config, device: torch.device, repeats: int, number: int) -> Row:
     """The same in training over several processes, each with as many clips; only the time is measured."""
-    logger.info(
-        "%s, T = %d, %d clips on each of %d processes: time of training steps", row.label, row.frames, row.batch, number
-    )
-    rates = [rate * (number if device.type == "cuda" else 1) for rate in row.rates]  # of all devices
+    what = f"{row.label}, T = {row.frames}, {clips(row.batch)} on each of {number} processes"
+    logger.info("%s: time of training steps", what)
+    threads = number * threads_of_each(number)
     several = replace(
-        row, processes=number, rates=rates, saved=[], held=None, beyond=None, training=[], inference=[], notes={}
-    )
-    if row.training:
-        try:
-            several.training = seconds_of_processes(config, row.batch, device, repeats, number)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            several.notes["training"] = str(error).strip().splitlines()[-1]
-    else:
+        row, processes=number, threads=threads, rates=[], saved=[], held=None, beyond=None, training=[], inference=[],
+        notes={},
+    )  # fmt: skip
+    if not row.training:
         several.notes = {"training": row.notes["training"]}
+        return several
+    several.rates.append(_rate_of_all(row, device, number, threads))
+    try:
+        several.training = seconds_of_processes(config, row.batch, device, repeats, number)
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        several.notes["training"] = str(error).strip().splitlines()[-1]
+    several.rates.append(_rate_of_all(row, device, number, threads))
     return several
+
+
+def _rate_of_all(row: Row, device: torch.device, processes: int, threads: int) -> float:
+    """The matrix rate of all devices together; on a CPU of as many threads as the processes have."""
+    if device.type == "cuda":
+        return processes * max(row.rates)
+    former = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return cost.matrix_rate(device, resolve_precision(row.precision, device).dtype or torch.float32)
+    finally:
+        torch.set_num_threads(former)
 
 
 def _flops(config: Config, device: torch.device, name: str) -> dict[str, float]:
@@ -175,32 +206,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows: list[Row] = []
+    label = ""
+    scales = any(len(set(several)) > 1 for several in (options.frames or (), options.batches or ()))
+    scales = scales or max(options.processes) > 1
     try:
         device = find_device(options.device)
-        rows, shown = [], []
-        specs = [options.config, *options.compare]
-        cases = [case for spec in specs for case in cases_of(spec, options, device)]
+        cases = all_cases(options, device)
         options.output.mkdir(parents=True, exist_ok=True)
+        for name in FILES:  # none of another run stays beside the new ones
+            (options.output / name).unlink(missing_ok=True)
         command = ["python", "-m", "scripts.profile", *(sys.argv[1:] if argv is None else argv)]
         meta = run_meta() | {"command": command, "device": str(device), "threads": torch.get_num_threads()}
-        scales = len(options.frames or ()) > 1 or len(options.batches or ()) > 1 or max(options.processes) > 1
-        for label, config in cases:
-            batches = options.batches or [_usual_batch(config, device)]
-            rows += measure(
-                config,
-                label,
-                batches,
-                device,
-                options.repeats or (10 if device.type == "cuda" else 3),
-                options.processes,
-            )
-            if label not in {row.label for row in shown}:
-                shown += [row for row in reversed(rows) if row.label == label and row.saved][:1]
-            write(rows, shown, meta, scales, options.output)  # what is measured stays, whatever ends the run
-        if shown:
-            draw_saved(shown, options.output / "saved_bytes.png")
-        if scales:
-            draw_scaling(rows, options.output / "scaling.png")
+        repeats = options.repeats or (10 if device.type == "cuda" else 3)
+        with ending_in_order():
+            try:  # what is measured stays, whatever ends the run
+                for label, config in cases:
+                    batches = options.batches or [_usual_batch(config, device)]
+                    for row in measure(config, label, batches, device, repeats, options.processes):
+                        rows.append(row)
+                        write(rows, meta, scales, options.output)
+                    write(rows, meta, scales, options.output)  # with the matrix rate afterwards
+            finally:
+                draw(rows, scales, options.output)
     except (ConfigError, EngineError, ValueError, OSError) as error:
         logger.error("%s", error)
         return 1
@@ -209,8 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         logger.error("%s: out of memory with %d clips, before anything is timed", label, COUNTED_CLIPS)
         return 1
+    except KeyboardInterrupt:
+        logger.error("ended before all was measured; %d rows are in %s", len(rows), options.output)
+        return 130
     print(summary(rows) + (f"\n{scaling(rows)}" if scales else ""), end="")
-    files = ["profile.md", "profile.json", "saved_bytes.png", *(["scaling.png"] if scales else [])]
+    files = [name for name in FILES if (options.output / name).exists()]
     logger.info("weights and video were random; %s in %s", ", ".join(files), options.output)
     return 0
 
@@ -259,27 +290,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive_number(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    """Of the command line. Raises argparse.ArgumentTypeError, which argparse tells with the option's name."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    return int(text)
 
 
-def cases_of(spec: str, options: argparse.Namespace, device: torch.device) -> list[tuple[str, Config]]:
-    """Label and configuration for each T that was asked for. Raises ConfigError, OptimError."""
-    path, own = parse_spec(spec, SPEC.split(options.config)[0])
-    overrides = [*options.set, *([f"solver.precision={options.precision}"] if options.precision else []), *own]
-    cases = []
-    for frames in options.frames or (None,):
-        config = load_case(path, [*overrides, *([f"data.num_segments={frames}"] if frames else [])], device)
-        rest = [
-            override.split("=", 1)[0].split(".")[-1] + "=" + override.split("=", 1)[1]
-            for override in own
-            if not override.startswith(("network.method=", "network.fine_tuning="))
-        ]
-        name = config.network.method_name + (f", {Path(path).stem}" if path != SPEC.split(options.config)[0] else "")
-        cases.append((", ".join([name, *rest]), config))
-    return cases
+def all_cases(options: argparse.Namespace, device: torch.device) -> list[tuple[str, Config]]:
+    """Label and configuration of all that is to be measured, T by T. Raises ConfigError, OptimError, ProfileError."""
+    first = SPEC.split(options.config)[0]
+    specs = [parse_spec(spec, first) for spec in (options.config, *options.compare)]
+    configs = []
+    for path, own in specs:
+        overrides = [*options.set, *([f"solver.precision={options.precision}"] if options.precision else []), *own]
+        frames = [[f"data.num_segments={T}"] if T else [] for T in dict.fromkeys(options.frames or (None,))]
+        configs.append([load_case(path, [*overrides, *T], device) for T in frames])
+    names = labels_of(specs, [one[0].network.method_name for one in configs], first)
+    return [(name, config) for name, several in zip(names, configs, strict=True) for config in several]
+
+
+def labels_of(specs: Sequence[tuple[str, list[str]]], methods: Sequence[str], first: str) -> list[str]:
+    """A label a configuration, no two alike: method, file unless it is the first one's, overrides."""
+
+    def label(spec: tuple[str, list[str]], method: str, folder: bool) -> str:
+        path, own = spec
+        file = Path(path).stem if not folder else f"{Path(path).resolve().parent.name}/{Path(path).stem}"
+        said = [one.split("=", 1) for one in own if not one.startswith(("network.method=", "network.fine_tuning="))]
+        rest = [f"{key.split('.')[-1]}={value}" for key, value in said]
+        return ", ".join([method, *([file] if path != first else []), *rest])
+
+    short, long = ([label(*one, folder) for one in zip(specs, methods, strict=True)] for folder in (False, True))
+    labels = [one if short.count(one) == 1 else other for one, other in zip(short, long, strict=True)]
+    before = [labels[:place].count(one) for place, one in enumerate(labels)]
+    return [f"{one} #{number + 1}" if number else one for one, number in zip(labels, before, strict=True)]
 
 
 def find_device(name: str | None) -> torch.device:
@@ -293,11 +336,28 @@ def _usual_batch(config: Config, device: torch.device) -> int:
     return config.data.batch_size * config.data.num_sample if device.type == "cuda" else 2
 
 
-def write(rows: list[Row], shown: list[Row], meta: dict[str, Any], scales: bool, folder: Path) -> None:
-    """The numbers, over those of the configuration before."""
+def write(rows: list[Row], meta: dict[str, Any], scales: bool, folder: Path) -> None:
+    """The numbers, over those of the rows before."""
     record = {"meta": meta, "rows": [row.to_dict() for row in rows]}
     (folder / "profile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "profile.md").write_text(markdown(rows, shown, meta, scales), encoding="utf-8")
+    (folder / "profile.md").write_text(markdown(rows, shown_of(rows), meta, scales), encoding="utf-8")
+
+
+def draw(rows: list[Row], scales: bool, folder: Path) -> None:
+    """The pictures, of as much as is measured."""
+    if shown := shown_of(rows):
+        draw_saved(shown, folder / "saved_bytes.png")
+    if scales and rows:
+        draw_scaling(rows, folder / "scaling.png")
+
+
+def shown_of(rows: Sequence[Row]) -> list[Row]:
+    """The rows whose saved bytes are set out: a configuration's first T with the most clips that have some."""
+    shown: dict[str, Row] = {}
+    for row in rows:
+        if row.saved and shown.get(row.label, row).frames == row.frames:
+            shown[row.label] = row
+    return list(shown.values())
 
 
 if __name__ == "__main__":

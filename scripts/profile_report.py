@@ -26,7 +26,8 @@ Saved: storages that autograd saves in one forward pass in training mode, each o
 Peak: of tensors in one training step (forward, backward, optimizer); "standing" are weights, buffers, optimizer state and
 the batch, which live all the time. On a GPU by torch's allocator, on a CPU by torch.profiler's note of every allocation.
 Clips/s: median of the repeats (lowest to highest). MFU: GFLOPs a clip x median clips/s over the rate of a square matrix
-product in the same number format, the best of those measured in between.
+product in the same number format, the best of those measured in between; of several processes on a CPU, with as many
+threads as they have together; of several GPUs, that of one times their number.
 With solver.compile GFLOPs and saved bytes are the eager model's, the rest the compiled one's. Clips are those of one
 batch of one process. Weights are random (network.init false), the video too; BatchNorm is in training mode in training.
 """
@@ -37,7 +38,7 @@ class Row:
     """One configuration with T frames and one number of clips. Sizes in bytes, times in seconds, FLOPs a clip.
 
     Empty or None is what was not measured; `notes` says why, by part. `held` lives all the time, `beyond` is the peak
-    above it. `batch` counts the clips of one process.
+    above it. `batch` counts the clips of one process, `threads` those of all.
     """
 
     label: str
@@ -51,6 +52,7 @@ class Row:
     forward_flops: float
     training_flops: float
     processes: int = 1
+    threads: int | None = None
     saved: list[Saved] = field(default_factory=list)
     held: int | None = None
     beyond: int | None = None
@@ -117,9 +119,9 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def _without_single(lines: list[dict[str, str | None]]) -> list[dict[str, str | None]]:
-    """The number of processes is told only where there are several."""
+    """The numbers of processes and threads are told only where there are several processes."""
     if all(line["processes"] == "1" for line in lines):
-        return [line | {"processes": None} for line in lines]
+        return [line | {"processes": None, "threads": None} for line in lines]
     return lines
 
 
@@ -129,6 +131,7 @@ def _line(row: Row, signs: dict[str, str]) -> dict[str, str | None]:
         "configuration": row.label,
         "precision": row.precision,
         "processes": str(row.processes),
+        "threads": None if row.threads is None else str(row.threads),
         "T": str(row.frames),
         "clips": str(row.batch),
         "parameters, M": number(row.total / 1e6),
@@ -221,7 +224,7 @@ def saved_table(row: Row) -> str:
 
 def markdown(rows: Sequence[Row], shown: Sequence[Row], meta: dict[str, Any], scales: bool) -> str:
     """The whole report. `shown` are the rows whose saved bytes are set out by module."""
-    rates = {row.precision: max(row.rates) for row in rows if row.rates}
+    rates = {row.precision: max(row.rates) for row in rows if row.rates and row.processes == 1}
     parts = ["# What it costs\n", summary(rows)]
     parts += [NOTES]
     parts += [

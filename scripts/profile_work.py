@@ -48,15 +48,19 @@ def training_step(model: nn.Module, config: Config, process: Process) -> Stepper
     return Stepper(trainee, process, solver.clip_grad)
 
 
+def threads_of_each(processes: int) -> int:
+    """Threads of one of several processes: its share of this one's, and at least one."""
+    return max(1, torch.get_num_threads() // processes)
+
+
 def seconds_of_processes(config: Config, clips: int, device: torch.device, repeats: int, processes: int) -> list[float]:
-    """Times of a training step over `processes`, each with `clips` clips and its share of the threads, as the first one
-    sees it. Raises torch.multiprocessing.ProcessRaisedException where one fails."""
+    """Times of a training step over `processes`, each with `clips` clips and `threads_of_each`, as the first one sees
+    it. Raises torch.multiprocessing.ProcessRaisedException where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    threads = max(1, torch.get_num_threads() // processes)
     times = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    work = (config, clips, device.type, repeats, processes, port, threads, times)
+    work = (config, clips, device.type, repeats, processes, port, threads_of_each(processes), times)
     torch.multiprocessing.spawn(_one_of_them, work, nprocs=processes)
     return times.get()
 

@@ -270,6 +270,74 @@ def test_two_processes(command, tmp_path: Path) -> None:
     assert (alone["processes"], both["processes"]) == (1, 2) and len(both["training"]) == 2
 
 
+def test_the_rate_of_several_processes_is_that_of_their_threads(command, tmp_path: Path, monkeypatch, capsys) -> None:
+    """However few threads one process has, each of several has one; the share is of what all of them could do."""
+    used, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(cost, "matrix_rate", lambda *_: used.append(torch.get_num_threads()) or 1e9 * used[-1])
+    monkeypatch.setattr(profile, "seconds_of_processes", lambda *_: [0.5])
+    assert command("--set", "network.method=linear_probe", "--processes", str(4 * threads)) == 0
+    alone, several = json.loads((tmp_path / "out" / "profile.json").read_text())["rows"]
+    assert used == [threads, 4 * threads, 4 * threads, threads] and torch.get_num_threads() == threads
+    assert (alone["threads"], several["threads"]) == (threads, 4 * threads)
+    assert max(alone["rates"]) == 1e9 * threads and several["rates"] == [4e9 * threads] * 2
+    assert "threads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("no room"), 1)])
+def test_what_was_measured_stays_whatever_ends_the_run(command, tmp_path: Path, monkeypatch, error, status) -> None:
+    out, inference = tmp_path / "out", profile._inference
+    out.mkdir()
+    for name in ("profile.md", "saved_bytes.png", "scaling.png"):
+        (out / name).write_text("of another run")
+    calls = []
+
+    def ending(*arguments: object) -> None:
+        calls.append(None)
+        if len(calls) > 1:
+            raise error
+        inference(*arguments)
+
+    monkeypatch.setattr(profile, "_inference", ending)
+    assert command("--set", "network.method=full_finetune", "--batches", "1", "2") == status
+    (row,) = json.loads((out / "profile.json").read_text())["rows"]
+    assert row["batch"] == 1 and row["inference"] and "full_finetune" in (out / "profile.md").read_text()
+    for name in ("saved_bytes.png", "scaling.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_pictures_of_another_run_go(command, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "scaling.png").write_text("of another run")
+    assert command("--set", "network.method=linear_probe") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.md", "profile.json", "saved_bytes.png"}
+
+
+def test_no_two_labels_are_alike() -> None:
+    specs = [("a/x.yaml", []), ("b/x.yaml", []), ("c/x.yaml", ["solver.lr=1"]), ("d/x.yaml", []), ("a/x.yaml", []),
+             ("a/x.yaml", ["network.method=m"]), ("a/x.yaml", ["data.flip=false"])]  # fmt: skip
+    assert profile.labels_of(specs, ["m"] * 7, "a/x.yaml") == [
+        "m", "m, b/x", "m, x, lr=1", "m, d/x", "m #2", "m #3", "m, flip=false",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two", "1.5"])
+def test_numbers_that_are_none(command, number: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command(f"--batch={number}")
+    assert f"--batch/--batches: must be a whole number above 0, not {number}" in capsys.readouterr().err
+
+
+def test_a_precision_is_said_once(command, caplog) -> None:
+    profile.precision_name.cache_clear()
+    with caplog.at_level("INFO", "td4v"):
+        assert command("--set", "network.method=linear_probe", "--compare", "+data.num_segments=3", "--batch", "1") == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert len([line for line in said if "precision amp" in line]) == 1 and not [
+        line for line in said if "1 clips" in line
+    ]
+
+
 def test_too_large_a_batch_is_said_in_the_table(command, monkeypatch, tmp_path: Path, capsys) -> None:
     def fail(*_: object) -> float:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -287,6 +355,7 @@ def test_too_large_a_batch_is_said_in_the_table(command, monkeypatch, tmp_path: 
         (["--set", "network.metod=x"], "network.metod"),
         (["--compare", "no/such.yaml"], "no/such.yaml: cannot read"),
         (["--compare", "+network.method=nothing"], "'nothing' is unknown"),
+        (["--compare", "network.method=linear_probe"], "write +network.method=linear_probe"),
         (["--precision", "fp16"], "precision fp16 needs a GPU"),
     ],
 )
