@@ -130,6 +130,10 @@ def main() -> None:
     loaders = (training, validation, len(validation.dataset))
     if arguments.dry_run:
         logger.info("%s", report)
+        if (kept := config.network.cache_features) != "off":
+            cache = FeatureCache(config, meta["lists"], unwrap(model), "", process, precision, normalizer)
+            cost = cache.cost(len(validation.dataset) + (len(training.dataset) if kept == "all" else 0))
+            logger.info("network.cache_features %s would keep %s; the estimate below is without it", kept, cost)
         dry_run(trainee, *loaders, process, settings)
         return
     shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips if caches != "all" else 0}

@@ -119,6 +119,11 @@ class DataConfig:
             )
             for key in ("rand_aug", "rand_erase", "flip", "gray_prob"):
                 _require(not getattr(self, key), f"data.{key}", "asks for what data.augment: false leaves out")
+            _require(
+                tuple(self.crop_scale) == DataConfig.crop_scale,
+                "data.crop_scale",
+                "asks for what data.augment: false leaves out",
+            )
         for pair in self.flip_pairs or ():
             _require(
                 all(0 <= label < self.num_classes for label in pair),
@@ -206,7 +211,9 @@ class NetworkConfig:
     fine_tuning: bool = False
     drop_fc: float = 0.0  # dropout before the classifier
     sync_bn: bool = False
-    recompute: bool = False  # compute blocks again in backward instead of keeping their activations: less memory, more time
+    recompute: bool = (
+        False  # compute blocks again in backward instead of keeping their activations: less memory, more time
+    )
     cache_features: Literal["off", "val", "all"] = "off"  # frozen features are computed once and kept on disk
     DA_ratio: Ratio = Ratio(1 / 6)
     sample_mode: Literal["FC", "CNN"] = "CNN"

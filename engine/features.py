@@ -180,6 +180,12 @@ class FeatureCache:
             )
         return FeatureLoader(instead_of, features, split == "val", self.config.data.on_error == "skip")
 
+    def cost(self, rows: int) -> str:
+        """What the features of so many videos take on the disk, in words."""
+        width, dtype = self._size()
+        size = width * dtype.itemsize
+        return f"{rows} videos x {size:,} bytes = {rows * size / 1e6:.1f} MB in {self.home}"
+
     def about(self, split: Literal["train", "val"]) -> dict[str, Any]:
         """All that the features of a list depend on, as plain values: what has the same has the same features."""
         data, network = self.config.data, self.config.network

@@ -191,7 +191,10 @@ def test_a_run_that_goes_on_has_the_same_features(path: Path, tmp_path: Path, mo
     status, text = command("train_vision.py", *arguments)
     assert status == 0 and f"features of {VIDEOS} videos read from" in text and "validation: top-1" in text
     status, text = command("train_vision.py", "--config", path, *settings(chosen), "--dry-run")
-    assert status == 0 and "dry run: " in text and "features of" not in text
+    assert status == 0 and "dry run: " in text and "features of" not in text and folders(tmp_path) == before
+    rows = TRAIN + VIDEOS
+    size = f"all would keep {rows} videos x {4 * WIDTH} bytes = 0.0 MB in {tmp_path / 'features'}"
+    assert f"network.cache_features {size}; the estimate below is without it" in text
 
 
 def test_what_is_not_finished_is_not_taken(config: Config, monkeypatch) -> None:
@@ -355,6 +358,11 @@ def test_methods_without_frozen_features_are_refused(config: Config) -> None:
         network = replace(config.network, method="full_finetune", cache_features=mode)
         with pytest.raises(ConfigError, match="full_finetune has no frozen features .*linear_probe"):
             build_model(replace(config, network=network))
+
+
+def test_recomputation_is_refused_where_nothing_is_kept(config: Config) -> None:
+    with pytest.raises(ConfigError, match="network.recompute: linear_probe keeps no"):
+        build_model(replace(config, network=replace(config.network, recompute=True)))
 
 
 def _two_processes(rank: int, path: str, output: str) -> None:

@@ -80,6 +80,10 @@ def test_shipped_files_are_the_published_recipe(write, stem):
         ),
         (["data.augment=false", "data.rand_aug=true"], "data.rand_aug: asks for what data.augment: false leaves out"),
         (["data.augment=false", "data.flip=true"], "data.flip: asks for what data.augment: false leaves out"),
+        (
+            ["data.augment=false", "data.flip=false", "data.crop_scale=[0.5, 1]"],
+            "data.crop_scale: asks for what data.augment",
+        ),
         (["network.cache_features=all"], "network.cache_features: all keeps one clip a video, but data.augment: true"),
         (
             ["network.cache_features=all", "data.augment=false", "solver.mixup=true"],
@@ -96,6 +100,7 @@ def test_what_does_not_go_with_unchanging_clips(write, overrides, message):
 def test_unchanging_clips(write):
     config = load_config(write(SMALL), ["data.augment=false", "data.flip=false", "network.cache_features=all"])
     assert not config.data.augment and config.network.cache_features == "all"
+    load_config(write(SMALL), ["data.augment=false", "data.flip=false", "data.crop_scale=[0.08, 1.0]"])
     assert load_config(write(SMALL), ["network.cache_features=val"]).data.augment
     assert load_config(write(SMALL), ["network.cache_features=off"]).network.cache_features == "off"  # YAML's false
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.backbone import VisionTower
-from configs.schema import Config
+from configs.schema import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,7 @@ class LinearProbe(nn.Module):
 
 
 def build(config: Config, tower: VisionTower, options: Options) -> LinearProbe:
-    """The method as a configuration describes it."""
+    """The method as a configuration describes it. Raises ConfigError for network.recompute."""
+    if config.network.recompute:
+        raise ConfigError("network.recompute: linear_probe keeps no activations of blocks that could be computed again")
     return LinearProbe(tower, config.data.num_classes, options.feature, config.network.drop_fc)
