@@ -211,9 +211,7 @@ class NetworkConfig:
     fine_tuning: bool = False
     drop_fc: float = 0.0  # dropout before the classifier
     sync_bn: bool = False
-    recompute: bool = (
-        False  # compute blocks again in backward instead of keeping their activations: less memory, more time
-    )
+    recompute: bool = False  # compute blocks again in backward, not keep their activations: less memory, more time
     cache_features: Literal["off", "val", "all"] = "off"  # frozen features are computed once and kept on disk
     DA_ratio: Ratio = Ratio(1 / 6)
     sample_mode: Literal["FC", "CNN"] = "CNN"
