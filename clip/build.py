@@ -69,7 +69,7 @@ def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     if network.cache_features != "off" and not hasattr(model, "frozen_features"):
         able = ", ".join(name for name, module in METHODS.items() if _has_frozen_features(module))
         raise ConfigError(
-            f"network.cache_features: {network.method_name} has no frozen features of its own to keep; {able} has"
+            f"network.cache_features: {network.method_name} has no frozen features of its own to keep; only {able} have"
         )
     return tune_only(model)
 
