@@ -178,7 +178,7 @@ class VisionTower(nn.Module):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is open_clip's usual one, without layer scale, with nothing in it tuned, replaced or watched."""
+    """Whether a block is open_clip's usual one, without layer scale, with nothing in it tuned or replaced."""
     return (
         type(block) is ResidualAttentionBlock
         and type(block.ls_1) is nn.Identity
@@ -187,7 +187,6 @@ def _is_plain(block: nn.Module) -> bool:
         and type(block.mlp.c_fc) is type(block.mlp.c_proj) is nn.Linear
         and (type(block.mlp.gelu) is QuickGELU or getattr(block.mlp.gelu, "approximate", None) == "none")
         and not any(parameter.requires_grad for parameter in block.parameters())
-        and not any(part._forward_hooks or part._forward_pre_hooks for part in block.modules())
     )
 
 

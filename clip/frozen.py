@@ -3,7 +3,7 @@
 Gradients go through to the input: the norms keep their input, attention its queries, keys, values and result, the MLP
 one tensor, its activation's input. In autocast's dtype everything runs low, the residual stream too, as in OpenAI's own
 half-precision models (norms take their statistics in float32); the weights are cast once, not in each step, with the
-norms' affine parts multiplied into them before rounding.
+norms' affine parts multiplied into them before rounding. Hooks on the layers inside do not fire.
 Lives here: that block. Does not live here: the tower (backbone.py) and blocks whose weights are tuned, which run as
 open_clip wrote them.
 
