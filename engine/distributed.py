@@ -265,6 +265,7 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"SyncBatchNorm needs an input (B, D, ...), not one of {input.dim()} dimensions")
 
+    @torch.compiler.disable  # torch 2.11 compiles sums over processes into wrong gradients
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
             return super().forward(input)
