@@ -1,19 +1,15 @@
-"""The frozen CLIP vision tower. The only file that imports open_clip.
+"""CLIP's own vision tower: open_clip's vision transformer, built by name or from plain sizes, run block by block.
 
-Lives here: building a tower by name or from plain sizes, finding and reading CLIP's weights in the formats people
-have them in, running it block by block. Does not live here: anything tuned.
+Does not live here: what methods may ask of any tower (tower.py), finding and reading weights (weights.py), trunks that
+timm wrote (timm_tower.py), the arithmetic of a frozen block (frozen.py), anything tuned.
 
 Letters: M images (B clips x T frames), N patch tokens, D width.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import re
-import zipfile
-from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,41 +22,26 @@ from torch import Tensor, nn
 
 from clip.frozen import FrozenBlock
 from clip.lean import as_is, working_dtype
+from clip.tower import BackboneError, Tower
+from clip.weights import OPENAI, fetch_weights, read_visual_weights, stated_activation
 
 logger = logging.getLogger("td4v")
 
-CHUNK = 64  # images that a frozen block takes at a time where no gradient goes through it
 
-# OpenAI's names, the open_clip models that have their activation, and the archives users put into clip_pretrain/.
-OPENAI = {
-    "ViT-B/32": ("ViT-B-32-quickgelu", "ViT-B-32.pt"),
-    "ViT-B/16": ("ViT-B-16-quickgelu", "ViT-B-16.pt"),
-    "ViT-L/14": ("ViT-L-14-quickgelu", "ViT-L-14.pt"),
-    "ViT-L/14@336px": ("ViT-L-14-336-quickgelu", "ViT-L-14-336px.pt"),
-}
-
-
-class BackboneError(ValueError):
-    """A tower or its weights cannot be had as asked; the message is one sentence."""
-
-
-class VisionTower(nn.Module):
-    """A frozen CLIP vision transformer: never in training mode, no parameter requires a gradient.
-
-    Gradients flow through it to its input; a method that wants none runs it under torch.no_grad().
+class VisionTower(Tower):
+    """CLIP's vision transformer; its plain blocks run lean (see FrozenBlock), the others as open_clip wrote them.
 
     Args:
         visual: an open_clip VisionTransformer with a class token; its projection to the text space is dropped.
         quick_gelu: which activation it was built with.
         name: of the architecture.
-
-    Attributes:
-        weights: where they are from, in words. width (D), patch_size (pixels), grid ((H, W) patches), image_size ((height, width) pixels), blocks.
     """
 
+    mean = open_clip.OPENAI_DATASET_MEAN
+    std = open_clip.OPENAI_DATASET_STD
+
     def __init__(self, visual: VisionTransformer, quick_gelu: bool, name: str = "custom"):
-        super().__init__()
-        self.name, self.weights = name, "random weights"
+        super().__init__(name)
         if visual.attn_pool is not None:
             raise BackboneError("a tower with attentional pooling has no class token for TD4V to use")
         visual.proj = None
@@ -70,25 +51,21 @@ class VisionTower(nn.Module):
         self.patch_size = visual.patch_size[0]
         self.grid = visual.grid_size
         self.image_size = visual.image_size
+        self._fold = True  # norms may be merged into low-precision weights
         self._low: dict[int, tuple[torch.dtype, Any, FrozenBlock]] = {}  # blocks in autocast's dtype, and made of what
         self.train(False)
-
-    def train(self, mode: bool = True) -> VisionTower:
-        """Stays in eval mode, whatever the model around it does."""
-        return super().train(False)
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.visual.transformer.resblocks
 
-    def patchify(self, images: Tensor) -> Tensor:
-        """Pixels by patch: (M, 3, height, width) -> (M, N, 3*P*P), in autocast's dtype where that is on."""
-        if tuple(images.shape[-2:]) != tuple(self.image_size):
-            raise ValueError(f"the tower was built for {self.image_size} pixels and got {tuple(images.shape[-2:])}")
-        (H, W), P, dtype = self.grid, self.patch_size, working_dtype(images)
-        self.prepare(dtype)
-        patches = images.to(dtype).unflatten(3, (W, P)).unflatten(2, (H, P))  # (M, 3, H, P, W, P)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(len(images), H * W, -1)
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.visual.ln_post
+
+    def embedding(self) -> dict[str, nn.Module | nn.Parameter]:
+        names = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        return {name: getattr(self.visual, name) for name in names}
 
     def embed(self, patches: Tensor) -> Tensor:
         """Class token, positions, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
@@ -100,46 +77,48 @@ class VisionTower(nn.Module):
             return visual.ln_pre(x).to(dtype)
 
     def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
-        """The attention half of block `index`, with its residual: (M, 1 + N, D) -> the same.
-
-        With `queries`, only for the first tokens: (M, 1 + N, D) -> (M, queries, D).
-        """
-        x = x.to(working_dtype(x))
-        if (frozen := self._block(index, x.dtype)) is not None:
-            with as_is(x):
-                return frozen.attend(x, queries)
-        block = self.blocks[index]
-        y = block.ln_1(x)
-        if hasattr(block, "attention"):
-            y = block.attention(q_x=y)
-        else:  # open_clip's CustomResidualAttentionBlock
-            y = block.ln_attn(block.attn(y))
-        return (x + block.ls_1(y))[:, :queries]
+        x, block = self._begin(index, x)
+        if block is None:
+            return super().attend(index, x, queries)
+        with as_is(x):
+            return block.attend(x, queries)
 
     def transform(self, index: int, x: Tensor) -> Tensor:
-        """The MLP half of block `index`, with its residual: (M, L, D) -> the same."""
-        x = x.to(working_dtype(x))
-        if (frozen := self._block(index, x.dtype)) is not None:
+        x, block = self._begin(index, x)
+        if block is None:
+            return super().transform(index, x)
+        with as_is(x):
+            return block.transform(x)
+
+    def norm_attention(self, index: int, x: Tensor) -> Tensor:
+        x, block = self._begin(index, x)
+        with as_is(x) if block else contextlib.nullcontext():
+            return block.norm(0, x) if block else self.blocks[index].ln_1(x)
+
+    def attention(self, index: int, x: Tensor, in_space: bool = True) -> Tensor:
+        """See Tower; CLIP has no positions inside its blocks, so `in_space` changes nothing."""
+        x, frozen = self._begin(index, x)
+        if frozen is not None:
             with as_is(x):
-                return frozen.transform(x)
+                return frozen.attention(x)
         block = self.blocks[index]
-        return x + block.ls_2(block.mlp(block.ln_2(x)))
+        if hasattr(block, "attention"):
+            return block.ls_1(block.attention(q_x=x))
+        return block.ls_1(block.ln_attn(block.attn(x)))  # open_clip's CustomResidualAttentionBlock
 
-    def run_block(self, index: int, x: Tensor) -> Tensor:
-        """Block `index` without gradients, a few images at a time, so that its inner width never stands for all.
+    def norm_mlp(self, index: int, x: Tensor) -> Tensor:
+        x, block = self._begin(index, x)
+        with as_is(x) if block else contextlib.nullcontext():
+            return block.norm(1, x) if block else self.blocks[index].ln_2(x)
 
-        (M, 1 + N, D) -> the same.
-        """
-        with torch.no_grad():
-            parts = [self.transform(index, self.attend(index, part)) for part in x.split(CHUNK)]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        x, block = self._begin(index, x)
+        with as_is(x) if block else contextlib.nullcontext():
+            return block.mlp(x) if block else self.blocks[index].ls_2(self.blocks[index].mlp(x))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """All blocks, before ln_post: (M, 3, height, width) -> (M, 1 + N, D)."""
-        x = self.embed(self.patchify(images))
-        for index in range(len(self.blocks)):
-            x = self.transform(index, self.attend(index, x))
-        return x
+    def keep_norms(self) -> None:
+        self._fold = False
+        self._low.clear()
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> None:
@@ -156,18 +135,21 @@ class VisionTower(nn.Module):
         marks = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
         if index not in self._low or self._low[index][:2] != (dtype, marks):
             with torch.inference_mode(False), torch.no_grad():  # an evaluation's copies must serve training too
-                self._low[index] = dtype, marks, FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU)
+                self._low[index] = dtype, marks, self._freeze(block, dtype)
 
-    def _block(self, index: int, dtype: torch.dtype) -> FrozenBlock | None:
-        """The block's weights in `dtype`; None if it must run as open_clip wrote it."""
-        block = self.blocks[index]
+    def _freeze(self, block: nn.Module, dtype: torch.dtype) -> FrozenBlock:
+        return FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU, self._fold)
+
+    def _begin(self, index: int, x: Tensor) -> tuple[Tensor, FrozenBlock | None]:
+        """x in the dtype to work in, and the block's weights in it; None if it must run as open_clip wrote it."""
+        block, x = self.blocks[index], x.to(working_dtype(x))
         if not _is_plain(block):
-            return None
-        if block.ln_1.weight.dtype == dtype:
-            return FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU)
+            return x, None
+        if block.ln_1.weight.dtype == x.dtype:
+            return x, self._freeze(block, x.dtype)
         if not torch.compiler.is_compiling():
-            self._refresh(index, dtype)
-        return self._low[index][2]
+            self._refresh(index, x.dtype)
+        return x, self._low[index][2]
 
     def _apply(self, *arguments: Any, **options: Any) -> VisionTower:
         self._low.clear()  # weights that moved must not hold on to copies where they were
@@ -225,65 +207,6 @@ def build_custom_tower(width: int, layers: int, heads: int, patch_size: int, ima
     return _build(width, layers, heads, mlp_ratio, patch_size, image_size, quick_gelu, source, "custom", {})
 
 
-def find_weights(arch: str, weights: str | None, folder: str | Path = "clip_pretrain") -> str:
-    """Where the weights of a tower come from: what is asked for, else OpenAI's archive in `folder`, else its tag.
-
-    Returns:
-        a path to a file, or an open_clip tag.
-
-    Raises:
-        BackboneError: a missing file, or an arch without a default.
-    """
-    if weights is not None:
-        looks_like_file = "/" in weights or Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors")
-        if looks_like_file and not Path(weights).is_file():
-            raise BackboneError(f"network.weights: no file {weights}")
-        return weights
-    if arch not in OPENAI:
-        raise BackboneError(
-            f"network.weights: {arch} needs an open_clip tag or a file, or set network.init to false for random weights"
-        )
-    archive = Path(folder) / OPENAI[arch][1]
-    return str(archive) if archive.is_file() else "openai"
-
-
-def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
-    """The vision tower's weights in a file, under open_clip's names without `visual.`, in float32.
-
-    Reads safetensors and torch files (`.bin`, `.pt`; bare or under `state_dict`, with or without `module.`) in the
-    layouts of open_clip and of Hugging Face's transformers, and OpenAI's own TorchScript archives in half precision.
-
-    Raises:
-        BackboneError: unreadable file, a pickle with code, or a file without a vision tower.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            values = load_file(path)
-        elif _is_torchscript(path):
-            values = torch.jit.load(str(path), map_location="cpu").state_dict()
-        else:
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise BackboneError(
-            f"{path}: cannot be read as CLIP weights ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-        ) from None
-    values = values.get("state_dict", values) if isinstance(values, Mapping) else values
-    if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise BackboneError(f"{path}: holds no state_dict")
-    values = {key.removeprefix("module."): value for key, value in values.items()}
-    if "vision_model.embeddings.class_embedding" in values:
-        values = _from_transformers(values)
-    visual = {key.removeprefix("visual."): value.float() for key, value in values.items() if key.startswith("visual.")}
-    if not visual and "conv1.weight" in values:
-        visual = {key: value.float() for key, value in values.items()}
-    if "conv1.weight" not in visual:
-        raise BackboneError(f"{path}: holds no CLIP vision transformer (no visual.conv1.weight)")
-    return visual
-
-
 def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: int, image_size: int, quick_gelu: bool,
            source: str | None, name: str, extra: dict) -> VisionTower:  # fmt: skip
     if image_size % patch_size:
@@ -301,17 +224,7 @@ def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: in
 
 def _load(tower: VisionTower, source: str, name: str) -> None:
     """Fetch, check and load weights; the projection to the text space, which nothing here uses, is left out."""
-    path, gelu = Path(source), None
-    if path.is_file():
-        gelu = _stated_activation(path)
-    else:
-        tag = open_clip.pretrained.get_pretrained_cfg(name, source)
-        if not tag:
-            tags = open_clip.list_pretrained_tags_by_model(name)
-            raise BackboneError(
-                f"network.weights: {source!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
-            )
-        gelu = bool(tag.get("quick_gelu", False))
+    gelu = stated_activation(name, source)
     names = {True: "QuickGELU", False: "GELU"}
     if gelu is None:
         logger.warning("%s does not say its activation: make sure that it is %s", source, names[tower.quick_gelu])
@@ -319,13 +232,7 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
         raise BackboneError(
             f"network.arch: {name} is built with {names[tower.quick_gelu]}, but the weights {source} were trained with {names[gelu]}; choose the {'-quickgelu' if gelu else 'plain'} variant"
         )
-    if not path.is_file():
-        try:
-            path = Path(open_clip.download_pretrained(tag))
-        except Exception as error:
-            raise BackboneError(
-                f"cannot download {name} {source} ({type(error).__name__}): put the file into clip_pretrain/ or name it in network.weights, or set network.init to false"
-            ) from None
+    path = fetch_weights(name, source)
     values = read_visual_weights(path)
     values.pop("proj", None)
     if "positional_embedding" in values:
@@ -343,54 +250,3 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
             f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
         )
     tower.visual.load_state_dict(values)
-
-
-def _from_transformers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower of Hugging Face's CLIPModel under open_clip's names."""
-    names = {
-        "embeddings.class_embedding": "class_embedding",
-        "embeddings.patch_embedding.weight": "conv1.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "pre_layrnorm": "ln_pre",  # their spelling
-        "post_layernorm": "ln_post",
-        "encoder.layers": "transformer.resblocks",
-        "self_attn.out_proj": "attn.out_proj",
-        "layer_norm1": "ln_1",
-        "layer_norm2": "ln_2",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    renamed = {}
-    for key, value in values.items():
-        if not key.startswith("vision_model.") or key.endswith("position_ids") or re.search(r"\.[kv]_proj\.", key):
-            continue  # keys and values are taken together with their queries
-        new = key.removeprefix("vision_model.")
-        for theirs, ours in names.items():
-            new = new.replace(theirs, ours)
-        if ".q_proj." in key:
-            value = torch.cat([values[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-            new = re.sub(r"self_attn\.q_proj\.(weight|bias)", r"attn.in_proj_\1", new)
-        renamed[f"visual.{new}"] = value
-    return renamed
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Whether a torch file is a TorchScript archive: those hold code and constants beside the tensors."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-
-
-def _stated_activation(path: Path) -> bool | None:
-    """QuickGELU or not, where it is said: OpenAI's archives, open_clip_config.json or transformers' config.json beside."""
-    if path.suffix != ".safetensors" and _is_torchscript(path):
-        return True
-    ours, theirs = path.with_name("open_clip_config.json"), path.with_name("config.json")
-    if ours.is_file():
-        values = json.loads(ours.read_text())
-        return bool(values.get("model_cfg", values).get("quick_gelu", False))
-    if theirs.is_file():
-        activation = json.loads(theirs.read_text()).get("vision_config", {}).get("hidden_act")
-        return None if activation is None else activation == "quick_gelu"
-    return None

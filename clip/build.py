@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from clip.authors import from_authors, is_authors_layout
-from clip.backbone import VisionTower, build_custom_tower, build_tower, find_weights
+from clip.backbone import build_custom_tower, build_tower
 from clip.methods import full_finetune, linear_probe, td4v_finetune, td4v_side
+from clip.tower import Tower
+from clip.weights import find_weights
 from configs.schema import Config, ConfigError, fill_options, nearest
 
 logger = logging.getLogger("td4v")
@@ -94,7 +96,7 @@ def backbone_identity(model: nn.Module) -> dict[str, str] | None:
     return {"name": model.tower.name, "weights": model.tower.weights, "sha256": digest.hexdigest()}
 
 
-def build_config_tower(config: Config, pretrained: bool = True) -> VisionTower:
+def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
     """The frozen tower of a configuration, with CLIP's weights if `network.init` and `pretrained` say so."""
     network, size = config.network, config.data.input_size
     source = find_weights(network.arch, network.weights) if network.init and pretrained else None

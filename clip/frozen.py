@@ -42,14 +42,14 @@ class FrozenBlock:
     steep: float | None
 
     @classmethod
-    def of(cls, block: nn.Module, dtype: torch.dtype, quick: bool) -> FrozenBlock:
+    def of(cls, block: nn.Module, dtype: torch.dtype, quick: bool, fold: bool = True) -> FrozenBlock:
         """The weights as they are, or, in another dtype than theirs, folded and cast copies.
 
         They must not change between a forward pass and its backward pass.
 
         Args:
             block: open_clip's ResidualAttentionBlock, without layer scale. quick: whether its activation is QuickGELU,
-                not the exact GELU.
+                not the exact GELU. fold: whether another dtype's copies may have the norms' affine parts in them.
         """
         attn, mlp, norms = block.attn, block.mlp, (block.ln_1, block.ln_2)
         pairs = [(attn.in_proj_weight, attn.in_proj_bias), (attn.out_proj.weight, attn.out_proj.bias),
@@ -60,26 +60,40 @@ class FrozenBlock:
         if pairs[0][0].dtype == dtype:
             return cls(attn.num_heads, eps, affine, *pairs, QUICK if quick else None)
         steep = QUICK if quick else 1.0
-        for place, (gamma, beta) in ((0, affine[0]), (2, affine[1])):
+        for place, (gamma, beta) in ((0, affine[0]), (2, affine[1])) if fold else ():
             weight, bias = pairs[place]
             pairs[place] = weight * gamma, torch.addmv(bias, weight, beta)
         pairs[2] = pairs[2][0] * steep, pairs[2][1] * steep
         pairs[3] = pairs[3][0] / steep, pairs[3][1]
         low = [(weight.to(dtype), bias.to(dtype)) for weight, bias in pairs]
-        return cls(attn.num_heads, eps, None, *low, 1.0 if quick else None)
+        return cls(attn.num_heads, eps, None if fold else affine, *low, 1.0 if quick else None)
 
     def attend(self, x: Tensor, queries: int | None = None) -> Tensor:
         """The attention half with its residual: (M, L, D) -> (M, L, D), or (M, queries, D) of the first tokens alone."""
-        normed = _FrozenNorm.apply(x, self.norms[0] if self.norms else (None, None), self.eps[0])
+        return x[:, :queries] + self.attention(self.norm(0, x), queries)
+
+    def norm(self, half: int, x: Tensor) -> Tensor:
+        """The norm before attention (0) or MLP (1), without what was folded away: (..., D) -> the same."""
+        return _FrozenNorm.apply(x, self.norms[half] if self.norms else (None, None), self.eps[half])
+
+    def attention(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """The attention half behind its norm, without residual: (M, L, D) -> (M, L or queries, D)."""
         if queries is None:
-            q, k, v = _frozen_linear(normed, *self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            q, k, v = _frozen_linear(x, *self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
         else:
             D = x.shape[-1]
-            (weight, bias), x = self.qkv, x[:, :queries]
-            q = _frozen_linear(normed[:, :queries], weight[:D], bias[:D]).unflatten(-1, (self.heads, -1))
-            k, v = _frozen_linear(normed, weight[D:], bias[D:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            weight, bias = self.qkv
+            q = _frozen_linear(x[:, :queries], weight[:D], bias[:D]).unflatten(-1, (self.heads, -1))
+            k, v = _frozen_linear(x, weight[D:], bias[D:]).unflatten(-1, (2, self.heads, -1)).unbind(2)
         y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))  # (M, heads, L, head width)
-        return x + _frozen_linear(y.transpose(1, 2).flatten(2), *self.out)
+        return _frozen_linear(y.transpose(1, 2).flatten(2), *self.out)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP half behind its norm, without residual, keeping its activation's input: (M, L, D) -> the same."""
+        inner = _frozen_linear(x, *self.fc)  # (M, L, 4*D)
+        if self.steep is None:
+            return _frozen_linear(F.gelu(inner), *self.proj)
+        return _frozen_linear(F.silu(inner * self.steep) / self.steep, *self.proj)
 
     def transform(self, x: Tensor) -> Tensor:
         """The MLP half with its residual: (M, L, D) -> the same."""

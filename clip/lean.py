@@ -113,7 +113,7 @@ def difference_streams(x: Tensor, backward: nn.Conv2d, forward: nn.Conv2d, grid:
 
 
 def add_to_patches(x: Tensor, branch: Tensor) -> Tensor:
-    """Tokens (M, 1 + N, D) with `branch` (M, N, D) added to all but the first."""
+    """Tokens (M, p + N, D) with `branch` (M, N, D) added to the last N."""
     return _AddToPatches.apply(x, branch)
 
 
@@ -248,13 +248,14 @@ class _AddToPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor) -> Tensor:
         y = x.clone()
-        y[:, 1:] += branch
+        y[:, -branch.shape[1] :] += branch
+        ctx.patches = branch.shape[1]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return dy, dy[:, 1:]
+        return dy, dy[:, -ctx.patches :]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

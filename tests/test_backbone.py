@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from clip.backbone import BackboneError, VisionTower, build_custom_tower, build_tower, find_weights, read_visual_weights
+from clip.backbone import VisionTower, build_custom_tower, build_tower
+from clip.tower import BackboneError
+from clip.weights import find_weights, read_visual_weights
 
 SMALL = dict(width=32, layers=2, heads=2, patch_size=8, image_size=32)
 

@@ -15,16 +15,29 @@ ALLOWED = {
     "configs.schema": (),
     "clip.methods": (
         "clip.adapter",
-        "clip.backbone",
         "clip.layers",
         "clip.lean",
         "clip.side_network",
+        "clip.tower",
         "configs.schema",
     ),
-    "clip.build": ("clip.methods", "clip.authors", "clip.backbone", "configs.schema"),
+    "clip.build": (
+        "clip.methods",
+        "clip.authors",
+        "clip.backbone",
+        "clip.text",
+        "clip.timm_tower",
+        "clip.tower",
+        "clip.weights",
+        "configs.schema",
+    ),
     "clip.side_network": ("clip.adapter", "clip.layers", "clip.lean"),
     "clip.adapter": ("clip.layers", "clip.lean"),
-    "clip.backbone": ("clip.frozen", "clip.lean"),
+    "clip.backbone": ("clip.frozen", "clip.lean", "clip.tower", "clip.weights"),
+    "clip.timm_tower": ("clip.lean", "clip.tower"),
+    "clip.text": ("clip.weights", "clip.tower"),
+    "clip.weights": ("clip.tower",),
+    "clip.tower": ("clip.lean",),
     "clip.frozen": ("clip.lean",),
     "clip.layers": ("clip.lean",),
     "clip.groups": ("configs.schema",),
@@ -92,4 +105,4 @@ def test_house_rules(path):
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)], path
     names = {imported.split(".")[0] for _, imported in imports(path)}
     if "open_clip" in names:
-        assert module_name(path) in ("clip.backbone", "tests.test_backbone")
+        assert module_name(path) in ("clip.backbone", "clip.text", "clip.weights", "tests.test_backbone")

@@ -6,12 +6,11 @@ Letters: B clips, T frames, N patch tokens, D the tower's width, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.backbone import VisionTower
+from clip.tower import Feature, Tower
 from configs.schema import Config
 
 
@@ -19,7 +18,7 @@ from configs.schema import Config
 class Options:
     """`network.options` of this method."""
 
-    feature: Literal["class_token", "mean_tokens"] = "class_token"
+    feature: Feature = "class_token"
 
 
 class FullFinetune(nn.Module):
@@ -38,9 +37,10 @@ class FullFinetune(nn.Module):
 
     frames_per_segment = 1
 
-    def __init__(self, tower: VisionTower, num_classes: int, feature: str = "class_token", dropout: float = 0.0,
+    def __init__(self, tower: Tower, num_classes: int, feature: Feature = "class_token", dropout: float = 0.0,
                  recompute: bool = False):  # fmt: skip
         super().__init__()
+        tower.require(feature, "network.options.feature")
         self.feature, self.recompute = feature, recompute
         self.tower = tower
         self.dropout = nn.Dropout(dropout)
@@ -49,20 +49,16 @@ class FullFinetune(nn.Module):
     def tuned_modules(self) -> dict[str, nn.Module | nn.Parameter]:
         """Everything that is trained, by name."""
         return {
-            **self._embedding(),
+            **self.tower.embedding(),
             "blocks": self.tower.blocks,
-            "ln_post": self.tower.visual.ln_post,
+            "ln_post": self.tower.final_norm,
             "head": self.head,
         }
 
     def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
         """The same from input to classifier: all of the embedding, each block, ln_post, the head."""
         blocks = [[block] for block in self.tower.blocks]
-        return [list(self._embedding().values()), *blocks, [self.tower.visual.ln_post], [self.head]]
-
-    def _embedding(self) -> dict[str, nn.Module | nn.Parameter]:
-        names = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
-        return {name: getattr(self.tower.visual, name) for name in names}
+        return [list(self.tower.embedding().values()), *blocks, [self.tower.final_norm], [self.head]]
 
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
@@ -72,8 +68,7 @@ class FullFinetune(nn.Module):
                 x = checkpoint(self._block, index, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = self._block(index, x)
-        x = x[:, :1] if self.feature == "class_token" else x
-        return self.tower.visual.ln_post(x).mean(1).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
+        return self.tower.read(x, self.feature).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
 
     def _block(self, index: int, x: Tensor) -> Tensor:
         return self.tower.transform(index, self.tower.attend(index, x))
@@ -82,7 +77,7 @@ class FullFinetune(nn.Module):
         return self.head(self.dropout(self.features(video)))
 
 
-def build(config: Config, tower: VisionTower, options: Options) -> FullFinetune:
+def build(config: Config, tower: Tower, options: Options) -> FullFinetune:
     """The method as a configuration describes it."""
     network = config.network
     return FullFinetune(tower, config.data.num_classes, options.feature, network.drop_fc, network.recompute)

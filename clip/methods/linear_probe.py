@@ -6,12 +6,11 @@ Letters: B clips, T frames, N patch tokens, D the tower's width, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from clip.backbone import VisionTower
+from clip.tower import Feature, Tower
 from configs.schema import Config, ConfigError
 
 
@@ -19,14 +18,14 @@ from configs.schema import Config, ConfigError
 class Options:
     """`network.options` of this method."""
 
-    feature: Literal["class_token", "mean_tokens"] = "class_token"
+    feature: Feature = "class_token"
 
 
 class LinearProbe(nn.Module):
     """The frozen tower runs without autograd; a linear classifier on the average over frames is all that is tuned.
 
     Args:
-        tower: frozen CLIP. num_classes: K.
+        tower: frozen trunk. num_classes: K.
         feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
         dropout: before the classifier.
 
@@ -37,8 +36,9 @@ class LinearProbe(nn.Module):
 
     frames_per_segment = 1
 
-    def __init__(self, tower: VisionTower, num_classes: int, feature: str = "class_token", dropout: float = 0.0):
+    def __init__(self, tower: Tower, num_classes: int, feature: Feature = "class_token", dropout: float = 0.0):
         super().__init__()
+        tower.require(feature, "network.options.feature")
         self.feature = feature
         self.tower = tower
         self.dropout = nn.Dropout(dropout)
@@ -58,8 +58,7 @@ class LinearProbe(nn.Module):
         x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
         for index in range(len(self.tower.blocks)):
             x = self.tower.run_block(index, x)
-        x = x[:, :1] if self.feature == "class_token" else x
-        return self.tower.visual.ln_post(x).mean(1).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
+        return self.tower.read(x, self.feature).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
 
     def from_frozen(self, features: Tensor) -> Tensor:
         """The rest: (B, D) -> logits (B, K)."""
@@ -74,7 +73,7 @@ class LinearProbe(nn.Module):
         return self.from_frozen(video if video.ndim == 2 else self.frozen_features(video))
 
 
-def build(config: Config, tower: VisionTower, options: Options) -> LinearProbe:
+def build(config: Config, tower: Tower, options: Options) -> LinearProbe:
     """The method as a configuration describes it. Raises ConfigError for network.recompute."""
     if config.network.recompute:
         raise ConfigError("network.recompute: linear_probe keeps no activations of blocks that could be computed again")

@@ -1,6 +1,6 @@
 """TD4V fine-tuning: a frozen CLIP with TD4V inside its blocks. One method, one file.
 
-Letters: B clips, T frames, H x W the patch grid, N = H*W, D the tower's width, K classes.
+Letters: B clips, T frames, H x W the patch grid, N = H*W, L tokens with the class token, D the tower's width, K classes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clip.adapter import TD4V
-from clip.backbone import VisionTower
 from clip.layers import recomputed
 from clip.lean import add_to_patches
+from clip.tower import BackboneError, Feature, Tower
 from configs.schema import Config, ConfigError, NetworkConfig, Ratio
 
 logger = logging.getLogger("td4v")
@@ -30,7 +30,7 @@ class Options:
     placement: Literal["before_attention", "before_mlp", "both"] = "before_attention"
     mode: Literal["FC", "CNN"] = "FC"
     ratio: Ratio = Ratio(1 / 12)
-    feature: Literal["class_token", "mean_tokens"] = "class_token"
+    feature: Feature = "class_token"
     zero_init: bool = True
     temporal_embedding: bool = True
 
@@ -57,11 +57,12 @@ class TD4VFinetune(nn.Module):
 
     frames_per_segment = 1
 
-    def __init__(self, tower: VisionTower, num_classes: int, frames: int, placement: str = "before_attention",
-                 mode: Literal["FC", "CNN"] = "FC", ratio: float = 1 / 12, feature: str = "class_token",
+    def __init__(self, tower: Tower, num_classes: int, frames: int, placement: str = "before_attention",
+                 mode: Literal["FC", "CNN"] = "FC", ratio: float = 1 / 12, feature: Feature = "class_token",
                  zero_init: bool = True, temporal_embedding: bool = True, dropout: float = 0.0,
                  recompute: bool = False):  # fmt: skip
         super().__init__()
+        tower.require(feature, "network.options.feature")
         self.frames, self.feature, self.recompute = frames, feature, recompute
         self.tower = tower
         places = zip(("attention", "mlp"), PLACEMENTS[placement], strict=True)
@@ -89,15 +90,15 @@ class TD4VFinetune(nn.Module):
         return [*layers, [self.head]]
 
     def adapt(self, place: str, index: int, x: Tensor, frames: int) -> Tensor:
-        """Add TD4V to the patch tokens, if there is one at this place: (B*T, 1 + N, D) -> the same."""
+        """Add TD4V to the patch tokens, if there is one at this place: (B*T, L, D) -> the same."""
         if place not in self.td4v:
             return x
-        volume = x[:, 1:].unflatten(1, self.tower.grid).unflatten(0, (-1, frames))  # (B, T, H, W, D)
+        volume = x[:, self.tower.prefix :].unflatten(1, self.tower.grid).unflatten(0, (-1, frames))  # (B, T, H, W, D)
         branch = self.td4v[place][index](volume).flatten(2, 3).flatten(0, 1)  # (B*T, N, D)
         return add_to_patches(x, branch)
 
     def run_block(self, index: int, x: Tensor, frames: int) -> Tensor:
-        """Block `index` with its TD4V: (B*T, 1 + N, D) -> the same, or (B*T, 1, D) where only the class token is read."""
+        """Block `index` with its TD4V: (B*T, L, D) -> the same, or (B*T, 1, D) where only the class token is read."""
         last = index == len(self.tower.blocks) - 1 and self.feature == "class_token" and "mlp" not in self.td4v
         x = self.tower.attend(index, self.adapt("attention", index, x, frames), queries=1 if last else None)
         return self.tower.transform(index, self.adapt("mlp", index, x, frames))
@@ -110,7 +111,7 @@ class TD4VFinetune(nn.Module):
         B, T = video.shape[:2]
         if T != self.frames:
             raise ValueError(f"the model was built for {self.frames} frames and got {T}")
-        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, L, D)
         if self.temporal_embedding is not None:
             x = (x.unflatten(0, (B, T)) + self.temporal_embedding.to(x.dtype)[:, None]).flatten(0, 1)
         for index in range(len(self.tower.blocks)):
@@ -118,14 +119,13 @@ class TD4VFinetune(nn.Module):
                 x = recomputed(self._part(index), self.run_block, index, x, T)
             else:
                 x = self.run_block(index, x, T)
-        x = x[:, :1] if self.feature == "class_token" else x
-        return self.tower.visual.ln_post(x).mean(1).unflatten(0, (B, T)).mean(1)  # (B*T, D) -> (B, D)
+        return self.tower.read(x, self.feature).unflatten(0, (B, T)).mean(1)  # (B*T, D) -> (B, D)
 
     def forward(self, video: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(video)))
 
 
-def build(config: Config, tower: VisionTower, options: Options) -> TD4VFinetune:
+def build(config: Config, tower: Tower, options: Options) -> TD4VFinetune:
     """The method as a configuration describes it. `DA_ratio` and `sample_mode` describe side-tuning, not this."""
     usual = NetworkConfig()
     for key, own in (("DA_ratio", "ratio"), ("sample_mode", "mode")):
@@ -136,5 +136,7 @@ def build(config: Config, tower: VisionTower, options: Options) -> TD4VFinetune:
             tower, config.data.num_classes, config.data.num_segments, options.placement, options.mode, options.ratio,
             options.feature, options.zero_init, options.temporal_embedding, config.network.drop_fc, config.network.recompute,
         )  # fmt: skip
+    except BackboneError:
+        raise
     except ValueError as error:
         raise ConfigError(f"network.options.ratio: {error}") from None

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clip.backbone import VisionTower
 from clip.layers import recomputed
 from clip.side_network import SideNetwork
+from clip.tower import BackboneError, Feature, Tower
 from configs.schema import Config, ConfigError
 
 
@@ -26,6 +26,7 @@ class Options:
     stem_kernel: Literal[1, 3] = 3  # frames that the stem convolution sees
     token_shift: bool = True
     temporal_embedding: bool = True
+    token: Feature = "class_token"  # what stands for a frame in the side blocks' attention
 
 
 class TD4VSide(nn.Module):
@@ -35,6 +36,8 @@ class TD4VSide(nn.Module):
         tower: frozen CLIP. num_classes: K. frames: T. widths: side widths, one a tower block.
         mlp_ratio, ratio, mode, td4v, stem_kernel, token_shift, temporal_embedding: see SideNetwork.
         dropout: before the classifier. recompute: keep only the input of each level of the side network.
+        token: what the side blocks' attention looks at beside the patches: the trunk's class token, or, for trunks without
+            one, the mean of its patch tokens.
 
     Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
 
@@ -47,13 +50,15 @@ class TD4VSide(nn.Module):
 
     frames_per_segment = 1
 
-    def __init__(self, tower: VisionTower, num_classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
+    def __init__(self, tower: Tower, num_classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
                  ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN", dropout: float = 0.0, td4v: bool = True,
-                 stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True, recompute: bool = False):  # fmt: skip
+                 stem_kernel: int = 3, token_shift: bool = True, temporal_embedding: bool = True, recompute: bool = False,
+                 token: Feature = "class_token"):  # fmt: skip
         super().__init__()
         if len(widths) != len(tower.blocks):
             raise ValueError(f"{len(widths)} side widths for {len(tower.blocks)} blocks of the tower")
-        self.frames, self.recompute = frames, recompute
+        tower.require(token, "network.options.token")
+        self.frames, self.recompute, self.token = frames, recompute, token
         self.tower = tower
         self.side = SideNetwork(tower.width, tower.patch_size, frames, widths, mlp_ratio, ratio, mode, td4v,
                                 stem_kernel, token_shift, temporal_embedding)  # fmt: skip
@@ -74,7 +79,7 @@ class TD4VSide(nn.Module):
             x = self.tower.embed(patches)
         for index in range(len(self.side.layers)):
             x = self.tower.run_block(index, x)
-            yield x
+            yield self.tower.without_registers(x, self.token)
 
     def tune(self, patches: Tensor, tokens: Iterable[Tensor], clips: int) -> Tensor:
         """What the classifier sees, from the patches' pixels and the tower's tokens: -> (B, n of the last level)."""
@@ -121,15 +126,17 @@ class TD4VSide(nn.Module):
         return self.head(self.dropout(features))
 
 
-def build(config: Config, tower: VisionTower, options: Options) -> TD4VSide:
+def build(config: Config, tower: Tower, options: Options) -> TD4VSide:
     """The method as a configuration describes it. Raises ConfigError for sizes that do not fit."""
     network = config.network
     try:
         return TD4VSide(
             tower, config.data.num_classes, config.data.num_segments, network.pyramid.n_embs,
             network.pyramid.mlp_ratio, network.DA_ratio, network.sample_mode, network.drop_fc, options.td4v,
-            options.stem_kernel, options.token_shift, options.temporal_embedding, network.recompute,
+            options.stem_kernel, options.token_shift, options.temporal_embedding, network.recompute, options.token,
         )  # fmt: skip
+    except BackboneError:
+        raise
     except ValueError as error:
         key = "network.DA_ratio" if "ratio" in str(error) else "network.pyramid.n_embs"
         raise ConfigError(f"{key}: {error}") from None
