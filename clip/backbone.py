@@ -67,14 +67,14 @@ class VisionTower(Tower):
         names = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
         return {name: getattr(self.visual, name) for name in names}
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Class token, positions, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
+    def embed(self, patches: Tensor, added: Tensor | None = None) -> Tensor:
+        """Class token, positions, `added`, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
         visual, dtype = self.visual, patches.dtype
         with as_is(patches):
             x = F.linear(patches, visual.conv1.weight.flatten(1).to(dtype))  # (M, N, D)
             token = visual.class_embedding.expand(len(x), 1, -1)
             x = torch.cat([token, x.to(token.dtype)], 1) + visual.positional_embedding
-            return visual.ln_pre(x).to(dtype)
+            return visual.ln_pre(x if added is None else x + added).to(dtype)
 
     def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
         x, block = self._begin(index, x)

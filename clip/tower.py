@@ -82,8 +82,12 @@ class Tower(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """A pass in `dtype` begins."""
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """What the first block sees, of what `patchify` gave: (M, N, 3*P*P) -> (M, L, D)."""
+    def embed(self, patches: Tensor, added: Tensor | None = None) -> Tensor:
+        """What the first block sees, of what `patchify` gave: (M, N, 3*P*P) -> (M, L, D).
+
+        Args:
+            added: (M, 1, D) or what broadcasts to (M, L, D), added before a norm that stands before the first block.
+        """
         raise NotImplementedError
 
     def norm_attention(self, index: int, x: Tensor) -> Tensor:
