@@ -4,7 +4,9 @@ A method is one file in clip/methods/ with a module, a dataclass `Options` (what
 `build(config, tower, options)`. The module has `forward(video (B, T, C, H, W)) -> logits (B, K)`, `tuned_modules()`,
 whose last entry `head` is the classifier, and `frames_per_segment`. It becomes known by one line in METHODS.
 
-It may have `tuned_layers()`, for solver.layer_decay. And, for network.cache_features, `frozen_features(video) -> (B, F)`,
+It may have `tuned_layers()`, for solver.layer_decay, and `misfit(state_dict) -> str | None`, which says in words why
+weights are of another variant. Beside `build` there may be `from_published(state_dict, own) -> dict | None`, which gives
+the authors' weights our names. And, for network.cache_features, `frozen_features(video) -> (B, F)`,
 which no training changes, and `from_frozen(features) -> logits`; `forward` then takes either, by their dimensions.
 Does not live here: any layer, any loop.
 """
@@ -21,9 +23,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from clip.authors import from_authors, is_authors_layout
 from clip.backbone import build_custom_tower, build_tower
-from clip.methods import full_finetune, linear_probe, td4v_finetune, td4v_side
+from clip.methods import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
 from clip.tower import Tower
 from clip.weights import find_weights
 from configs.schema import Config, ConfigError, fill_options, nearest
@@ -35,6 +36,7 @@ METHODS: dict[str, ModuleType] = {
     "td4v_finetune": td4v_finetune,
     "full_finetune": full_finetune,
     "linear_probe": linear_probe,
+    "aim": aim,
 }
 
 
@@ -149,11 +151,11 @@ def load_weights(
     drop_head: bool = False,
     backbone: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a whole model's state_dict, ours or the authors', strictly.
+    """Load a whole model's state_dict, by our names or as its method's authors publish it, strictly.
 
     Args:
         model: of `build_model`.
-        state_dict: our names or the authors' (see clip/authors.py), with or without `module.`.
+        state_dict: our names or those that a method's `from_published` knows, with or without `module.`.
         source: the file, for messages.
         drop_head: leave out the classifier.
         backbone: of a checkpoint without the frozen weights: their identity, which the model's must have.
@@ -163,14 +165,15 @@ def load_weights(
             then.
     """
     values = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    optional: set[str] = set()
-    if is_authors_layout(values):
+    own = model.state_dict()
+    for method in METHODS.values():
         try:
-            values = from_authors(values)
+            values = getattr(method, "from_published", lambda *_: None)(values, own) or values
         except ValueError as error:
             raise WeightsError(f"{source}: {error}") from None
-        optional = {"tower.visual.ln_post.weight", "tower.visual.ln_post.bias"}  # theirs never reads it
-    own = model.state_dict()
+    if reason := getattr(model, "misfit", lambda _: None)(values):
+        raise WeightsError(f"{source}: {reason}")
+    optional: set[str] = set()
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if backbone is not None:
         optional |= frozen

@@ -15,6 +15,7 @@ ALLOWED = {
     "configs.schema": (),
     "clip.methods": (
         "clip.adapter",
+        "clip.authors",
         "clip.layers",
         "clip.lean",
         "clip.side_network",
@@ -23,7 +24,6 @@ ALLOWED = {
     ),
     "clip.build": (
         "clip.methods",
-        "clip.authors",
         "clip.backbone",
         "clip.text",
         "clip.timm_tower",

@@ -5,13 +5,14 @@ Letters: B clips, T frames, H x W the patch grid, D the tower's width, K classes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from clip.authors import from_authors, is_authors_layout
 from clip.layers import recomputed
 from clip.side_network import SideNetwork
 from clip.tower import BackboneError, Feature, Tower
@@ -140,3 +141,16 @@ def build(config: Config, tower: Tower, options: Options) -> TD4VSide:
     except ValueError as error:
         key = "network.DA_ratio" if "ratio" in str(error) else "network.pyramid.n_embs"
         raise ConfigError(f"{key}: {error}") from None
+
+
+def from_published(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The authors' weights by our names, or None if these are not theirs. Raises ValueError for a strange key.
+
+    Args:
+        state_dict: see clip/authors.py. own: of the model that they are for: their tower may lack its last norm, which
+            nothing here reads.
+    """
+    if not is_authors_layout(state_dict):
+        return None
+    unread = {key: value for key, value in own.items() if key.startswith("tower.visual.ln_post.")}
+    return {**unread, **from_authors(state_dict)}
