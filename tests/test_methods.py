@@ -49,12 +49,14 @@ def test_finetune_counts():
 @pytest.mark.parametrize("method", FROZEN)
 def test_exactly_the_named_parts_are_tuned(method):
     model = build_model(config(method))
-    tuned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parts = tuple(model.tuned_modules())
-    assert tuned == {name for name, _ in model.named_parameters() if name.split(".")[0] in parts}
-    assert {name.split(".")[0] for name, parameter in model.named_parameters() if not parameter.requires_grad} == {
-        "tower"
-    }
+    tuned = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    named = [
+        [part] if isinstance(part, torch.nn.Parameter) else part.parameters() for part in model.tuned_modules().values()
+    ]
+    assert tuned == {parameter for parameters in named for parameter in parameters}
+    last_norm = set(model.tower.final_norm.parameters()) if method == "aim" else set()
+    assert tuned & set(model.tower.parameters()) == last_norm
+    assert tuned | set(model.tower.parameters()) == set(model.parameters())
     grouped = [id(p) for group in parameter_groups(model, 1.0, 1.0) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
@@ -71,7 +73,7 @@ def test_one_step_changes_the_tuned_and_nothing_else(method):
         model(torch.randn(2, 4, 3, 32, 32)).square().sum().backward()
         optimizer.step()
     still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
-    assert still == {name for name in before if name.startswith("tower.")}
+    assert still == {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
 def test_side_tuning_has_no_graph_in_the_tower(monkeypatch):
