@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clip.frozen import FrozenBlock
 from clip.lean import as_is, working_dtype
 from clip.tower import BackboneError, Tower
-from clip.weights import OPENAI, fetch_weights, read_visual_weights, stated_activation
+from clip.weights import OPENAI, fetch_weights, read_visual_weights, stated_activation, stated_pixels
 
 logger = logging.getLogger("td4v")
 
@@ -43,7 +43,7 @@ class VisionTower(Tower):
     def __init__(self, visual: VisionTransformer, quick_gelu: bool, name: str = "custom"):
         super().__init__(name)
         if visual.attn_pool is not None:
-            raise BackboneError("a tower with attentional pooling has no class token for TD4V to use")
+            raise BackboneError(f"network.arch: {name} pools by attention and has no class token to use")
         visual.proj = None
         self.visual = visual.requires_grad_(False)
         self.quick_gelu = quick_gelu
@@ -172,6 +172,29 @@ def _is_plain(block: nn.Module) -> bool:
     )
 
 
+def _model_config(arch: str) -> dict[str, Any] | None:
+    """open_clip's account of a model by OpenAI's name or its own, or None."""
+    name = OPENAI[arch][0] if arch in OPENAI else arch
+    return open_clip.get_model_config(name) if "/" not in name else None
+
+
+def clip_names() -> list[str]:
+    """Every name that open_clip or OpenAI has for a model, of whatever kind."""
+    return [*OPENAI, *open_clip.list_models()]
+
+
+def timm_trunk(arch: str) -> dict[str, Any] | None:
+    """How open_clip builds the vision tower of `arch` if timm wrote it: arguments of timm.create_model; else None.
+
+    `model_name`, and `global_pool` where open_clip changes it before the trunk is built, as norms depend on it.
+    """
+    vision = (_model_config(arch) or {}).get("vision_cfg", {})
+    if "timm_model_name" not in vision:
+        return None
+    changes = {} if vision.get("timm_proj") in ("linear", "mlp") else {"global_pool": vision["timm_pool"]}
+    return {"model_name": vision["timm_model_name"], **changes}
+
+
 def build_tower(arch: str, image_size: int, source: str | None = None) -> VisionTower:
     """A tower by name.
 
@@ -183,14 +206,14 @@ def build_tower(arch: str, image_size: int, source: str | None = None) -> Vision
     Raises:
         BackboneError: unknown or unsuitable name, weights that cannot be had or do not fit, activation mismatch.
     """
-    name = OPENAI[arch][0] if arch in OPENAI else arch
-    model = open_clip.get_model_config(name) if "/" not in name else None
+    name, model = OPENAI[arch][0] if arch in OPENAI else arch, _model_config(arch)
     if model is None:
         known = [*OPENAI, *(n for n in open_clip.list_models() if n.startswith("ViT"))]
         raise BackboneError(f"network.arch: {arch!r} is not a known CLIP; known are e.g. {', '.join(known[:12])}")
     vision = model["vision_cfg"]
     if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
-        raise BackboneError(f"network.arch: {arch} is not a plain vision transformer of open_clip")
+        kind = "timm's" if "timm_model_name" in vision else "a ResNet"
+        raise BackboneError(f"network.arch: {arch} is not a plain vision transformer of open_clip ({kind})")
     options = CLIPVisionCfg(**{**vision, "image_size": image_size})
     unused = ("attentional_pool", "patch_dropout", "no_ln_pre", "final_ln_after_pool", "ls_init_value", "pool_type", "pos_embed_type", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")  # fmt: skip
     extra = {key: getattr(options, key) for key in unused}
@@ -232,6 +255,7 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
         raise BackboneError(
             f"network.arch: {name} is built with {names[tower.quick_gelu]}, but the weights {source} were trained with {names[gelu]}; choose the {'-quickgelu' if gelu else 'plain'} variant"
         )
+    tower.mean, tower.std = stated_pixels(name, source) or (tower.mean, tower.std)
     path = fetch_weights(name, source)
     values = read_visual_weights(path)
     values.pop("proj", None)

@@ -20,13 +20,15 @@ import warnings
 from collections.abc import Mapping
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip.backbone import build_custom_tower, build_tower
+from clip.backbone import build_custom_tower, build_tower, clip_names, timm_trunk
 from clip.methods import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
-from clip.tower import Tower
-from clip.weights import find_weights
+from clip.timm_tower import build_timm_tower, find_timm_weights, is_timm_name, timm_names
+from clip.tower import BackboneError, Tower
+from clip.weights import fetch_weights, find_weights, stated_pixels
 from configs.schema import Config, ConfigError, fill_options, nearest
 
 logger = logging.getLogger("td4v")
@@ -99,17 +101,50 @@ def backbone_identity(model: nn.Module) -> dict[str, str] | None:
 
 
 def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
-    """The frozen tower of a configuration, with CLIP's weights if `network.init` and `pretrained` say so."""
-    network, size = config.network, config.data.input_size
-    source = find_weights(network.arch, network.weights) if network.init and pretrained else None
-    if pretrained and source is None:
+    """The frozen tower of a configuration, with weights if `network.init` and `pretrained` say so.
+
+    A warning is logged where weights are loaded and data.mean or data.std are not those of the trunk.
+    """
+    network, data = config.network, config.data
+    load = network.init and pretrained
+    if pretrained and not load:
         logger.warning("network.init is false: %s starts from RANDOM weights, nothing of CLIP is loaded", network.arch)
     if network.vision is None:
-        tower = build_tower(network.arch, size, source)
+        tower, source = _tower_by_name(network.arch, data.input_size, network.weights, load)
     else:
-        tower = build_custom_tower(**{**dataclasses.asdict(network.vision), "image_size": size}, source=source)
+        source = find_weights(network.arch, network.weights) if load else None
+        sizes = {**dataclasses.asdict(network.vision), "image_size": data.input_size}
+        tower = build_custom_tower(**sizes, source=source)
     tower.weights = source or f"random weights of seed {config.seed}"
+    for key, own, given in (("mean", tower.mean, data.mean), ("std", tower.std, data.std)):
+        if load and own is not None and not np.allclose(own, given, atol=1e-3):
+            logger.warning(
+                "data.%s is %s, but %s was trained on pixels with %s; set it to that", key, list(given), tower.name, list(own)
+            )  # fmt: skip
     return tower
+
+
+def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tuple[Tower, str | None]:
+    """A tower by open_clip's name, else by timm's, and where its weights are from (None: they are random)."""
+    known = clip_names()
+    if arch not in known and is_timm_name(arch):
+        if weights is not None:
+            find_weights(arch, weights)  # a file must be there
+        source = find_timm_weights(arch, weights) if load else None
+        return build_timm_tower(arch, size, source), source
+    if arch not in known:
+        close = [name for name in (nearest(arch, known), nearest(arch, timm_names())) if name]
+        raise BackboneError(
+            f"network.arch: {arch!r} is neither a model of open_clip nor one of timm{'; did you mean ' if close else ''}{' or '.join(close)}{'?' if close else ''}"
+        )
+    trunk = timm_trunk(arch)
+    source = find_weights(arch, weights) if load else None
+    if trunk is None:
+        return build_tower(arch, size, source), source
+    tower = build_timm_tower(trunk.pop("model_name"), size, source and str(fetch_weights(arch, source)), arch, **trunk)
+    if source is not None:
+        tower.mean, tower.std = stated_pixels(arch, source) or (tower.mean, tower.std)
+    return tower, source
 
 
 def tune_only(model: nn.Module) -> nn.Module:

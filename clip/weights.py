@@ -63,6 +63,17 @@ def stated_activation(name: str, source: str) -> bool | None:
     return bool(_tag(name, source).get("quick_gelu", False))
 
 
+def stated_pixels(name: str, source: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of the pixels that weights were trained on, or None for a file, which does not say them.
+
+    Arguments as `stated_activation`. Raises BackboneError for neither a file nor a tag of `name`.
+    """
+    if Path(source).is_file():
+        return None
+    tag = _tag(name, source)
+    return (tuple(tag["mean"]), tuple(tag["std"])) if tag.get("mean") and tag.get("std") else None
+
+
 def fetch_weights(name: str, source: str) -> Path:
     """The file of a model's weights, downloaded if `source` is a tag. Arguments as `stated_activation`.
 
