@@ -1,4 +1,4 @@
-"""Every golden vector of the folder GOLDEN_DIR (default ../shared/golden) holds for our modules.
+"""Every golden vector of the folder GOLDEN_DIR (default ../shared/golden and ../shared/golden_aim) holds for our modules.
 
 The vectors are numbers from the authors' own modules; the folder's README and fill.py say how they are made. A family
 of cases that is not known here fails. Sampling's vectors are checked by test_sampling.py's function of the same file.
@@ -19,31 +19,33 @@ from clip.adapter import TD4V
 from clip.authors import from_authors
 from clip.backbone import build_custom_tower
 from clip.build import tune_only
+from clip.methods import aim
+from clip.methods.aim import AIM, Adapter
 from clip.methods.td4v_side import TD4VSide
 from clip.side_network import SideBlock
 from configs.schema import parse_ratio
 from datasets.sampling import test_indices as clip_indices
 from datasets.sampling import val_indices
 
-DEFAULT = Path(__file__).parents[2] / "shared" / "golden"
-FOLDER = Path(os.environ.get("GOLDEN_DIR", DEFAULT))
-CASES = sorted(FOLDER.glob("*.json")) if FOLDER.is_dir() else []
+DEFAULT = [Path(__file__).parents[2] / "shared" / name for name in ("golden", "golden_aim")]
+FOLDERS = [Path(os.environ["GOLDEN_DIR"])] if "GOLDEN_DIR" in os.environ else DEFAULT
+CASES = [path for folder in FOLDERS for path in sorted(folder.glob("*.json"))]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
 @pytest.fixture(scope="module")
 def fill():
     """The fill rule that stands beside the vectors."""
-    path = next((folder / "fill.py" for folder in (FOLDER, DEFAULT) if (folder / "fill.py").is_file()), None)
+    path = next((folder / "fill.py" for folder in (*FOLDERS, *DEFAULT) if (folder / "fill.py").is_file()), None)
     if path is None:
-        pytest.skip(f"no fill.py in {FOLDER}")
+        pytest.skip(f"no fill.py in {FOLDERS[0]}")
     spec = importlib.util.spec_from_file_location("golden_fill", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDER}")
+@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDERS[0]}")
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_golden(path, fill):
     case = json.loads(path.read_text())
@@ -51,7 +53,8 @@ def test_golden(path, fill):
         check_sampling(case)
         return
     families = {"adapter.py:TD4V": run_td4v, "AttnCBlock": run_side_block, "frozen CLIP part": run_trunk,
-                "VisualTransformer": run_side_network}  # fmt: skip
+                "VisualTransformer": run_side_network, "vit_clip.py:ViT_CLIP": run_aim,
+                "vit_clip.py:Adapter": run_aim_adapter}  # fmt: skip
     run = next((run for name, run in families.items() if name in case["official_source"]), None)
     assert run is not None, f"{path.name}: no test for {case['official_source']}"
     run(case, fill)
@@ -124,6 +127,32 @@ def run_side_network(case, fill):
     check(case, fill, model, y, None)
 
 
+def run_aim_adapter(case, fill):
+    arguments = case["constructor_args"]
+    adapter = Adapter(arguments["D_features"], arguments.get("mlp_ratio", 0.25), arguments.get("skip_connect", True))
+    load(adapter, case, fill)
+    x = tensor(fill.inputs_of(case)["input"], case).requires_grad_()
+    check(case, fill, adapter, adapter(x), x)
+
+
+def run_aim(case, fill):
+    """As it is trained, and with gradients of all weights, for which the tower runs as open_clip wrote it."""
+    arguments = case["constructor_args"]
+    drop_path = arguments.get("drop_path_rate", 0.2)
+    assert case["mode"] == "eval" or drop_path == 0, "dropped paths are random"
+    model = AIM(golden_tower(arguments), 5, arguments["num_frames"], arguments.get("num_tadapter", 1),
+                arguments.get("adapter_scale", 0.5), drop_path, arguments.get("mlp_ratio", 0.25))  # fmt: skip
+    own = model.state_dict()
+    model.load_state_dict({**{key: own[key] for key in ("head.weight", "head.bias")}, **weights(case, fill)})
+    tune_only(model).to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
+    for everything in (False, True):
+        x = tensor(fill.inputs_of(case)["input"], case).requires_grad_()  # (B, 3, T, H, W)
+        model.zero_grad()
+        y = model.requires_grad_(True) if everything else model
+        y = y.frame_features(x.transpose(1, 2)).transpose(1, 2)[..., None, None]  # (B, T, D) -> (B, D, T, 1, 1)
+        check(case, fill, model, y, x)
+
+
 def golden_tower(arguments):
     return build_custom_tower(arguments["width"], arguments["layers"], arguments["heads"], arguments["patch_size"],
                               arguments["input_resolution"])  # fmt: skip
@@ -131,7 +160,15 @@ def golden_tower(arguments):
 
 def weights(case, fill):
     """The authors' state_dict of the case, through the project's public loader."""
-    return from_authors({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()})
+    return ours({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()}, case)
+
+
+def ours(values, case):
+    if "vit_clip.py:Adapter" in case["official_source"]:
+        place, renamed = "transformer.resblocks.0.S_Adapter.", "adapters.0.spatial."
+        whole = aim.from_published({place + key: value for key, value in values.items()}, {})
+        return {key.removeprefix(renamed): value for key, value in whole.items()}
+    return aim.from_published(values, {}) if "vit_clip.py" in case["official_source"] else from_authors(values)
 
 
 def load(module, case, fill):
@@ -148,11 +185,11 @@ def check(case, fill, module, output, inputs):
     assert set(errors) == ({"output"} if gradient is None else {"output", "grad"})
     assert max(errors.values()) < tolerance, errors
     parameters = dict(module.named_parameters())
-    ours = official_names(case)
+    names = official_names(case)
     largest = max(case["param_grad_l2"].values(), default=0.0)
     compared = 0
     for key, norm in case["param_grad_l2"].items():
-        name = ours[key].removeprefix("tower.") if ours[key] not in parameters else ours[key]
+        name = names[key].removeprefix("tower.") if names[key] not in parameters else names[key]
         if parameters[name].requires_grad:
             found = parameters[name].grad.double().norm().item()
             assert abs(found - norm) <= 10 * tolerance * max(norm, 1e-2 * largest), (key, found, norm)
@@ -160,7 +197,7 @@ def check(case, fill, module, output, inputs):
     assert compared or not any(parameter.requires_grad for parameter in parameters.values())
     buffers = dict(module.named_buffers())
     for key, norm in case["buffers_after_l2"].items():
-        found = buffers[ours[key]].double().norm().item()
+        found = buffers[names[key]].double().norm().item()
         assert abs(found - norm) <= tolerance * max(norm, 1e-3), (key, found, norm)
 
 
@@ -168,7 +205,7 @@ def official_names(case):
     """Their key -> ours; the loader keeps the order."""
     keys = [key for key in case["state_dict"] if key != "proj"]
     shapes = {key: torch.empty(case["state_dict"][key]) for key in keys}
-    return dict(zip(keys, from_authors(shapes), strict=True))
+    return dict(zip(keys, ours(shapes, case), strict=True))
 
 
 def tensor(values, case):
