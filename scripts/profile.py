@@ -40,7 +40,8 @@ from scripts.profile_work import random_batch, seconds_of_processes, threads_of_
 logger = logging.getLogger("td4v")
 
 ALWAYS = ("network.init=false", "network.weights=null", "resume=null", "pretrain=null", "solver.evaluate=false")
-BLOCK_HALVES = ("attend", "transform")  # of the tower, whose blocks may run without their modules
+# Of the tower, whose blocks may run without their modules: the halves of a block, and their parts.
+BLOCK_PARTS = ("attend", "transform", "norm_attention", "attention", "norm_mlp", "mlp")
 COUNTED_CLIPS = 2  # FLOPs are counted with so many: side-tuning cannot train on one
 SPEC = re.compile(r"\+(?=[A-Za-z_][\w.]*=)")  # before an override in CONFIG+KEY=VALUE
 KEY = re.compile(r"[A-Za-z_][\w.]*=")
@@ -170,7 +171,7 @@ def _training(row: Row, config: Config, device: torch.device, repeats: int, name
     model = build_model(config, pretrained=False).to(device).train()
     video, label = random_batch(config, row.batch, device)
     with resolve_precision(config.solver.precision, device).autocast(device):
-        row.saved = cost.saved_for_backward(model, video, methods=BLOCK_HALVES)
+        row.saved = cost.saved_for_backward(model, video, methods=BLOCK_PARTS)
     stepper = training_step(model, config, Process(device=device))
     group = [{"video": video, "label": label}]
     stepper(group)  # brings the optimizer's state
