@@ -1,6 +1,7 @@
-"""Tests one checkpoint with crops x clips, each video exactly once on any number of processes.
+"""Tests one checkpoint, or CLIP itself, with crops x clips, each video exactly once on any number of processes.
 
 python test_vision.py --config configs/ssv2.yaml --weights RUN/model_best.pt --test_crops 3 --test_clips 4
+python test_vision.py --config configs/ucf101_zero_shot.yaml           CLIP's own weights, its text head, nothing trained
 bash scripts/run_test_vision.sh configs/ssv2.yaml RUN/model_best.pt --test_crops 3 --test_clips 4
 """
 
@@ -11,8 +12,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from clip.build import build_model, load_weights, parameter_report
-from configs.schema import ConfigError, load_config
+from clip.build import build_model, check_untrained, load_weights, parameter_report
+from configs.schema import Config, ConfigError, load_config
 from datasets.build import class_names, test_loader
 from engine import checkpoint, report
 from engine.distributed import EngineError, place, run, start
@@ -29,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line of the published script, and --json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the YAML file that the checkpoint was trained with")
-    parser.add_argument("--weights", required=True, help="a checkpoint of ours or of the authors' code")
+    parser.add_argument("--weights", help="a checkpoint, ours or the authors' (default: CLIP with network.head: text)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8")
     parser.add_argument(
         "--test_crops",
@@ -40,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--test_clips", type=int, default=1, help="clips along a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, a span of 128 frames a clip")
-    parser.add_argument("--json", help="where the results go, and the files beside them (default: beside the weights)")
+    parser.add_argument("--json", help="where the results go (default: beside the weights, or OUTPUT_DIR/DATASET/ARCH)")
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA where there is a GPU")
     return parser.parse_args()
@@ -55,13 +56,19 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     if arguments.test_clips < 1:
         raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
+    if not arguments.weights and config.network.head == "linear":
+        raise ConfigError("--weights: is needed, for network.head linear starts with a random classifier")
     names = class_names(config.data)
-    path = Path(arguments.json or Path(arguments.weights).with_name(results_name(arguments)))
-    content = checkpoint.load(arguments.weights)
+    path = Path(arguments.json) if arguments.json else results_path(arguments, config)
+    content = checkpoint.load(arguments.weights) if arguments.weights else {}
     report.check_target(path)
     backbone = content["backbone"] if checkpoint.lacks_backbone(content) else None
-    model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings the frozen weights too
-    load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights, backbone=backbone)
+    if arguments.weights:
+        model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings all weights
+        load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights, backbone=backbone)
+    else:
+        model = build_model(config, class_names=names)
+        check_untrained(model)
     place(model, process, config.solver.compile).eval()
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
@@ -80,7 +87,7 @@ def main() -> None:
         epoch = content.get("epoch")
         about = {
             **views,
-            "weights": arguments.weights,
+            "weights": arguments.weights or f"{model.tower.name}, {model.tower.weights}",
             "epoch": epoch if isinstance(epoch, int) else None,
             "parameters": dataclasses.asdict(parameter_report(model)),
             "config": config.to_dict(),
@@ -89,10 +96,14 @@ def main() -> None:
         report.write(path, accuracy, names, about)
 
 
-def results_name(arguments: argparse.Namespace) -> str:
+def results_path(arguments: argparse.Namespace, config: Config) -> Path:
     """A name that tells the views, so that several tests of one checkpoint stand beside each other."""
-    stem = Path(arguments.weights).stem
-    return f"{stem}_{arguments.test_crops}crops_{arguments.test_clips}clips{'_dense' if arguments.dense else ''}.json"
+    views = f"{arguments.test_crops}crops_{arguments.test_clips}clips{'_dense' if arguments.dense else ''}.json"
+    if arguments.weights:
+        return Path(arguments.weights).with_name(f"{Path(arguments.weights).stem}_{views}")
+    folder = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"zero_shot_{views}"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import logging
 
-from clip.build import backbone_identity, build_model, load_weights, parameter_report
+from clip.build import backbone_identity, build_model, check_trainable, load_weights, parameter_report
 from clip.groups import parameter_groups
 from configs.schema import load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
@@ -67,7 +67,7 @@ def main() -> None:
     data, solver, saving = config.data, config.solver, config.checkpoint
     precision = resolve_precision(solver.precision, process.device, solver.tf32)
     normalizer = Normalizer(data.mean, data.std)
-    class_names(data)  # a label list that does not fit should not be found out at the end
+    names = class_names(data)  # a label list that does not fit should not be found out at the end
     ours = (process.rank, process.world_size)
     validation = val_loader(data, config.seed, *ours)
     meta = run_meta({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
@@ -79,12 +79,14 @@ def main() -> None:
     lean = checkpoint.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
     caches = config.network.cache_features if not arguments.dry_run else "off"
-    model = build_model(config, pretrained=not brings_backbone)
+    model = build_model(config, not brings_backbone, names)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
         drop_head = config.pretrain_head == "drop" and path == config.pretrain
         identity = content["backbone"] if lean else None
         load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
+    if not whole and not solver.evaluate:
+        check_trainable(model)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
     if caches != "off":

@@ -4,7 +4,8 @@ A method is one file in clip/methods/ with a module, a dataclass `Options` (what
 `build(config, tower, options)`. The module has `forward(video (B, T, C, H, W)) -> logits (B, K)`, `tuned_modules()`,
 whose last entry `head` is the classifier, and `frames_per_segment`. It becomes known by one line in METHODS.
 
-It may have `tuned_layers()`, for solver.layer_decay, and `misfit(state_dict) -> str | None`, which says in words why
+It may have `tuned_layers()`, for solver.layer_decay, `in_clip_space`, for network.head: text, which then takes the place
+of `head` and is given what CLIP would project to the space of its texts (B, D), and `misfit(state_dict) -> str | None`, which says in words why
 weights are of another variant. Beside `build` there may be `from_published(state_dict, own) -> dict | None`, which gives
 the authors' weights our names. And, for network.cache_features, `frozen_features(video) -> (B, F)`,
 which no training changes, and `from_frozen(features) -> logits`; `forward` then takes either, by their dimensions.
@@ -17,7 +18,7 @@ import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -25,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from clip.backbone import build_custom_tower, build_tower, clip_names, timm_trunk
+from clip.groups import tuned_parts
 from clip.methods import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
+from clip.text import TextHead, build_text_head
 from clip.timm_tower import build_timm_tower, find_timm_weights, is_timm_name, timm_names
 from clip.tower import BackboneError, Tower
 from clip.weights import fetch_weights, find_weights, stated_pixels
@@ -46,7 +49,7 @@ class WeightsError(ValueError):
     """Weights that do not fit a model; the message is one sentence."""
 
 
-def build_model(config: Config, pretrained: bool = True) -> nn.Module:
+def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
     """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
 
     Random parts follow from config.seed, the frozen tower's first: a configuration always gives the same model, and
@@ -55,6 +58,7 @@ def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     Args:
         config: of configs.schema.load_config.
         pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them.
+        class_names: K of them, for network.head: text; None for a checkpoint that brings the classifier.
 
     Raises:
         ConfigError, BackboneError, ValueError: an unknown method, weights that cannot be had, sizes that do not fit.
@@ -72,12 +76,51 @@ def build_model(config: Config, pretrained: bool = True) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = method.build(config, build_config_tower(config, pretrained), options)
+        if network.head == "text":
+            model.head = _text_head(config, model, pretrained, class_names)
     if network.cache_features != "off" and not hasattr(model, "frozen_features"):
         able = ", ".join(name for name, module in METHODS.items() if _has_frozen_features(module))
         raise ConfigError(
             f"network.cache_features: {network.method_name} has no frozen features of its own to keep; only {able} have"
         )
     return tune_only(model)
+
+
+def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:
+    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project."""
+    network, source = config.network, None
+    if not getattr(model, "in_clip_space", False):
+        feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
+        raise ConfigError(
+            f"network.head: text needs features in CLIP's space, which network.method {network.method_name}{feature} does not give"
+        )
+    if network.init and pretrained:
+        source = model.tower.weights
+    elif network.init and network.vision is not None:
+        source = find_weights(network.arch, network.weights)
+    text = network.text
+    return build_text_head(
+        model.tower, config.data.num_classes, text.templates, text.tuned, source, class_names, pretrained
+    )
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ConfigError where there is nothing to train, or a text head to begin with is not there."""
+    if isinstance(model.head, TextHead):
+        model.head.require_filled()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "network.text.tuned: none leaves nothing to train in this model: test it with test_vision.py, without --weights"
+        )
+
+
+def check_untrained(model: nn.Module) -> None:
+    """Raise ConfigError unless all weights of a model with a text head are CLIP's, so that it can be tested as it is."""
+    model.head.require_filled()
+    if others := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
+        raise ConfigError(
+            f"network.method: needs a checkpoint (--weights), for it has parts that CLIP has not: {', '.join(others)}"
+        )
 
 
 def _has_frozen_features(module: ModuleType) -> bool:
@@ -175,7 +218,7 @@ class ParameterReport:
 
 def parameter_report(model: nn.Module) -> ParameterReport:
     """Count a method's parameters."""
-    by_module = {name: _count(part) for name, part in model.tuned_modules().items()}
+    by_module = {name: _count(part) for name, part in tuned_parts(model).items()}
     return ParameterReport(_count(model), sum(by_module.values()), by_module)
 
 
@@ -223,6 +266,8 @@ def load_weights(
     if missing or unknown:
         theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
         kind = "holds another method's weights or another network" if theirs != ours else "does not fit this network"
+        if all(key.startswith("head.") for key in (*missing, *unknown)):
+            kind = "its classifier is of another kind (network.head, network.text.tuned)"
         raise WeightsError(
             f"{source}: {kind}: {len(missing)} keys missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}; it has the parts {', '.join(theirs)}, network.method builds {', '.join(ours)}"
         )
@@ -245,8 +290,8 @@ def _explain(unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, T
     frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
     if frames:
         return f"was made for T = {values[frames].shape[0]} frames, data.num_segments is {own[frames].shape[0]}"
-    if all(k.startswith("head.") for k in unfit):
-        return f"its classifier has {values['head.weight'].shape[0]} classes, data.num_classes is {own['head.weight'].shape[0]}; to start a new classifier, name the file in pretrain and set pretrain_head: drop"
+    if key in ("head.weight", "head.classes") and all(k.startswith("head.") for k in unfit):
+        return f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; to start a new classifier, name the file in pretrain and set pretrain_head: drop"
     return f"{len(unfit)} shapes differ, first {key}: {tuple(values[key].shape)} in the file, {tuple(own[key].shape)} in the model"
 
 

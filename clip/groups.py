@@ -14,15 +14,23 @@ from torch import nn
 from configs.schema import ConfigError
 
 
+def tuned_parts(model: nn.Module) -> dict[str, nn.Module | nn.Parameter]:
+    """`tuned_modules` of a method, in which a head that has such of its own is told in its parts; `head` stays last."""
+    parts = model.tuned_modules()
+    own = getattr(parts.get("head"), "tuned_modules", None)
+    return parts if own is None else {**{name: part for name, part in parts.items() if name != "head"}, **own()}
+
+
 def parameter_groups(
     model: nn.Module, lr: float, clip_ratio: float, layer_decay: float = 1.0, decay_norms: bool = True
 ) -> list[dict]:
-    """The tuned parameters, each once, in the order of the method's `tuned_modules`; one group a tuned module by default.
+    """The tuned parameters, each once, in the order of `tuned_parts`; one group a part by default.
 
     Args:
         model: a method, as `clip.build.build_model` gives it.
         lr: of the classifier (`head`). clip_ratio: factor of everything else.
         layer_decay: factor from each entry of the method's `tuned_layers` to the one before it; the last has factor 1.
+            A text tower has layers of its own, which stand beside those of the method and end with them.
         decay_norms: False exempts what has no or one dimension from weight decay: norms, biases and scalars, as timm
             (param_groups_weight_decay) and open_clip do. Temporal embeddings (T, D) decay as weights do.
 
@@ -36,7 +44,7 @@ def parameter_groups(
     layers = _layers(model) if layer_decay != 1 else {}
     last = max(layers.values(), default=0)
     groups: dict[tuple, dict] = {}
-    for part, module in model.tuned_modules().items():
+    for part, module in tuned_parts(model).items():
         for parameter in _parameters(module):
             layer = layers.get(parameter)
             exempt = not decay_norms and parameter.ndim <= 1
@@ -58,7 +66,7 @@ def _layers(model: nn.Module) -> dict[nn.Parameter, int]:
     if not hasattr(model, "tuned_layers"):
         raise ConfigError(f"solver.layer_decay: {method} does not say its layers (tuned_layers), so it must be 1")
     numbers: dict[nn.Parameter, int] = {}
-    for number, layer in enumerate(model.tuned_layers()):
+    for number, layer in enumerate(_joined(model)):
         for parameter in (parameter for part in layer for parameter in _parameters(part)):
             if numbers.setdefault(parameter, number) != number:
                 raise ConfigError(
@@ -70,6 +78,19 @@ def _layers(model: nn.Module) -> dict[nn.Parameter, int]:
         odd = min(names.get(parameter, "a foreign parameter") for parameter in tuned ^ numbers.keys())
         raise ConfigError(f"solver.layer_decay: tuned_layers and tuned_modules of {method} differ in {odd}")
     return numbers
+
+
+def _joined(model: nn.Module) -> list[list[nn.Module | nn.Parameter]]:
+    """`tuned_layers` of a method, and beside them those that its head has of its own; both end with the classifier."""
+    layers = [list(layer) for layer in model.tuned_layers()]
+    head = model.tuned_modules().get("head")
+    if not hasattr(head, "tuned_layers"):
+        return layers
+    others = head.tuned_layers()
+    layers = [[part for part in layer if part is not head] for layer in layers]
+    longest = max(len(layers), len(others))
+    rows = [[[]] * (longest - len(each)) + each for each in (layers, others)]
+    return [[*one, *other] for one, other in zip(*rows, strict=True)]
 
 
 def _parameters(part: nn.Module | nn.Parameter) -> Iterable[nn.Parameter]:

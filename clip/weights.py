@@ -1,7 +1,7 @@
 """CLIP's weights in the formats people have them in: finding, fetching and reading them. No module lives here.
 
 Lives here: open_clip's tags, OpenAI's archives, local files in the layouts of open_clip and Hugging Face's transformers,
-and what such files say of their activation. Does not live here: the towers they go into (backbone.py).
+and what such files say of their activation. Does not live here: the towers they go into (backbone.py, text.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -25,6 +26,9 @@ OPENAI = {
     "ViT-L/14": ("ViT-L-14-quickgelu", "ViT-L-14.pt"),
     "ViT-L/14@336px": ("ViT-L-14-336-quickgelu", "ViT-L-14-336px.pt"),
 }
+
+# What stands beside the towers in a whole CLIP's file: of its loss, and numbers that OpenAI's archives keep.
+NOT_TEXT = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size")
 
 
 def find_weights(arch: str, weights: str | None, folder: str | Path = "clip_pretrain") -> str:
@@ -96,8 +100,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """All weights in a file, under open_clip's names, in the file's dtypes.
 
     Reads safetensors and torch files (`.bin`, `.pt`; bare or under `state_dict`, with or without `module.`) in the
-    layouts of open_clip and of Hugging Face's transformers (of those the vision tower alone), and OpenAI's own
-    TorchScript archives in half precision.
+    layouts of open_clip and of Hugging Face's transformers (CLIPModel, CLIPVisionModel), and OpenAI's own TorchScript
+    archives in half precision.
 
     Raises:
         BackboneError: unreadable file, a pickle with code, no state_dict.
@@ -139,6 +143,51 @@ def read_visual_weights(path: str | Path) -> dict[str, Tensor]:
     return visual
 
 
+@dataclass(frozen=True)
+class TextWeights:
+    """What a CLIP has besides its vision tower, in float32.
+
+    text: the text tower's weights under the names of open_clip's TextTransformer. projection: (D, E), from the vision
+    tower's width to the space that it shares with the text tower. logit_scale: (), a logarithm.
+    """
+
+    text: dict[str, Tensor]
+    projection: Tensor
+    logit_scale: Tensor
+
+
+def read_text_weights(path: str | Path) -> TextWeights:
+    """What a file holds of CLIP besides the vision tower. Formats as in `read_state_dict`.
+
+    A bias of the logits (`logit_bias`), the same for all classes, changes no share of a class and is left out.
+
+    Raises:
+        BackboneError: a file of the vision tower alone, or as `read_state_dict`.
+    """
+    values = read_state_dict(path)
+    text = {key.removeprefix("text."): value for key, value in values.items() if key.startswith("text.")}
+    if not text:  # beside the vision tower, not in a module of its own
+        text = {key: value for key, value in values.items() if not key.startswith("visual.") and key not in NOT_TEXT}
+    for key, found in (("token_embedding.weight", text), ("visual.proj", values), ("logit_scale", values)):
+        if key not in found:
+            raise BackboneError(f"{path}: network.head text needs a whole CLIP, and this file has no {key}")
+    text = {key: value.float() for key, value in text.items()}
+    return TextWeights(text, values["visual.proj"].float(), values["logit_scale"].float().reshape(()))
+
+
+def check_fit(values: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str | Path, name: str) -> None:
+    """Make sure that `values` of a file has the names and shapes of `own`, a model's. Raises BackboneError."""
+    unfit = [key for key in own if key not in values or values[key].shape != own[key].shape]
+    unknown = [key for key in values if key not in own]
+    if unfit or unknown:
+        key = (unfit or unknown)[0]
+        found = tuple(values[key].shape) if key in values else "nothing"
+        wanted = tuple(own[key].shape) if key in own else "nothing"
+        raise BackboneError(
+            f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
+        )
+
+
 def _tag(name: str, source: str) -> dict:
     """open_clip's account of the tag `source` of a model."""
     tag = open_clip.pretrained.get_pretrained_cfg(name, source)
@@ -151,13 +200,15 @@ def _tag(name: str, source: str) -> dict:
 
 
 def _from_transformers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision tower of Hugging Face's CLIPModel under open_clip's names."""
+    """Hugging Face's CLIPModel, or its vision tower alone, under open_clip's names."""
     names = {
         "embeddings.class_embedding": "class_embedding",
         "embeddings.patch_embedding.weight": "conv1.weight",
+        "embeddings.token_embedding": "token_embedding",
         "embeddings.position_embedding.weight": "positional_embedding",
         "pre_layrnorm": "ln_pre",  # their spelling
         "post_layernorm": "ln_post",
+        "final_layer_norm": "ln_final",
         "encoder.layers": "transformer.resblocks",
         "self_attn.out_proj": "attn.out_proj",
         "layer_norm1": "ln_1",
@@ -165,17 +216,20 @@ def _from_transformers(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "mlp.fc1": "mlp.c_fc",
         "mlp.fc2": "mlp.c_proj",
     }
-    renamed = {}
+    towers = {"vision_model": "visual.", "text_model": ""}
+    projections = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+    renamed = {projections[key]: value.T for key, value in values.items() if key in projections}
+    renamed |= {key: value for key, value in values.items() if key == "logit_scale"}
     for key, value in values.items():
-        if not key.startswith("vision_model.") or key.endswith("position_ids") or re.search(r"\.[kv]_proj\.", key):
+        tower, _, new = key.partition(".")
+        if tower not in towers or key.endswith("position_ids") or re.search(r"\.[kv]_proj\.", key):
             continue  # keys and values are taken together with their queries
-        new = key.removeprefix("vision_model.")
         for theirs, ours in names.items():
             new = new.replace(theirs, ours)
         if ".q_proj." in key:
             value = torch.cat([values[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
             new = re.sub(r"self_attn\.q_proj\.(weight|bias)", r"attn.in_proj_\1", new)
-        renamed[f"visual.{new}"] = value
+        renamed[towers[tower] + new] = value
     return renamed
 
 

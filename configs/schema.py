@@ -197,6 +197,24 @@ class PyramidConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """The text head: what CLIP is told of a class, and what of it is tuned. A class's name goes where {} stands."""
+
+    templates: tuple[str, ...] = ("a video of a person {}.",)  # the class is the mean over these
+    # none: the classifier is CLIP's embeddings of the texts; classifier: it starts there; tower: CLIP's text tower too
+    tuned: Literal["none", "classifier", "tower"] = "none"
+
+    def check(self) -> None:
+        _require(len(self.templates) > 0, "network.text.templates", "must list at least one text")
+        for template in self.templates:
+            _require(
+                template.count("{}") == 1,
+                "network.text.templates",
+                f"{template!r} must have one place for the class's name, written {{}}",
+            )
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """Which model. `DA_ratio`, `sample_mode` and `pyramid` describe side-tuning, as in the published files.
 
@@ -209,6 +227,8 @@ class NetworkConfig:
     weights: Optional[str] = None  # an open_clip tag or a file; null: clip_pretrain/ if it is there, else OpenAI's tag
     method: Optional[str] = None  # null: td4v_finetune if fine_tuning, else td4v_side
     fine_tuning: bool = False
+    head: Literal["linear", "text"] = "linear"  # the classifier; text: CLIP's embeddings of the class names
+    text: TextConfig = field(default_factory=TextConfig)  # with head: text
     drop_fc: float = 0.0  # dropout before the classifier
     sync_bn: bool = False
     recompute: bool = False  # compute blocks again in backward, not keep their activations: less memory, more time
@@ -230,6 +250,11 @@ class NetworkConfig:
             self.init or self.weights is None,
             "network.weights",
             "is given, but network.init is false, so it would not be read",
+        )
+        _require(
+            self.head == "text" or self.text == TextConfig(),
+            "network.text",
+            "is given, but network.head is linear, so it would not be read",
         )
         if self.vision is not None:
             _require(

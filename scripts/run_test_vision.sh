@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Tests a checkpoint on all GPUs of this machine, or on NPROC CPU processes where there is none.
+# Tests a checkpoint, or without one CLIP itself, on all GPUs of this machine, or on NPROC CPU processes where there is none.
 #
-#   bash scripts/run_test_vision.sh CONFIG WEIGHTS [--test_crops 1|3|5|10] [--test_clips N] [--dense] [--set ...]
+#   bash scripts/run_test_vision.sh CONFIG [WEIGHTS] [--test_crops 1|3|5|10] [--test_clips N] [--dense] [--set ...]
 #
 # Relative paths, those in the configuration too, are meant from where you stand.
 #
 # Environment: NPROC (processes; default all GPUs, else 1), PYTHON (default python); more in launch.sh.
 set -euo pipefail
-if [ $# -lt 2 ] || [ ! -f "$1" ]; then
-    echo "usage: bash scripts/run_test_vision.sh CONFIG WEIGHTS [--test_crops 1|3|5|10] [--test_clips N] [--dense]: no configuration file ${1:-given}, or no weights" >&2
+if [ $# -lt 1 ] || [ ! -f "$1" ]; then
+    echo "usage: bash scripts/run_test_vision.sh CONFIG [WEIGHTS] [--test_crops 1|3|5|10] [--test_clips N] [--dense]: no configuration file ${1:-given}" >&2
     exit 2
 fi
 root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
-config=$1 weights=$2
-shift 2
-exec bash "$root/scripts/launch.sh" "$root/test_vision.py" --config "$config" --weights "$weights" "$@"
+config=$1
+shift
+case ${1:-} in
+    "" | -*) ;;
+    *) set -- --weights "$@" ;;
+esac
+exec bash "$root/scripts/launch.sh" "$root/test_vision.py" --config "$config" "$@"

@@ -1,0 +1,292 @@
+"""The text head: a classifier made of what CLIP's text tower says of the class names, with CLIP's logit scale.
+
+Lives here: from a class's name to tokens, the text tower, the heads, and building them from CLIP's weights. Does not
+live here: reading those weights (weights.py), which methods may have such a head (build.py), the vision tower.
+
+A head keeps in its state dict all that it needs to classify: a checkpoint needs neither the text tower nor the names.
+What of it is not tuned are buffers and not frozen parameters, so that checkpoints without the frozen weights hold it.
+
+Letters: B clips, D the vision tower's width, E width of the space of images and texts, K classes, P templates, L tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import QuickGELU, TextTransformer
+from torch import Tensor, nn
+
+from clip.backbone import VisionTower
+from clip.lean import as_is
+from clip.tower import BackboneError, Tower
+from clip.weights import TextWeights, check_fit, fetch_weights, read_text_weights
+from configs.schema import ConfigError
+
+CHUNK = 256  # texts that go through the tower at a time where no gradient is wanted
+
+Tuned = Literal["none", "classifier", "tower"]
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """Sizes of CLIP's plain text tower: causal attention, read at the end of the text."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    embed: int = 512  # E
+
+
+def sizes_of(name: str) -> TextSizes:
+    """Of an open_clip model. Raises BackboneError for a text tower of another kind."""
+    model = open_clip.get_model_config(name)
+    text = {"embed": model["embed_dim"], **model["text_cfg"]}
+    if odd := sorted(text.keys() - TextSizes.__dataclass_fields__.keys()):
+        raise BackboneError(
+            f"network.head: text needs CLIP's own text tower and vocabulary, and those of {name} are others ({odd[0]}: {text[odd[0]]})"
+        )
+    return TextSizes(**text)
+
+
+def sizes_in(weights: TextWeights) -> TextSizes:
+    """Of a file's weights, with heads of 64 values, as all CLIPs of OpenAI have them."""
+    text = weights.text
+    context_length, width = text["positional_embedding"].shape
+    layers = len({key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")})
+    hidden = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    vocabulary, embed = text["token_embedding.weight"].shape[0], weights.projection.shape[1]
+    return TextSizes(context_length, vocabulary, width, max(1, width // 64), layers, hidden / width, embed)
+
+
+def words(name: str) -> str:
+    """A class's name as a text: `brush_hair` -> brush hair, `ApplyEyeMakeup` -> apply eye makeup, `Moving [something]
+    up` -> Moving something up. Names of several words are taken as they are otherwise."""
+    text = re.sub(r"[\[\]]", "", name).replace("_", " ").strip()
+    if " " not in text:
+        text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text).lower()
+    return re.sub(r"\s+", " ", text)
+
+
+def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """P*K texts: each class in the first template, each in the second, ..."""
+    return [template.replace("{}", words(name)) for template in templates for name in names]
+
+
+@functools.cache
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    """CLIP's byte pairs, which open_clip brings along; reading them takes a while."""
+    return open_clip.SimpleTokenizer()
+
+
+def tokenize(texts: Sequence[str], sizes: TextSizes) -> Tensor:
+    """(len(texts), context_length) int64. Raises ConfigError for a text that is too long, or another vocabulary."""
+    tokenizer = _tokenizer()
+    if tokenizer.vocab_size != sizes.vocab_size:
+        raise ConfigError(
+            f"network.head: text reads CLIP's vocabulary of {tokenizer.vocab_size} tokens, and this text tower has {sizes.vocab_size}"
+        )
+    for text in texts:
+        if (length := len(tokenizer.encode(text)) + 2) > sizes.context_length:
+            raise ConfigError(
+                f"data.label_list, network.text.templates: {text!r} has {length} tokens, and CLIP's text tower reads {sizes.context_length}"
+            )
+    return tokenizer(list(texts), context_length=sizes.context_length)
+
+
+class TextTower(TextTransformer):
+    """CLIP's text tower by open_clip, on texts cut where the longest ends: what follows a text's end does not count."""
+
+    def __init__(self, sizes: TextSizes, quick_gelu: bool):
+        super().__init__(
+            sizes.context_length, sizes.vocab_size, sizes.width, sizes.heads, sizes.layers, sizes.mlp_ratio,
+            output_dim=sizes.embed, act_layer=QuickGELU if quick_gelu else nn.GELU,
+        )  # fmt: skip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(M, L) integers, L up to the context length -> (M, E)."""
+        L = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.positional_embedding[:L]  # (M, L, width)
+        x = self.transformer(x, attn_mask=self.attn_mask[:L, :L])
+        ends = tokens.argmax(1)  # the end of a text is the last of the vocabulary
+        return self.ln_final(x[torch.arange(len(x), device=x.device), ends]) @ self.text_projection
+
+    def parts(self) -> list[list[nn.Module | nn.Parameter]]:
+        """All of it from the tokens on: embeddings, each block, norm and projection."""
+        blocks = [[block] for block in self.transformer.resblocks]
+        return [
+            [self.token_embedding, self.positional_embedding],
+            *blocks,
+            [self.ln_final, self.text_projection],
+        ]
+
+
+class ClassTexts(nn.Module):
+    """What CLIP's text tower says of K classes: for each the mean over templates of normalised embeddings.
+
+    Without gradients the result is kept for as long as the weights stay the same.
+
+    Args:
+        tower: CLIP's. tokens: (P*K, L), of `prompts`. classes: K.
+
+    Shape: () -> (K, E).
+    """
+
+    def __init__(self, tower: TextTower, tokens: Tensor, classes: int):
+        super().__init__()
+        self.tower, self.classes = tower, classes
+        self.register_buffer("tokens", tokens.to(torch.int32))
+        self._length = _longest(tokens)
+        self._kept: tuple[Any, Tensor] | None = None  # the result, and of which weights
+
+    def forward(self) -> Tensor:
+        return self._compute(CHUNK * len(self.tokens)) if torch.is_grad_enabled() else self._keep()
+
+    def _compute(self, most: int) -> Tensor:
+        """With `most` texts at a time."""
+        tokens = self.tokens[:, : self._length]
+        texts = torch.cat([self.tower(part) for part in tokens.split(most)])  # (P*K, E)
+        with as_is(texts):
+            texts = F.normalize(texts.to(self.tower.text_projection.dtype), dim=-1)
+        return texts.unflatten(0, (-1, self.classes)).mean(0)  # (P, K, E) -> (K, E)
+
+    @torch.compiler.disable
+    def _keep(self) -> Tensor:
+        kind = self.tokens.device.type
+        values = [*self.tower.parameters(), self.tokens]
+        marks = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
+        marks.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.tokens.device)
+        if self._kept is None or self._kept[0] != marks:
+            self._kept = marks, self._compute(CHUNK)
+        return self._kept[1]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._length = _longest(self.tokens)
+
+
+def _longest(tokens: Tensor) -> int:
+    """The length of the longest text (M, L), with its end."""
+    return int(tokens.argmax(1).max()) + 1
+
+
+class TextHead(nn.Module):
+    """CLIP's classifier: exp(logit_scale) times the cosine between what CLIP says of a video and of each class.
+
+    Args:
+        projection: (D, E), CLIP's own; never tuned.
+        classes: (K, E), of any length, or the module that computes it, which is then tuned.
+        logit_scale: (). tuned: whether classes and scale are tuned.
+        filled: False if these are random values of the right shapes, until a checkpoint brings others.
+
+    Shape: features (B, D) in CLIP's space before the projection -> logits (B, K), in float32 or float64.
+
+    Source: Radford et al. 2021, section 3.1; a classifier that starts there: Wu et al. 2023 (AAAI, Text4Vis).
+    """
+
+    def __init__(self, projection: Tensor, classes: Tensor | ClassTexts, logit_scale: Tensor, tuned: bool,
+                 filled: bool = True):  # fmt: skip
+        super().__init__()
+        self.register_buffer("projection", projection)
+        if isinstance(classes, ClassTexts):
+            self.classes = classes
+        elif tuned:
+            self.classes = nn.Parameter(classes)
+        else:
+            self.register_buffer("classes", classes)
+        if tuned:
+            self.logit_scale = nn.Parameter(logit_scale)
+        else:
+            self.register_buffer("logit_scale", logit_scale)
+        self.filled = filled
+
+    def tuned_modules(self) -> dict[str, nn.Module | nn.Parameter]:
+        """What stands for `head` where parts of a model are told apart; the last is the classifier."""
+        if isinstance(self.classes, ClassTexts):
+            return {"text": self.classes.tower, "head": self.logit_scale}
+        return {"head": self}
+
+    def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The same from the input to the classifier."""
+        if isinstance(self.classes, ClassTexts):
+            return [*self.classes.tower.parts(), [self.logit_scale]]
+        return [[self]]
+
+    def forward(self, features: Tensor) -> Tensor:
+        classes = self.classes() if isinstance(self.classes, ClassTexts) else self.classes
+        with as_is(features):
+            video = F.normalize(features.to(self.projection.dtype) @ self.projection, dim=-1)  # (B, E)
+            return self.logit_scale.exp() * video @ F.normalize(classes, dim=-1).T
+
+    def require_filled(self) -> None:
+        """Raise ConfigError if the classes are random."""
+        if not self.filled:
+            raise ConfigError(
+                "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's weights, or takes a checkpoint's"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self.filled = self.filled or f"{prefix}projection" in state_dict
+
+
+def build_text_head(tower: Tower, classes: int, templates: Sequence[str], tuned: Tuned, source: str | None,
+                    names: Sequence[str] | None, pretrained: bool = True) -> TextHead:  # fmt: skip
+    """A head for features of `tower`.
+
+    Args:
+        tower: CLIP's vision tower. classes: K. templates, tuned: of network.text.
+        source: where the tower's weights are (see weights.find_weights), or None for random ones.
+        names: of the classes. pretrained: whether the text tower is read; without names or this, a head is not filled,
+            for a checkpoint that brings one, or to measure. Sizes of a custom CLIP come from `source` in any case.
+
+    Raises:
+        BackboneError: a tower of another kind, weights that cannot be had. ConfigError: see `tokenize`.
+    """
+    if not isinstance(tower, VisionTower) or tower.visual.pool_type != "tok":
+        raise BackboneError(
+            f"network.head: text needs a vision tower of CLIP that projects its class token to the texts' space, which {tower.name} is not"
+        )
+    if source is None and pretrained:
+        raise BackboneError(
+            "network.head: text needs a pretrained CLIP, but network.init is false: set it to true, or network.head to linear"
+        )
+    custom, filled, weights = tower.name == "custom", names is not None and pretrained, None
+    if source is not None and (custom or filled):
+        path = fetch_weights(tower.name, source)
+        weights = read_text_weights(path)
+    sizes = sizes_of(tower.name) if not custom else _sizes_like(tower) if weights is None else sizes_in(weights)
+    if weights is None:
+        projection = torch.randn(tower.width, sizes.embed) * tower.width**-0.5
+        scale = torch.tensor(math.log(1 / 0.07))
+    else:
+        check_fit({"proj": weights.projection}, {"proj": torch.empty(tower.width, sizes.embed)}, path, tower.name)
+        projection, scale = weights.projection.clone(), weights.logit_scale.clone()
+    if tuned != "tower" and not filled:
+        return TextHead(projection, torch.randn(classes, sizes.embed), scale, tuned == "classifier", filled)
+    text = TextTower(sizes, tower.quick_gelu)
+    if weights is not None:
+        check_fit(weights.text, text.state_dict(), path, f"the text tower of {tower.name}")
+        text.load_state_dict(weights.text)
+    tokens = tokenize(prompts(names or [str(label) for label in range(classes)], templates), sizes)
+    texts = ClassTexts(text, tokens, classes)
+    if tuned == "tower":
+        return TextHead(projection, texts, scale, tuned=True, filled=filled)
+    with torch.no_grad():
+        return TextHead(projection, texts(), scale, tuned == "classifier")
+
+
+def _sizes_like(tower: Tower) -> TextSizes:
+    """Of a random text tower beside a custom vision tower: as that one."""
+    width, layers = tower.width, len(tower.blocks)
+    return TextSizes(width=width, heads=max(1, width // 64), layers=layers, embed=width)
