@@ -9,6 +9,7 @@ A run folder holds last_model.pt and, as `keep` says, what was last_model.pt bef
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import logging
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import safetensors
 import safetensors.torch
 import torch
@@ -36,6 +38,12 @@ logger = logging.getLogger("td4v")
 METADATA, SUMS = "td4v", "td4v_crc32"  # keys of what a safetensors file of ours tells besides its tensors
 _REFUSED = r"[Uu]nsupported (global|GLOBAL|class)|add_safe_globals"  # the unpickler's words for what would run code
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
+# NumPy's numbers, which OpenMMLab's runners leave in their checkpoints (`meta`), by the names that files have for them.
+_NUMBER = numpy.float64(0).__reduce__()[0]
+_NUMBERS = [
+    *((_NUMBER, f"numpy.{room}.multiarray.scalar") for room in ("core", "_core")), numpy.dtype, codecs.encode,
+    *(type(numpy.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
+]  # fmt: skip
 LAST, BEST, FAILED = "last_model.pt", "model_best.pt", "failed_model.pt"
 
 
@@ -132,14 +140,19 @@ def load(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
         _check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from None
     except Exception as error:  # the unpickler answers garbage with whatever it runs into
         if isinstance(error, pickle.UnpicklingError) and (re.search(_REFUSED, str(error)) or _is_code(path)):
-            raise CheckpointError(f"{path}: holds pickled code besides tensors and plain values, refused") from None
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f" ({found[1]})" if found else ""
+            raise CheckpointError(
+                f"{path}: holds pickled code besides tensors and plain values{what}, refused"
+            ) from None
         raise CheckpointError(f"{path}: truncated, damaged or not a checkpoint") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint but a {type(content).__name__}")
