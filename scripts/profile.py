@@ -219,11 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             (options.output / name).unlink(missing_ok=True)
         command = ["python", "-m", "scripts.profile", *(sys.argv[1:] if argv is None else argv)]
         meta = run_meta() | {"command": command, "device": str(device), "threads": torch.get_num_threads()}
-        repeats = options.repeats or (10 if device.type == "cuda" else 3)
+        repeats = options.repeats or usual_repeats(device)
         with ending_in_order():
             try:  # what is measured stays, whatever ends the run
                 for label, config in cases:
-                    batches = options.batches or [_usual_batch(config, device)]
+                    batches = options.batches or [usual_batch(config, device)]
                     for row in measure(config, label, batches, device, repeats, options.processes):
                         rows.append(row)
                         write(rows, meta, scales, options.output)
@@ -333,8 +333,14 @@ def find_device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _usual_batch(config: Config, device: torch.device) -> int:
+def usual_batch(config: Config, device: torch.device) -> int:
+    """Clips of a batch where none are given."""
     return config.data.batch_size * config.data.num_sample if device.type == "cuda" else 2
+
+
+def usual_repeats(device: torch.device) -> int:
+    """Measurements of each time where no number is given."""
+    return 10 if device.type == "cuda" else 3
 
 
 def write(rows: list[Row], meta: dict[str, Any], scales: bool, folder: Path) -> None:

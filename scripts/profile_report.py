@@ -61,6 +61,12 @@ class Row:
     rates: list[float] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        """What `to_dict` gave. Raises TypeError for another version's."""
+        own = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+        return cls(**own | {"saved": [Saved(**entry) for entry in own["saved"]]})
+
     @property
     def saved_a_clip(self) -> float | None:
         return sum(entry.bytes for entry in self.saved) / self.batch if self.saved else None

@@ -1,7 +1,7 @@
 """The quickstart: does TD4V see motion? Made data, four variants, several seeds, a table and a picture.
 
 Lives here: which variants are trained with the two commands of the project, and how their results are shown.
-Does not live here: training, testing (train_vision.py, test_vision.py) and the data (datasets/prepare/frame_order.py).
+Does not live here: running them (trials.py) and the data (datasets/prepare/frame_order.py).
 
     python -m scripts.quickstart --output quickstart --seeds 0 1 2
 """
@@ -9,13 +9,10 @@ Does not live here: training, testing (train_vision.py, test_vision.py) and the 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import logging
 import statistics
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +21,12 @@ import numpy as np
 from PIL import Image
 
 from datasets.prepare.frame_order import make
+from scripts.trials import ROOT, USUAL_JOBS, Trial, TrialError, run_trials
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-CONFIG = "configs/quickstart.yaml"
+CONFIG = str(ROOT / "configs/quickstart.yaml")
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ FAR_ABOVE_CHANCE = 60.0  # what TD4V side-tuning must reach in every seed
 
 
 class QuickstartError(RuntimeError):
-    """A step failed; the message is one sentence."""
+    """TD4V did not learn what it must; the message is one sentence."""
 
 
 def main() -> None:
@@ -67,12 +64,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for data, runs, table, picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="one seed, two of the variants, few epochs: for CI")
-    parser.add_argument("--jobs", type=int, default=max(1, min(4, os.cpu_count() or 1)), help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=USUAL_JOBS, help="runs at a time")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         quickstart(arguments.output.resolve(), arguments.seeds, arguments.short, arguments.jobs)
-    except (QuickstartError, OSError, ValueError) as error:
+    except (QuickstartError, TrialError, OSError, ValueError) as error:
         raise SystemExit(f"quickstart: {error}") from None
 
 
@@ -81,89 +79,38 @@ def quickstart(output: Path, seeds: list[int], short: bool, jobs: int) -> None:
     started = time.monotonic()
     variants = [variant for variant in VARIANTS if not short or variant.key in ("side", "blind")]
     seeds = seeds[:1] if short else seeds
-    if (output / "runs").exists():
-        raise QuickstartError(f"{output / 'runs'} holds an earlier quickstart; remove it or choose another --output")
     data = output / "data"
-    make(data, train=256, val=128, seed=0, size=64)
+    make_data(data)
     print(f"data: 256 training and 128 test videos of 8 JPEG frames in {data}; chance is {CHANCE:.0f} %", flush=True)
     print("CLIP: a small tower with RANDOM, frozen weights", flush=True)
-    tasks = [(variant, seed) for seed in seeds for variant in variants]
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(run_one, output, data, variant, seed, short, jobs) for variant, seed in tasks]
-        try:
-            watch(output, tasks, futures, started)
-            results = {
-                (variant.key, seed): future.result() for (variant, seed), future in zip(tasks, futures, strict=True)
-            }
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    trials = {
+        (variant.key, seed): trial_of(output, data, variant, seed, short) for seed in seeds for variant in variants
+    }
+    results = dict(zip(trials, run_trials(list(trials.values()), jobs, device="cpu"), strict=True))
     table = make_table(variants, seeds, results)
     (output / "table.md").write_text(table)
-    draw(output, data, variants, seeds, results)
+    draw(output, data, variants, seeds, results, trials)
     print(f"\n{table}\ntable: {output / 'table.md'}\npicture: {output / 'quickstart.png'}")
     print(f"TensorBoard: tensorboard --logdir {output / 'runs'}\n{(time.monotonic() - started) / 60:.1f} minutes")
     check(variants, seeds, results)
 
 
-def run_one(output: Path, data: Path, variant: Variant, seed: int, short: bool, jobs: int) -> dict:
-    """Train and test one variant with the project's two commands; returns the test's results."""
-    folder = output / "runs" / f"{variant.key}_seed{seed}"
-    settings = [
+def trial_of(output: Path, data: Path, variant: Variant, seed: int, short: bool) -> Trial:
+    """One variant with one seed."""
+    settings = (
         *variant.overrides, f"seed={seed}",
         *(f"data.{split}_root={data / 'frames'}" for split in ("train", "val")),
         *(f"data.{split}_list={data / split}.txt" for split in ("train", "val")),
         f"data.label_list={data / 'labels.csv'}",
         *(("solver.epochs=4",) if short else ()),
-    ]  # fmt: skip
-    chosen = [word for setting in settings for word in ("--set", setting)]
-    log = output / "runs" / f"{variant.key}_seed{seed}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    call(log, jobs, "train_vision.py", "--config", CONFIG, "--output", str(folder), *chosen)
-    # The last checkpoint, not the best: choosing by the test videos would flatter the result.
-    results = folder / "results.json"
-    weights = folder / "last_model.pt"
-    call(log, jobs, "test_vision.py", "--config", CONFIG, "--weights", str(weights), "--json", str(results), *chosen)
-    return json.loads(results.read_text())
+    )  # fmt: skip
+    folder = output / "runs" / f"{variant.key}_seed{seed}"
+    return Trial(f"{variant.title}, seed {seed}", variant.key, CONFIG, settings, folder)
 
 
-def call(log: Path, jobs: int, *command: str) -> None:
-    """Run one of the project's commands with its share of the cores, its output into `log`."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
-    with log.open("a") as file:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-    if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:] or ["no output"]
-        raise QuickstartError(f"{command[0]} failed: {last[0]} (all of it: {log})")
-
-
-def watch(output: Path, tasks: list, futures: list, started: float) -> None:
-    """Print each epoch of each run as it is finished, with an estimate of the time that is left."""
-    seen: dict[int, int] = {}
-    while True:
-        finished = all(future.done() for future in futures)
-        for number, (variant, seed) in enumerate(tasks):
-            epochs = read_metrics(output, variant, seed)
-            for line in epochs[seen.get(number, 0) :]:
-                done = sum(future.done() for future in futures)
-                passed = time.monotonic() - started
-                left = f", about {passed / done * (len(tasks) - done) / 60:.1f} min left" if done else ""
-                print(f"[{passed:4.0f} s, run {number + 1}/{len(tasks)}{left}] {variant.title}, seed {seed}, epoch {line['epoch'] + 1}: loss {line['train_loss']:.3f}, top-1 {line['top1']:.1f} %", flush=True)  # fmt: skip
-            seen[number] = len(epochs)
-        if finished or any(future.done() and future.exception() for future in futures):
-            return
-        time.sleep(1)
-
-
-def read_metrics(output: Path, variant: Variant, seed: int) -> list[dict]:
-    """The validated epochs that a run has written so far."""
-    path = output / "runs" / f"{variant.key}_seed{seed}" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [values for values in map(json.loads, lines) if values.get("top1") is not None]
+def make_data(folder: Path) -> None:
+    """The quickstart's data, unless they are there. Raises PrepareError, OSError."""
+    make(folder, train=256, val=128, seed=0, size=64)
 
 
 def make_table(variants: list[Variant], seeds: list[int], results: dict) -> str:
@@ -204,13 +151,13 @@ def check(variants: list[Variant], seeds: list[int], results: dict) -> None:
                 )
 
 
-def draw(output: Path, data: Path, variants: list[Variant], seeds: list[int], results: dict) -> None:
+def draw(output: Path, data: Path, variants: list[Variant], seeds: list[int], results: dict, trials: dict) -> None:
     """The picture: curves, TD4V's confusion matrix, film strips with predictions."""
     figure = plt.figure(figsize=(13, 11), layout="constrained")
     grid = figure.add_gridspec(5, 2, height_ratios=[4.2, 1, 1, 1, 1])
     curves = figure.add_subplot(grid[0, 0])
     for variant in variants:
-        runs = [[line["top1"] for line in read_metrics(output, variant, seed)] for seed in seeds]
+        runs = [[line["top1"] for line in trials[variant.key, seed].metrics()] for seed in seeds]  # all are validated
         epochs = range(1, len(runs[0]) + 1)
         for run in runs:
             curves.plot(epochs, run, color=variant.color, alpha=0.3, linewidth=1)
