@@ -239,6 +239,9 @@ def build_timm_tower(name: str, image_size: int, source: str | None = None, know
     called = known_as if known_as == name else f"{known_as} (timm's {name})"
     if not is_timm_name(name):
         raise BackboneError(f"network.arch: timm has no model {name!r}")
+    renamed = timm.models.get_deprecated_models()
+    if name in renamed:
+        raise BackboneError(f"network.arch: timm has dropped the name {name} for {renamed[name] or 'no other'}")
     family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     if family not in FAMILIES:
         lack = _UNLIKE.get(family, "equal blocks of norm, attention, norm, MLP on one grid of patches are missing")
