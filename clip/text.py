@@ -134,7 +134,8 @@ class TextTower(TextTransformer):
 class ClassTexts(nn.Module):
     """What CLIP's text tower says of K classes: for each the mean over templates of normalised embeddings.
 
-    Without gradients the result is kept for as long as the weights stay the same.
+    Without gradients the result is kept until weights are loaded or exchanged, or a pass with gradients is made: torch's
+    fused optimizers leave no mark on what they change.
 
     Args:
         tower: CLIP's. tokens: (P*K, L), of `prompts`. classes: K.
@@ -150,7 +151,10 @@ class ClassTexts(nn.Module):
         self._kept: tuple[Any, Tensor] | None = None  # the result, and of which weights
 
     def forward(self) -> Tensor:
-        return self._compute(CHUNK * len(self.tokens)) if torch.is_grad_enabled() else self._keep()
+        if not torch.is_grad_enabled():
+            return self._keep()
+        self._kept = None
+        return self._compute(len(self.tokens))
 
     def _compute(self, most: int) -> Tensor:
         """With `most` texts at a time."""

@@ -104,6 +104,11 @@ class AIM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(tower.width, num_classes)
 
+    @property
+    def in_clip_space(self) -> bool:
+        """Whether CLIP projects such features to the space of its texts."""
+        return self.feature == "class_token"
+
     def tuned_modules(self) -> dict[str, nn.Module | nn.Parameter]:
         """Everything that is trained, by name."""
         return {

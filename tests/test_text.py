@@ -1,0 +1,331 @@
+"""The text head against open_clip's own CLIP, from files in every layout; what of it is tuned, kept and learns how fast."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clip.build import (
+    WeightsError,
+    backbone_identity,
+    build_model,
+    check_trainable,
+    check_untrained,
+    load_weights,
+    parameter_report,
+)
+from clip.groups import parameter_groups
+from clip.text import TextSizes, prompts, sizes_of, tokenize, words
+from clip.tower import BackboneError
+from configs.schema import Config, ConfigError, config_from_dict
+from engine.ema import TunedEma
+from engine.optim import check_groups
+from engine.state import weights
+from tests.test_backbone import transformers_layout, write
+
+VISION = {"width": 64, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32}
+NAMES = ("ApplyEyeMakeup", "brush_hair", "Moving [something] up")
+TEXTS = ("a video of a person apply eye makeup.", "a video of a person brush hair.",
+         "a video of a person Moving something up.")  # fmt: skip
+SPATIAL = ("linear_probe", "full_finetune", "td4v_finetune", "aim")
+TUNED = ("none", "classifier", "tower")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    """Small files do not say their activation, each of which is a warning."""
+    logging.getLogger("td4v").setLevel(logging.ERROR)
+    yield
+    logging.getLogger("td4v").setLevel(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    """A whole CLIP of random weights; no two of its norms or biases are alike."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    model = open_clip.CLIP(48, vision, {"width": 128, "heads": 2, "layers": 3}, quick_gelu=True).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def file(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write(tmp_path_factory.mktemp("clip"), "bare", clip.state_dict()))
+
+
+def config(
+    file: str | None, method: str = "linear_probe", tuned: str = "none", text: dict | None = None, **more
+) -> Config:
+    network = {"arch": "custom", "vision": VISION, "weights": file, "init": file is not None, "method": method}
+    network |= {"head": "text", "text": {"tuned": tuned, **(text or {})}, **more}
+    data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 32}
+    return config_from_dict({"data": data, "network": network})
+
+
+def build(file: str, *arguments, **more) -> nn.Module:
+    return build_model(config(file, *arguments, **more), class_names=NAMES).eval()
+
+
+def still(count: int = 2) -> Tensor:
+    """Clips whose frames are all the same, so that a mean over frames is each of them."""
+    images = torch.randn(count, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return images.expand(-1, 4, -1, -1, -1)
+
+
+def of_open_clip(clip: open_clip.CLIP, video: Tensor, texts: tuple[str, ...] = TEXTS) -> Tensor:
+    image, text, scale = clip(video[:, 0], open_clip.tokenize(list(texts)))
+    return scale * image @ text.T
+
+
+def in_text_module(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As open_clip's CustomTextCLIP names them."""
+    return {key if key.startswith(("visual.", "logit")) else f"text.{key}": value for key, value in values.items()}
+
+
+def of_transformers(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As Hugging Face's CLIPModel names them, projections transposed."""
+    projections = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+    named = {projections[key]: values[key].T for key in projections} | {"logit_scale": values["logit_scale"]}
+    rest = {key: value for key, value in values.items() if key not in projections and key != "logit_scale"}
+    named |= transformers_layout({key: value for key, value in rest.items() if key.startswith("visual.")})
+    del named["text_model.x"]
+    for key, value in transformers_layout({k: v for k, v in rest.items() if not k.startswith("visual.")}).items():
+        for ours, theirs in (("ln_final", "final_layer_norm"), ("token_embedding", "embeddings.token_embedding")):
+            key = key.replace(ours, theirs)
+        if key != "text_model.x":
+            named[key.replace("vision_model.", "text_model.")] = value
+    return named
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "wrapped", "torchscript", "text module", "transformers"])
+def test_zero_shot_is_open_clips_from_every_layout(clip: open_clip.CLIP, tmp_path: Path, kind: str) -> None:
+    values, reference = clip.state_dict(), clip
+    if kind == "torchscript":  # OpenAI's own, in half precision, with numbers beside the weights
+        reference = copy.deepcopy(clip).half().float()
+        values = {**values, "context_length": torch.tensor(77.0), "input_resolution": torch.tensor(32.0)}
+    layout = {"text module": in_text_module, "transformers": of_transformers}.get(kind, dict)
+    path = write(tmp_path, "safetensors" if kind == "transformers" else kind, layout(values))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            build(str(path))(still()), of_open_clip(reference, still()), rtol=1e-5, atol=1e-5
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+@pytest.mark.parametrize("method", SPATIAL)
+def test_every_method_in_clips_space_starts_at_zero_shot(
+    clip: open_clip.CLIP, file: str, method: str, tuned: str
+) -> None:
+    model = build(file, method, tuned)
+    with torch.no_grad():
+        torch.testing.assert_close(model(still()), of_open_clip(clip, still()), rtol=1e-5, atol=1e-5)
+
+
+def test_several_templates_are_averaged_after_they_are_normalised(clip: open_clip.CLIP, file: str) -> None:
+    model = build(file, text={"templates": ["a {}.", "{} at home"]})
+    names = [text.removeprefix("a video of a person ").removesuffix(".") for text in TEXTS]
+    text = [f"a {name}." for name in names] + [f"{name} at home" for name in names]
+    with torch.no_grad():
+        mean = clip.encode_text(open_clip.tokenize(text), normalize=True).unflatten(0, (2, 3)).mean(0)
+        image = clip.encode_image(still()[:, 0], normalize=True)
+        wanted = clip.logit_scale.exp() * image @ nn.functional.normalize(mean, dim=-1).T
+        torch.testing.assert_close(model(still()), wanted, rtol=1e-5, atol=1e-5)
+    for templates in ([], ["a video"], ["{} and {}"]):
+        with pytest.raises(ConfigError, match="network.text.templates"):
+            config(file, text={"templates": templates})
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("brush_hair", "brush hair"), ("ApplyEyeMakeup", "apply eye makeup"), ("YoYo", "yo yo"), ("climb", "climb"),
+    ("Pushing [something] from left to right", "Pushing something from left to right"), ("TVShow", "tv show"),
+    ("playing  McDonald's_song", "playing McDonald's song"), ("HandstandPushups", "handstand pushups"),
+])  # fmt: skip
+def test_names_become_words(name: str, text: str) -> None:
+    assert words(name) == text
+    assert prompts([name], ["to {}", "{}!"]) == [f"to {text}", f"{text}!"]
+
+
+def test_texts_that_do_not_fit_are_refused(file: str, tmp_path: Path, clip: open_clip.CLIP) -> None:
+    with pytest.raises(ConfigError, match="'a video.* has 1.. tokens, and CLIP's text tower reads 77"):
+        build_model(config(file), class_names=("a b c d e " * 20, "b", "c"))
+    with pytest.raises(ConfigError, match="vocabulary of 49408 tokens, and this text tower has 100"):
+        tokenize(["a"], TextSizes(vocab_size=100))
+    assert sizes_of("ViT-B-16-quickgelu") == TextSizes()
+    assert sizes_of("ViT-L-14") == TextSizes(width=768, heads=12, embed=768)
+    with pytest.raises(BackboneError, match="those of xlm-roberta-base-ViT-B-32 are others .hf_model_name"):
+        sizes_of("xlm-roberta-base-ViT-B-32")
+    values = clip.state_dict()
+    for part in ("logit_scale", "visual.proj", "token_embedding.weight"):
+        path = write(tmp_path, "bare", {key: value for key, value in values.items() if key != part})
+        with pytest.raises(BackboneError, match=f"needs a whole CLIP, and this file has no {part}"):
+            build(str(path))
+    path = write(tmp_path, "bare", {**values, "cls_emb": torch.ones(3)})
+    with pytest.raises(BackboneError, match="does not fit the text tower of custom: 1 keys differ, first cls_emb"):
+        build(str(path))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"method": "td4v_side", "pyramid": {"n_embs": [16, 32]}}, "space, which network.method td4v_side does not give"),
+    ({"options": {"feature": "mean_tokens"}}, "linear_probe and network.options.feature mean_tokens does not give"),
+    ({"file": None}, "needs a pretrained CLIP, but network.init is false"),
+    ({"file": None, "arch": "vit_tiny_patch16_224", "vision": None, "weights": None}, "a vision tower of CLIP that"),
+])  # fmt: skip
+def test_what_has_no_text_head_says_so(file: str, change: dict, message: str) -> None:
+    with pytest.raises((ConfigError, BackboneError), match=message):
+        build_model(config(**{"file": file, **change}), class_names=NAMES)
+
+
+def test_settings_that_nothing_reads_are_refused(file: str) -> None:
+    with pytest.raises(ConfigError, match="network.text: is given, but network.head is linear"):
+        config(file, "linear_probe", "tower", head="linear")
+
+
+def test_without_names_a_head_waits_for_a_checkpoint(file: str) -> None:
+    for check in (check_trainable, check_untrained):
+        with pytest.raises(ConfigError, match="has no classes: .* data.label_list"):
+            check(build_model(config(file, tuned="classifier")))
+    with pytest.raises(ConfigError, match="leaves nothing to train in this model: test it with test_vision.py"):
+        check_trainable(build(file))
+    with pytest.raises(ConfigError, match="--weights.* parts that CLIP has not: td4v, temporal_embedding"):
+        check_untrained(build(file, "td4v_finetune"))
+    for method in ("linear_probe", "full_finetune"):
+        check_untrained(build(file, method))
+    check_trainable(build(file, "full_finetune"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
+@pytest.mark.parametrize("tuned", TUNED)
+def test_a_checkpoint_needs_neither_names_nor_the_text_tower(file: str, method: str, tuned: str, full: bool) -> None:
+    source = build(file, method, tuned)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    saved = weights(source, full)
+    assert any(name.startswith("tower.") for name in saved) == (full or method == "full_finetune")
+    identity = None if full or method == "full_finetune" else backbone_identity(source)
+    target = build_model(config(file, method, tuned), pretrained=identity is not None).eval()
+    load_weights(target, saved, "a.pt", backbone=identity)
+    with torch.no_grad():
+        assert torch.equal(target(still()), source(still()))
+    check_untrained(target)  # its classes are there
+
+
+def test_a_checkpoint_with_another_classifier_is_refused(file: str) -> None:
+    text, linear = build(file, "full_finetune"), build_model(config(file, "full_finetune", head="linear"))
+    for one, other in ((text, linear), (linear, text), (build(file, "full_finetune", "tower"), text)):
+        with pytest.raises(WeightsError, match=r"its classifier is of another kind \(network.head, network.text.tuned"):
+            load_weights(one, other.state_dict(), "a.pt")
+        before = {key: value.clone() for key, value in one.head.state_dict().items()}
+        load_weights(one, other.state_dict(), "a.pt", drop_head=True)
+        assert all(torch.equal(value, before[key]) for key, value in one.head.state_dict().items())
+    values = {**text.state_dict(), "head.classes": torch.ones(5, 48)}
+    with pytest.raises(WeightsError, match="its classifier has 5 classes, data.num_classes is 3"):
+        load_weights(text, values, "a.pt")
+
+
+@pytest.mark.parametrize("method", SPATIAL)
+def test_what_is_tuned_learns_at_its_rate(file: str, method: str) -> None:
+    linear = parameter_report(build_model(config(file, method, head="linear")))
+    for tuned in TUNED:
+        model = build(file, method, tuned)
+        report = parameter_report(model)
+        texts = sum(p.numel() for p in model.head.classes.parameters()) if tuned == "tower" else 0
+        head = {"none": 0, "classifier": 3 * 48 + 1, "tower": 1}[tuned]
+        assert report.tuned == linear.tuned - linear.by_module["head"] + texts + head
+        assert list(report.by_module)[-1] == "head" and report.by_module["head"] == head
+        for decay in (1.0, 0.5):
+            groups = parameter_groups(model, 0.1, 0.5, decay)
+            check_groups(model, groups)
+            rates = {name: group["lr"] for group in groups for name in [group["name"].split("_0")[0]]}
+            assert all(rate <= (0.1 if name == "head" else 0.05) for name, rate in rates.items())
+            assert ("text" in rates) == (tuned == "tower") and rates.get("head", 0.1) == 0.1
+
+
+def test_the_text_towers_layers_end_with_the_methods(file: str) -> None:
+    rates = {group["name"]: group["lr"] for group in parameter_groups(build(file, "full_finetune", "tower"), 1, 1, 0.5)}
+    # embedding, two blocks, norm, head; beside them embedding, three blocks, norm and projection, head
+    assert {name: rate for name, rate in rates.items() if not name.startswith(("ln_pre", "class", "pos"))} == {
+        "conv1_01": 0.5**4, "blocks_02": 0.5**3, "blocks_03": 0.5**2, "ln_post_04": 0.5, "text_00": 0.5**5,
+        "text_01": 0.5**4, "text_02": 0.5**3, "text_03": 0.5**2, "text_04": 0.5, "head_05": 1.0,
+    }  # fmt: skip
+
+
+def test_gradients_reach_all_that_is_tuned_and_nothing_else(file: str) -> None:
+    for method in ("linear_probe", "full_finetune"):
+        for tuned in TUNED[1:]:
+            model = build(file, method, tuned).train()
+            nn.functional.cross_entropy(model(still(3)), torch.arange(3)).backward()
+            for name, parameter in model.named_parameters():
+                assert (parameter.grad is not None) == parameter.requires_grad, name
+                assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
+
+
+def test_classes_are_kept_while_the_text_tower_stays(file: str, clip: open_clip.CLIP) -> None:
+    model = build(file, "linear_probe", "tower")
+    classes, tower = model.head.classes, model.head.classes.tower
+    passes = []
+    tower.register_forward_hook(lambda *_: passes.append(1))
+    ema = TunedEma(model, 0.5)
+    with torch.inference_mode():
+        first = model(still())
+        assert torch.equal(model(still()), first) and len(passes) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(still())
+        assert low.dtype == torch.float32 and not torch.equal(low, first) and len(passes) == 2
+        torch.testing.assert_close(low, first, rtol=0.1, atol=0.3)
+        model(still())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    nn.functional.cross_entropy(model.train()(still()), torch.arange(2)).backward()
+    optimizer.step()
+    ema.update()
+    model.eval()
+    with torch.no_grad():
+        ours = model(still())
+        with ema.applied(model):
+            averaged = model(still())
+        assert torch.equal(model(still()), ours)
+        states = [classes().clone()]
+        load_weights(model, {**model.state_dict(), **ema.state_dict()}, "a.pt")
+        states.append(classes())
+        assert torch.equal(model(still()), averaged)
+    assert not torch.equal(first, ours) and not torch.equal(averaged, ours) and not torch.equal(*states)
+
+
+def test_texts_end_where_the_longest_does_after_loading_too(file: str) -> None:
+    longer = ("climbing up a very long and very steep ladder", *NAMES[1:])
+    source = build_model(config(file, tuned="tower"), class_names=longer).eval()
+    target = build(file, tuned="tower")
+    load_weights(target, source.state_dict(), "a.pt")
+    with torch.no_grad():
+        assert torch.equal(source(still()), target(still()))
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_features_and_what_is_computed_of_them(file: str, tuned: str) -> None:
+    """What network.cache_features counts on; and the hash of the frozen weights is that of a linear head's."""
+    model = build(file, tuned=tuned)
+    with torch.no_grad():
+        assert torch.equal(model(model.frozen_features(still())), model(still()))
+    linear = build_model(config(file, head="linear"))
+    assert backbone_identity(model)["sha256"] == backbone_identity(linear)["sha256"]
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_random_values_serve_to_measure(tuned: str) -> None:
+    """scripts/profile.py builds so: nothing is read."""
+    model = build_model(config(None, "full_finetune", tuned), pretrained=False)
+    model.train()(still()).sum().backward()
+    arch = {"arch": "ViT-B/32", "vision": None, "options": {}}
+    if tuned == "classifier":
+        head = build_model(config(None, "linear_probe", tuned, **arch), pretrained=False).head
+        assert head.projection.shape == (768, 512) and head.classes.shape == (3, 512)
