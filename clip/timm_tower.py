@@ -251,7 +251,7 @@ def build_timm_tower(name: str, image_size: int, source: str | None = None, know
     changes = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": False, **changes}
     try:
         model = timm.create_model(name, **changes)
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError, ValueError) as error:  # a tag that is none, sizes that timm refuses
         raise BackboneError(f"network.arch: {called}: {_first_line(error)}") from None
     tower = TimmTower(model, known_as)
     if image_size % tower.patch_size:
