@@ -14,7 +14,7 @@ from PIL import Image
 from configs.schema import config_from_dict
 from scripts.compare_runs import different_places, different_settings, main, over_seeds, overview
 from scripts.run_folders import find_runs
-from tests.test_entry import config, data, evaluated, train  # noqa: F401
+from tests.entry_bench import evaluated, train
 
 SECTIONS: dict[str, Any] = {
     "data": {"dataset": "ssv2", "num_classes": 174, "train_list": "train.txt"},
@@ -209,9 +209,9 @@ def test_results_of_a_test_that_cannot_be_read_are_left_out(tmp_path: Path, capl
     assert run.tests == {} and "model_best_1crops_1clips.json: left out" in caplog.text
 
 
-def test_a_run_of_train_vision(config: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
-    folder = train(config, tmp_path / "run", "solver.epochs=1")
-    top1 = evaluated(config, folder / "last_model.pt", folder / "results.json")["top1"]
+def test_a_run_of_train_vision(tiny: Path, tmp_path: Path, capsys) -> None:
+    folder = train(tiny, tmp_path / "run", "solver.epochs=1")
+    top1 = evaluated(tiny, folder / "last_model.pt", folder / "results.json")["top1"]
     (run,) = find_runs([folder])
     (row,) = overview([run], "top1")
     assert row["run"] == "1 run" and row["epochs"] == "1 of 1" and row["seed"] == 5 and row["tuned"]

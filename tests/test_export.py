@@ -21,9 +21,8 @@ from engine.optim import warmup_cosine
 from engine.report import load_scores
 from engine.state import Parts, TrainState
 from scripts.export import main
+from tests.entry_bench import command
 from tests.test_authors import authors_shapes
-from tests.test_entry import command, data  # noqa: F401, data is a fixture of the next one
-from tests.test_entry import config as tiny  # noqa: F401, a fixture
 
 SUFFIXES = (".pt", ".safetensors")
 METHODS = ("td4v_side", "td4v_finetune")
@@ -279,7 +278,7 @@ def test_refusals(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert not list(tmp_path.glob("a.*"))
 
 
-def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path):  # noqa: F811
+def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path):
     """test_vision.py gives the same scores to the bit, and `pretrain` begins with the same weights."""
     run = tmp_path / "run"
     status, text = command("train_vision.py", "--config", tiny, "--output", run, "--set", "solver.epochs=1")

@@ -35,8 +35,8 @@ from engine.features import FeatureCache, FeatureError, FeatureLoader, Features
 from engine.optim import resolve_precision
 from engine.pixels import Normalizer
 from engine.record import run_meta
+from tests.entry_bench import assert_same, command, content, metrics, settings, train, training_refusal
 from tests.processes import run_in_two
-from tests.test_entry import assert_same, command, content, metrics, settings, train, training_refusal
 
 TRAIN, VIDEOS, WIDTH = 20, 11, 32
 TOLERANCE = 1e-6  # of weights and losses of about 1, after two epochs

@@ -1,4 +1,4 @@
-"""The quickstart's table and verdict on made-up results; the training itself is test_entry.py's and the script's."""
+"""The quickstart's table and verdict on made-up results; the training itself is the script's."""
 
 from __future__ import annotations
 
