@@ -143,7 +143,7 @@ def test_compiled_by_a_compiler() -> None:
 )
 def test_every_method_can_be_compiled(graphs: list[Any], method: str, recompute: bool) -> None:
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
-    options = {"zero_init": False, "ratio": "1/4"} if method == "td4v_finetune" else {}
+    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0}}.get(method, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}
     network |= {"method": method, "options": options, "recompute": recompute}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 16}
