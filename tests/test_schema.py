@@ -60,6 +60,9 @@ def test_shipped_files_load(path):
     if path.stem.removesuffix("_finetune") in ("hmdb51", "ucf101", "ssv2"):
         assert (config.solver.lr, config.solver.weight_decay, config.solver.epochs) == (1e-3, 0.15, 30)
     named = next((method for method in ("linear_probe", "full_finetune", "aim") if path.stem.endswith(method)), None)
+    if path.stem.endswith("zero_shot"):
+        named = "linear_probe"
+    assert config.network.head == ("text" if path.stem.endswith("zero_shot") else "linear")
     tuned = "td4v_finetune" if path.stem.endswith("_finetune") else "td4v_side"
     assert config.network.method_name == (named or tuned)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -45,15 +46,19 @@ def quiet() -> None:
     logging.getLogger("td4v").setLevel(logging.NOTSET)
 
 
-@pytest.fixture(scope="module")
-def clip() -> open_clip.CLIP:
-    """A whole CLIP of random weights; no two of its norms or biases are alike."""
+def random_clip(embed: int, vision: dict, text: dict) -> open_clip.CLIP:
+    """A whole CLIP; no two of its norms or biases are alike."""
     torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
-    model = open_clip.CLIP(48, vision, {"width": 128, "heads": 2, "layers": 3}, quick_gelu=True).eval()
+    model = open_clip.CLIP(embed, vision, text, quick_gelu=True).eval()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def clip() -> open_clip.CLIP:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    return random_clip(48, vision, {"width": 128, "heads": 2, "layers": 3})
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +85,11 @@ def still(count: int = 2) -> Tensor:
     return images.expand(-1, 4, -1, -1, -1)
 
 
-def of_open_clip(clip: open_clip.CLIP, video: Tensor, texts: tuple[str, ...] = TEXTS) -> Tensor:
-    image, text, scale = clip(video[:, 0], open_clip.tokenize(list(texts)))
-    return scale * image @ text.T
+def of_open_clip(clip: open_clip.CLIP, video: Tensor, texts: Sequence[str] = TEXTS) -> Tensor:
+    """Its logits for what it says of the frames on average: (B, T, 3, H, W) -> (B, K)."""
+    image = clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(1)
+    text = clip.encode_text(open_clip.tokenize(list(texts)), normalize=True)
+    return clip.logit_scale.exp() * nn.functional.normalize(image, dim=-1) @ text.T
 
 
 def in_text_module(values: dict[str, Tensor]) -> dict[str, Tensor]:

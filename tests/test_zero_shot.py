@@ -1,0 +1,100 @@
+"""CLIP's text head from the command line: testing CLIP as it is, training from there, refusals.
+
+Does not live here: the head itself (test_text.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from configs.schema import load_config
+from datasets.build import class_names, val_loader
+from engine.pixels import Normalizer
+from engine.report import load_scores
+from scripts import export
+from tests.entry_bench import VIDEOS, command, evaluated, metrics, refusal, script, settings, train
+from tests.test_text import of_open_clip, random_clip
+
+CLIP = {"vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+        "text": {"width": 64, "heads": 1, "layers": 2}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip(tiny: Path):
+    return random_clip(24, **CLIP)
+
+
+@pytest.fixture(scope="module")
+def zero(tiny: Path, clip) -> Path:
+    """The tiny configuration with a whole CLIP and its text head."""
+    values = yaml.safe_load(tiny.read_text())
+    weights = tiny.parent / "clip.pt"
+    torch.save(clip.state_dict(), weights)
+    values["network"] |= {"init": True, "weights": str(weights), "method": "linear_probe", "head": "text"}
+    values["logging"] = {"output_dir": str(tiny.parent / "zero")}
+    path = tiny.parent / "zero.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_clip_as_it_is(zero: Path, clip) -> None:
+    config = load_config(zero)
+    results = Path(config.logging.output_dir, "frame_order", "custom", "zero_shot_1crops_1clips.json")
+    done = script(sys.executable, "test_vision.py", "--config", zero, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(results.read_text())
+    assert (result["videos"], result["epoch"]) == (VIDEOS, None)
+    assert result["weights"] == f"custom, {config.network.weights}" and result["parameters"]["tuned"] == 0
+    texts = [f"a video of a person {name.replace('_', ' ')}." for name in class_names(config.data)]
+    normalizer = Normalizer(config.data.mean, config.data.std)
+    with torch.no_grad():
+        videos = [normalizer(batch["video"]).flatten(0, 1) for batch in val_loader(config.data)]
+        wanted = torch.cat([of_open_clip(clip, video, texts) for video in videos]).softmax(1)
+    scores = load_scores(results.with_suffix(".npz")).table.score
+    torch.testing.assert_close(scores, wanted.double(), rtol=0, atol=1e-5)
+    assert result["class_names"] == list(class_names(config.data)) and len(result["per_class"]) == 4
+
+
+@pytest.mark.parametrize(("tuned", "more"), [
+    ("classifier", ("network.cache_features=all", "data.augment=false", "data.crop_scale=[0.08,1.0]")),
+    ("tower", ("solver.ema_decay=0.5", "solver.mixup=true", "solver.clip_ratio=0.1", "network.method=full_finetune")),
+])  # fmt: skip
+def test_training_from_there_and_testing_it(zero: Path, tmp_path: Path, tuned: str, more: tuple[str, ...]) -> None:
+    """The checkpoint, and what is exported of it, give the numbers of training without the class names."""
+    chosen = (f"network.text.tuned={tuned}", *more, f"logging.output_dir={tmp_path}")
+    run = train(zero, tmp_path / "run", "solver.epochs=1", *chosen)
+    nameless = (*chosen, "data.label_list=null")
+    result = evaluated(zero, run / "model_best.pt", tmp_path / "best.json", *nameless)
+    (row,) = metrics(run)
+    assert result["top1"] == row["top1"] and result["parameters"]["tuned"] > 4 * 24
+    for flags in ((), ("--full",)):
+        assert export.main([str(run / "model_best.pt"), "--out", str(tmp_path / "out.safetensors"), *flags]) == 0
+        evaluated(zero, tmp_path / "out.safetensors", tmp_path / "again.json", *nameless)
+        one, other = (load_scores(tmp_path / f"{name}.npz").table.score for name in ("best", "again"))
+        assert torch.equal(one, other)
+    train(zero, run, "solver.epochs=2", *chosen)  # goes on
+    assert [row["epoch"] for row in metrics(run)] == [0, 1]
+    evaluate = (*nameless, "solver.evaluate=true", f"pretrain={run / 'model_best.pt'}")
+    status, text = command("train_vision.py", "--config", zero, *settings(evaluate))
+    assert status == 0 and f"validation: top-1 {max(row['top1'] for row in metrics(run)):.2f}" in text, text
+
+
+@pytest.mark.parametrize(("file", "changes", "sentence"), [
+    ("test", ("network.head=linear",), "--weights: is needed, for network.head linear starts with a random classifier"),
+    ("test", ("network.method=td4v_finetune",), "network.method: needs a checkpoint (--weights), for it has parts that CLIP has not: td4v, temporal_embedding"),
+    ("test", ("network.method=td4v_side",), "network.head: text needs features in CLIP's space, which network.method td4v_side does not give"),
+    ("test", ("network.init=false", "network.weights=null"), "network.head: text needs a pretrained CLIP, but network.init is false: set it to true, or network.head to linear"),
+    ("test", ("data.label_list=null",), "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's weights, or takes a checkpoint's"),
+    ("train", ("network.text.tuned=tower", "data.label_list=null"), "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's weights, or takes a checkpoint's"),
+    ("train", (), "network.text.tuned: none leaves nothing to train in this model: test it with test_vision.py, without --weights"),
+])  # fmt: skip
+def test_refusals(zero: Path, tmp_path: Path, file: str, changes: tuple[str, ...], sentence: str) -> None:
+    where = (f"logging.output_dir={tmp_path / 'exp'}",)
+    assert refusal(f"{file}_vision.py", "--config", zero, *settings((*where, *changes))) == sentence
+    assert not list(tmp_path.rglob("*.json"))
