@@ -105,6 +105,13 @@ def test_the_formulas(adapters: int, feature: str, recompute: bool) -> None:
     torch.testing.assert_close(model(clips().double()), results[1][1], rtol=1e-10, atol=1e-12)
 
 
+def test_more_sequences_than_a_gpu_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(drop_path=0)
+    whole = model(clips())
+    monkeypatch.setattr("clip.methods.aim.MOST_SEQUENCES", 4)  # of 3 clips x 5 tokens
+    torch.testing.assert_close(model(clips()), whole)
+
+
 @kinds
 def test_step_0_is_the_frozen_clip(adapters: int, feature: str) -> None:
     model = tiny(False, temporal_adapters=adapters, feature=feature)
