@@ -92,6 +92,10 @@ def measure(
     set_tf32(config.solver.tf32, device)
     logger.info("%s: building, from random weights", name)
     report = parameter_report(build_model(config, pretrained=False))
+    if report.tuned == 0:
+        raise ProfileError(
+            f"{name}: nothing of this model is tuned (network.text.tuned: none), and training is measured"
+        )
     flops = _flops(config, device, name)
     rates: list[float] = []  # one list for all rows, in which the rate after a row counts for it too
     for batch in batches:
