@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clip.frozen import FrozenBlock
 from clip.lean import as_is, working_dtype
 from clip.tower import BackboneError, Tower
-from clip.weights import OPENAI, fetch_weights, read_visual_weights, stated_activation, stated_pixels
+from clip.weights import OPENAI, check_fit, fetch_weights, read_visual_weights, stated_activation, stated_pixels
 
 logger = logging.getLogger("td4v")
 
@@ -263,14 +263,5 @@ def _load(tower: VisionTower, source: str, name: str) -> None:
         named = {"visual.positional_embedding": values["positional_embedding"]}
         resize_pos_embed(named, SimpleNamespace(visual=tower.visual))
         values["positional_embedding"] = named["visual.positional_embedding"]
-    own = tower.visual.state_dict()
-    unfit = [key for key in own if key not in values or values[key].shape != own[key].shape]
-    unknown = [key for key in values if key not in own]
-    if unfit or unknown:
-        key = (unfit or unknown)[0]
-        found = tuple(values[key].shape) if key in values else "nothing"
-        wanted = tuple(own[key].shape) if key in own else "nothing"
-        raise BackboneError(
-            f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
-        )
+    check_fit(values, tower.visual.state_dict(), path, name)
     tower.visual.load_state_dict(values)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from clip.lean import as_is, working_dtype
 from clip.tower import BackboneError, Tower
+from clip.weights import check_fit
 
 logger = logging.getLogger("td4v")
 
@@ -288,17 +289,10 @@ def _load(tower: TimmTower, path: Path) -> None:
         raise BackboneError(
             f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {_first_line(error)})"
         ) from None
-    own = model.state_dict()
     unused = tuple(f"{name}." for name in {*_UNUSED, "norm", "fc_norm"} - {tower._final})
-    unfit = [key for key in own if key not in values or values[key].shape != own[key].shape]
-    unknown = [key for key in values if key not in own and not key.startswith(unused)]
-    if unfit or unknown:
-        key = (unfit or unknown)[0]
-        found, wanted = (tuple(side[key].shape) if key in side else "nothing" for side in (values, own))
-        raise BackboneError(
-            f"{path}: does not fit {tower.name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
-        )
-    model.load_state_dict({key: values[key] for key in own})
+    values = {key: value for key, value in values.items() if key in model.state_dict() or not key.startswith(unused)}
+    check_fit(values, model.state_dict(), path, tower.name)
+    model.load_state_dict(values)
 
 
 def _filter(model: nn.Module) -> Any:

@@ -222,9 +222,9 @@ class NetworkConfig:
     are checked when the model is built.
     """
 
-    arch: str = "ViT-B/16"  # OpenAI's name, any open_clip ViT, or `custom` with network.vision
+    arch: str = "ViT-B/16"  # OpenAI's name, a ViT of open_clip or timm, or `custom` with vision
     init: bool = True  # load CLIP's weights
-    weights: Optional[str] = None  # an open_clip tag or a file; null: clip_pretrain/ if it is there, else OpenAI's tag
+    weights: Optional[str] = None  # a tag or a file; null: clip_pretrain/, else OpenAI's or timm's tag
     method: Optional[str] = None  # null: td4v_finetune if fine_tuning, else td4v_side
     fine_tuning: bool = False
     head: Literal["linear", "text"] = "linear"  # the classifier; text: CLIP's embeddings of the class names

@@ -35,7 +35,7 @@ ALLOWED = {
     "clip.side_network": ("clip.adapter", "clip.layers", "clip.lean"),
     "clip.adapter": ("clip.layers", "clip.lean"),
     "clip.backbone": ("clip.frozen", "clip.lean", "clip.tower", "clip.weights"),
-    "clip.timm_tower": ("clip.lean", "clip.tower"),
+    "clip.timm_tower": ("clip.lean", "clip.tower", "clip.weights"),
     "clip.text": ("clip.backbone", "clip.lean", "clip.tower", "clip.weights", "configs.schema"),
     "clip.weights": ("clip.tower",),
     "clip.tower": ("clip.lean",),
