@@ -25,7 +25,7 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from clip.backbone import VisionTower
-from clip.lean import as_is
+from clip.lean import as_is, working_dtype
 from clip.tower import BackboneError, Tower
 from clip.weights import TextWeights, check_fit, fetch_weights, read_text_weights
 from configs.schema import ConfigError
@@ -166,10 +166,9 @@ class ClassTexts(nn.Module):
 
     @torch.compiler.disable
     def _keep(self) -> Tensor:
-        kind = self.tokens.device.type
         values = [*self.tower.parameters(), self.tokens]
-        marks = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
-        marks.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.tokens.device)
+        marks: list[Any] = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
+        marks.append(working_dtype(self.tower.text_projection))
         if self._kept is None or self._kept[0] != marks:
             self._kept = marks, self._compute(CHUNK)
         return self._kept[1]
