@@ -71,6 +71,20 @@ def poison(first: int, last: int | None = None) -> None:
     Trainer.step = poisoned
 
 
+def kill_at_step(number: int) -> None:
+    """kill -9 of this process before the optimizer step `number`, counted from 0 over the run."""
+    from engine.loop import Trainer
+
+    step = Trainer.step
+
+    def killed(trainer: Trainer, group: list[dict[str, Any]]) -> Any:
+        if trainer.state.step == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, group)
+
+    Trainer.step = killed
+
+
 def slow_steps(seconds: float) -> None:
     """Each optimizer step takes that much longer."""
     from engine.loop import Trainer

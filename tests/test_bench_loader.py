@@ -1,21 +1,19 @@
 """The benchmark of reading: it runs, its table holds what it measured, and our pixels are the recipe's."""
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from datasets.build import train_loader
+from engine.log import close_logging
 from scripts import bench_loader
 from scripts.bench_reference import Reference
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +36,38 @@ def config(tmp_path_factory):
     return path
 
 
-def run(*arguments):
-    """In a process of its own, which the command ties to one core."""
-    command = [sys.executable, "-m", "scripts.bench_loader", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def run(capfd):
+    """Starts the command; afterwards this process may use all its cores and threads again, to one of which it is tied.
+    Returns its status and what it wrote to stdout and stderr."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    yield lambda *arguments: (bench_loader.main([*map(str, arguments)]), *capfd.readouterr())
+    close_logging()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
 
 
-def test_the_command(config, tmp_path):
-    done = run(config, "--videos", "8", "--repeats", "1", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_command(config, tmp_path, run):
+    status, said, errors = run(config, "--videos", "8", "--repeats", "1", "--out", tmp_path)
+    assert status == 0, errors
     results = json.loads((tmp_path / "result.json").read_text())["results"]
     assert [result["case"] for result in results] == [
         "frames", "frames, two draws a video", "frames, RandAugment", "frames, RandAugment before the crop"
     ]  # fmt: skip
     first = results[0]["times"]["item"]
     ratio = first["recipe"][0] / first["ours"][0]
-    assert "| frames | " in done.stdout and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
+    assert "| frames | " in said and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
     assert Image.open(tmp_path / "stages.png").width > 800
 
 
-def test_bad_arguments(config, tmp_path):
+def test_bad_arguments(config, tmp_path, run):
     for arguments, message in (
         ((config, "--videos", "1"), "--videos must be at least 8"),
         ((tmp_path / "none.yaml",), "none.yaml"),
         ((config, "--core", "4000"), "Invalid argument"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+        status, _, errors = run(*arguments)
+        assert status == 1 and message in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize(("rand_aug", "mean", "most"), [(False, 1.2, 6), (True, 1.5, 10)])

@@ -147,7 +147,11 @@ def test_killed_at_each_file_operation(bench: Bench, reference, operations: int,
 
 
 @each_round
-@pytest.mark.parametrize(("processes", "killed"), [(2, (0,)), (2, (1,)), (2, (0, 1)), (3, (2,)), (3, (0, 1, 2))])
+@pytest.mark.parametrize(
+    ("processes", "killed"),
+    [(2, (0,)), (2, (1,)), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((2, (0, 1)), (3, (2,)))),
+     (3, (0, 1, 2))],
+)  # fmt: skip
 def test_ranks_are_killed(bench: Bench, reference, processes: int, killed: tuple[int, ...], seed: int):
     """kill -9 of one or all of two or three ranks at a random step: the others end by themselves, ends equal"""
     chosen = SHARED_RICH if len(killed) == processes else SHARED
@@ -164,10 +168,12 @@ def test_ranks_are_killed(bench: Bench, reference, processes: int, killed: tuple
 
 
 STATUS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+# SIGUSR1 goes the way of SIGTERM
+SIGNALS = [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT]
 
 
 @each_round
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_asked_to_stop(bench: Bench, reference, number: signal.Signals, seed: int):
     """SIGTERM, SIGUSR1 or Ctrl-C at a random step, without checkpoints in between: saved, status 75 or 130, ends equal"""
     overrides = (*WORKERS, "checkpoint.every_steps=")
@@ -186,7 +192,7 @@ def test_asked_to_stop(bench: Bench, reference, number: signal.Signals, seed: in
 
 
 @each_round
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_asked_to_stop_at_any_time(bench: Bench, reference, number: signal.Signals, seed: int):
     """SIGTERM, SIGUSR1 or Ctrl-C at a random time from the start on: status 75 or 130, one sentence, ends equal"""
     rng, folder = draws(seed, f"any {number.name}"), bench.path()
@@ -201,7 +207,12 @@ def test_asked_to_stop_at_any_time(bench: Bench, reference, number: signal.Signa
 @each_round
 @pytest.mark.parametrize(
     ("asked", "number"),
-    [((0,), signal.SIGTERM), ((1,), signal.SIGUSR1), ((0, 1), signal.SIGTERM), ((0, 1), signal.SIGINT)],
+    [
+        pytest.param((0,), signal.SIGTERM, marks=pytest.mark.slow),
+        ((1,), signal.SIGUSR1),
+        ((0, 1), signal.SIGTERM),
+        ((0, 1), signal.SIGINT),
+    ],
     ids=["rank 0", "rank 1", "both", "both, Ctrl-C"],
 )
 def test_ranks_are_asked_to_stop(bench: Bench, reference, number: signal.Signals, asked: tuple[int, ...], seed: int):

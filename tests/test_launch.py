@@ -79,7 +79,9 @@ class Launcher:
         return self.process.returncode, errors
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [("SIGTERM", 75), pytest.param("SIGUSR1", 75, marks=pytest.mark.slow), ("SIGINT", 130)]
+)
 def test_a_signal_reaches_the_workers_which_save_and_are_not_started_again(tmp_path, number, status):
     launcher = Launcher(tmp_path, MAX_RESTARTS="2")
     launcher.wait_for("up")
@@ -91,7 +93,9 @@ def test_a_signal_reaches_the_workers_which_save_and_are_not_started_again(tmp_p
         assert [line[0] for line in launcher.said(rank)] == ["up", "saved"] and launcher.said(rank)[1][1] == number
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGUSR1", "SIGINT"))]
+)
 def test_a_signal_while_the_workers_finish_does_not_begin_another_run(tmp_path, number):
     """They have nothing left to save, and end as they would have."""
     launcher = Launcher(tmp_path, asked_to="0")
@@ -201,7 +205,7 @@ def two_machines(place: Path, **settings) -> list[Launcher]:
 
 
 def test_two_launchers_as_two_machines_start_again_together(tmp_path):
-    machines = two_machines(tmp_path, first="3", seconds=2, environment={"MAX_RESTARTS": "1"})
+    machines = two_machines(tmp_path, first="3", seconds=1, environment={"MAX_RESTARTS": "1"})
     assert [machine.end()[0] for machine in machines] == [0, 0]
     said = [machines[0].said(rank) for rank in (0, 1)]
     assert [line[0] for line in said[0]] == ["up", "saved", "up", "finished"]

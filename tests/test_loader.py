@@ -263,8 +263,11 @@ def test_no_worker_outlives_a_main_process_that_is_killed():
 
 
 @pytest.mark.parametrize("more", [2, 40])
-def test_too_many_open_files_are_one_sentence(more):
+def test_too_many_open_files_are_one_sentence(more, monkeypatch):
     """At the start of the workers, and where the main process keeps what it receives of them."""
+    monkeypatch.setattr(
+        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # s that its end waits for each worker
     gc.collect()  # what earlier tests left to the collector would give files back on the way
     os.close(files := os.open(os.devnull, os.O_RDONLY))  # the lowest free number
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -231,9 +231,10 @@ def test_the_owners_files():
 @pytest.mark.parametrize(("split", "train", "val"), [("1", 337, None), ("2", 205, 132)])
 def test_a_part_of_ucf101_with_the_official_split(run, split, train, val):
     videos, more = DATA / "ucf101_10" / "UCF-101", ("--videos-only", "--split", split)
-    code, out, said = run("ucf101", ANNOTATIONS / "ucf101", videos, *more)
-    assert code == 1 and "12983 of 13320 videos of UCF101 are missing" in said and not (out / "train.txt").exists()
-    assert ": train, ApplyEyeMakeup\n" in (out / "report.txt").read_text()
+    if split == "1":
+        code, out, said = run("ucf101", ANNOTATIONS / "ucf101", videos, *more)
+        assert code == 1 and "12983 of 13320 videos of UCF101 are missing" in said and not (out / "train.txt").exists()
+        assert ": train, ApplyEyeMakeup\n" in (out / "report.txt").read_text()
     code, out, said = run("ucf101", ANNOTATIONS / "ucf101", videos, *more, "--allow-missing")
     assert code == 0, said
     assert len(read_list(str(out / "train.txt"), "video", 101)) == train
