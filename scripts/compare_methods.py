@@ -24,7 +24,6 @@ import torch
 from clip.build import METHODS, build_model
 from configs.schema import Config, load_config
 from datasets.build import class_names, train_loader, val_loader
-from datasets.prepare.frame_order import FRAMES
 from engine import cost
 from engine.distributed import EngineError
 from engine.record import run_meta, source_revision
@@ -195,10 +194,10 @@ def trials_of(options: argparse.Namespace, methods: Sequence[str]) -> dict[str, 
 
 
 def prepare(config: Config) -> None:
-    """Make the data that can be made, and refuse what is missing. Raises ConfigError and the like."""
+    """Make the quickstart's data where they are wanted and nothing is, and refuse what is missing. Raises ConfigError and the like."""
     data = config.data
-    if data.dataset == MADE and data.num_segments == FRAMES and not Path(data.train_list or "").is_file():
-        folder = Path(data.train_root or "").parent
+    folder = Path(data.train_root or "").parent
+    if data.dataset == MADE and data.train_list == str(folder / "train.txt") and not folder.exists():
         logger.info("making the data of the quickstart in %s", folder)
         make_data(folder)
     class_names(data)

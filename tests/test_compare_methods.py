@@ -1,0 +1,161 @@
+"""The comparison of methods: its table and files, going on after a break, failing runs, what it says of the numbers.
+
+The two commands run in this process (entry_bench.command) but for the run that fails, which is a real one.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from engine import cost
+from scripts import compare_methods, trials
+from scripts.compare_methods_report import Accuracy, Scores, accuracy_findings
+from scripts.trials import TrialError, seconds_left
+from tests.entry_bench import command
+
+PROBE, TUNED = "linear_probe", "td4v_finetune"
+
+
+@pytest.fixture
+def small(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny configuration, of one epoch, with options that only its own method has."""
+    values = yaml.safe_load(tiny.read_text())
+    values["solver"]["epochs"] = 1
+    values["network"] |= {"options": {"td4v": True}}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Starts the comparison; `.calls` are the runs of the two commands, here and now, `.fails` is one of them."""
+    monkeypatch.setattr(cost, "matrix_rate", partial(cost.matrix_rate, size=64))
+    monkeypatch.setattr(cost, "seconds", partial(cost.seconds, least=0))
+
+    def call(self: object, trial: trials.Trial, script: str, *words: str) -> None:
+        start.calls.append((trial.folder.name, script))
+        if start.fails == (trial.folder.name, script):
+            raise TrialError(f"{trial.title}: broken")
+        status, said = command(script, *words)
+        assert status == 0, said
+
+    def start(*words: str) -> int:
+        start.calls.clear()
+        fixed = ["--costs", str(small), "--accuracy", str(small), "--output", str(tmp_path / "out"), "--jobs", "1"]
+        return compare_methods.main([*fixed, "--device", "cpu", "--repeats", "1", *words])
+
+    start.calls, start.fails = [], None
+    monkeypatch.setattr(trials._Commands, "call", call)
+    gc.freeze()  # measuring collects garbage often, which all the modules of a test session make slow
+    yield start
+    gc.unfreeze()
+
+
+def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> None:
+    chosen, out = ["--methods", PROBE, TUNED, "--seeds", "0", "1"], tmp_path / "out"
+    compare.fails = (f"{TUNED}_seed1", "test_vision.py")
+    assert compare(*chosen) == 1
+    assert caplog.records[-1].getMessage() == f"small, {TUNED}, seed 1: broken" and not (out / "methods.md").exists()
+    compare.fails = None
+    capsys.readouterr()
+    caplog.clear()
+    with caplog.at_level("INFO", "td4v"):
+        assert compare(*chosen) == 0
+    assert compare.calls == [(f"{TUNED}_seed1", script) for script in ("train_vision.py", "test_vision.py")]
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        "3 of 4 runs are finished already and kept" in said and f"{TUNED}: costs are measured already, and kept" in said
+    )
+    record = json.loads((out / "methods.json").read_text())
+    assert [row["method"] for row in record["costs"]] == [PROBE, TUNED] and record["costs"][1]["saved_bytes_a_clip"] > 0
+    (accuracy,) = record["accuracy"]
+    for one in accuracy["methods"]:
+        results = [
+            json.loads((out / f"runs/small/{one['method']}_seed{seed}/results.json").read_text()) for seed in (0, 1)
+        ]
+        scores = [result["top1"] for result in results]
+        assert list(one["top1"].values()) == scores and one["mean"] == pytest.approx(sum(scores) / 2)
+        assert one["tuned"] == results[0]["parameters"]["tuned"]
+        assert [result["config"]["seed"] for result in results] == [0, 1]
+        assert results[0]["epoch"] == 1 and Path(results[0]["weights"]).name == "last_model.pt"
+    assert accuracy["chance"] == 25 and accuracy["videos"] == 11
+    text, printed = (out / "methods.md").read_text(), capsys.readouterr().out
+    assert "RANDOM weights" in text and "32 training and 11 test videos" in text and "Chance is 25.0 %" in text
+    for line in printed.splitlines():
+        assert line in text or line.startswith("Top-1 on small")
+    assert f"{accuracy['methods'][0]['tuned']:,}" in printed and "GFLOPs" in printed
+    with Image.open(out / "methods.png") as picture:
+        assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(10**6)) > 50
+    assert compare(*chosen, "--set", "solver.lr=0.1", "--skip", "costs") == 1 and not compare.calls
+    assert "holds another run: solver.lr was 0.001 and is now 0.1; remove it" in caplog.records[-1].getMessage()
+
+
+def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: Path, caplog) -> None:
+    """A real process, which meets a frame that is missing."""
+    frames = tmp_path / "frames"
+    shutil.copytree(tiny_data / "frames", frames)
+    first = frames / (tiny_data / "train.txt").read_text().split()[0] / "000004.jpg"
+    first.unlink()
+    words = ["--accuracy", f"{small}+data.train_root={frames}", "--skip", "costs", "--methods", PROBE, "--seeds", "7"]
+    assert compare_methods.main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    sentence = caplog.records[-1].getMessage()
+    assert (
+        sentence.startswith(f"small, {PROBE}, seed 7: train_vision.py ended with status 1: ") and "\n" not in sentence
+    )
+    assert "000004.jpg is missing" in sentence and (tmp_path / f"out/runs/small/{PROBE}_seed7.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--methods", PROBE, "td4v_sidee"], "network.method: 'td4v_sidee' is unknown; did you mean td4v_side?"),
+        (["--methods", f"{PROBE}+network.options={{widht: 1}}"], "network.options.widht"),
+        (["--set", "data.train_list=none.txt"], "data.train_list: there is no file none.txt"),
+        (["--accuracy", "none.yaml"], "none.yaml: cannot read"),
+        (["--accuracy", "a/small.yaml", "b/small.yaml"], "two configurations are called small"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_runs(
+    compare, small, tmp_path, caplog, words, sentence
+) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(small, tmp_path / folder)
+    words = [str(tmp_path / word) if word.startswith(("a/", "b/")) else word for word in words]
+    assert compare(*words) == 1
+    said = caplog.records[-1].getMessage()
+    assert sentence in said and "\n" not in said
+    assert not compare.calls and not (tmp_path / "out").exists()
+
+
+def scores(method: str, *top1: float) -> Scores:
+    return Scores(method, dict(enumerate(top1)), 1, 2, ("abc",))
+
+
+def test_the_findings_name_who_wins_and_what_no_seed_tells_apart() -> None:
+    several = [scores("td4v_side", 40, 44), scores("aim", 60, 70), scores("probe", 11, 12), scores("full", 39, 41)]
+    best, own, chance = accuracy_findings(Accuracy("x", "", 10.0, 12.0, 100, several))
+    assert best == "Highest mean: aim, 65.0 ± 7.1 %."
+    assert own == (
+        "td4v_side (42.0 ± 2.8 %): every seed above every seed of probe; every seed below every seed of aim; "
+        "not told apart by these seeds from full."
+    )
+    assert chance.startswith("Not told from chance (a mean up to 16.0 %") and chance.endswith(": probe.")
+    _, own, _ = accuracy_findings(Accuracy("x", "", 10.0, 12.0, 100, [scores("td4v_side", 40), scores("aim", 60)]))
+    assert "of one seed each" in own
+
+
+def test_time_left() -> None:
+    assert seconds_left([("a", 5.0, 0, 4), ("b", 0.0, 0, 4)], 2) is None
+    work = [("a", 10.0, 5, 0), ("a", 4.0, 2, 3), ("b", 0.0, 0, 5), ("a", 0.0, 0, 5)]
+    assert seconds_left(work, 1) == pytest.approx(2 * 13) and seconds_left(work, 2) == pytest.approx(13)
+    assert seconds_left(work, 8) == pytest.approx(10)  # no run is divided
