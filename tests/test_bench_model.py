@@ -19,9 +19,10 @@ from clip.side_network import SideBlock
 from configs.schema import ConfigError, load_config, parse_ratio
 from scripts import bench_model, bench_pair, bench_plain
 from scripts.bench_plain import PlainFineTuning, PlainSideBlock, PlainSideTuning, PlainTD4V, PlainTrunk, TrunkSizes
-from tests.test_golden import CASES, FOLDER, TOLERANCE, fill, tensor
+from tests.test_golden import CASES, FOLDERS, TOLERANCE, fill, tensor
 
 __all__ = ["fill"]  # a fixture of test_golden.py
+pytestmark = pytest.mark.usefixtures("quick_collection")
 SIZES = TrunkSizes(width=64, layers=3, heads=2, patch_size=4, grid=(3, 3), hidden=256)
 TRAIN = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 
@@ -134,7 +135,7 @@ def tower():
     return build_custom_tower(SIZES.width, SIZES.layers, SIZES.heads, SIZES.patch_size, 12)
 
 
-@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDER}")
+@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDERS[0]}")
 @pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith(("td4v", "side_block", "side_network_small"))],
                          ids=lambda path: path.stem)  # fmt: skip
 def test_golden(path, fill):

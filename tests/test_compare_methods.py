@@ -5,7 +5,6 @@ The two commands run in this process (entry_bench.command) but for the run that 
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from functools import partial
@@ -36,7 +35,7 @@ def small(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_collection: None):
     """Starts the comparison; `.calls` are the runs of the two commands, here and now, `.fails` is one of them."""
     monkeypatch.setattr(cost, "matrix_rate", partial(cost.matrix_rate, size=64))
     monkeypatch.setattr(cost, "seconds", partial(cost.seconds, least=0))
@@ -55,9 +54,7 @@ def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     start.calls, start.fails = [], None
     monkeypatch.setattr(trials._Commands, "call", call)
-    gc.freeze()  # measuring collects garbage often, which all the modules of a test session make slow
-    yield start
-    gc.unfreeze()
+    return start
 
 
 def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from engine.cost import Saved, count_flops, held_bytes, matrix_rate, peak_bytes,
 from scripts import profile
 from scripts.profile_report import Row, place, saved_table, scaling
 
+pytestmark = pytest.mark.usefixtures("quick_collection")
 CPU = torch.device("cpu")
 ROWS, IN, HIDDEN, OUT = 64, 32, 48, 16
 CONFIG = {
@@ -224,9 +224,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cost, "matrix_rate", partial(matrix_rate, size=64))
     monkeypatch.setattr(cost, "seconds", partial(seconds, least=0))
     fixed = ["--device", "cpu", "--repeats", "2", "--output", str(tmp_path / "out")]
-    gc.freeze()  # the command collects garbage often, which all the modules of a test session make slow
-    yield lambda *arguments: profile.main([str(tmp_path / "tiny.yaml"), *fixed, *arguments])
-    gc.unfreeze()
+    return lambda *arguments: profile.main([str(tmp_path / "tiny.yaml"), *fixed, *arguments])
 
 
 def test_the_command_and_its_files(command, tmp_path: Path, capsys) -> None:
