@@ -59,7 +59,7 @@ def test_exactly_the_named_parts_are_tuned() -> None:
     assert {n for n, p in probe.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
     assert all(p.requires_grad for p in full.parameters())
     assert list(full.tuned_modules()) == [
-        "conv1", "class_embedding", "positional_embedding", "ln_pre", "blocks", "ln_post", "head",
+        "conv1", "class_embedding", "positional_embedding", "ln_pre", "blocks", "final_norm", "head",
     ]  # fmt: skip
     for model in (probe, full):
         assert list(model.tuned_modules())[-1] == "head"

@@ -28,7 +28,7 @@ class FullFinetune(nn.Module):
 
     Args:
         tower: CLIP. num_classes: K.
-        feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
+        feature: a frame's class token, or the mean of all its tokens, behind the last norm; averaged over frames.
         dropout: before the classifier.
         recompute: run each block again in backward instead of keeping its activations.
 
@@ -56,12 +56,12 @@ class FullFinetune(nn.Module):
         return {
             **self.tower.embedding(),
             "blocks": self.tower.blocks,
-            "ln_post": self.tower.final_norm,
+            "final_norm": self.tower.final_norm,
             "head": self.head,
         }
 
     def tuned_layers(self) -> list[list[nn.Module | nn.Parameter]]:
-        """The same from input to classifier: all of the embedding, each block, ln_post, the head."""
+        """The same from input to classifier: all of the embedding, each block, the last norm, the head."""
         blocks = [[block] for block in self.tower.blocks]
         return [list(self.tower.embedding().values()), *blocks, [self.tower.final_norm], [self.head]]
 

@@ -26,7 +26,7 @@ class LinearProbe(nn.Module):
 
     Args:
         tower: frozen trunk. num_classes: K.
-        feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
+        feature: a frame's class token, or the mean of all its tokens, behind the last norm; averaged over frames.
         dropout: before the classifier.
 
     Shape: video (B, T, 3, height, width), normalised, any T -> logits (B, K).

@@ -46,7 +46,7 @@ class TD4VFinetune(nn.Module):
         tower: frozen CLIP. num_classes: K. frames: T.
         placement: before each block's attention, its MLP, or both (patch tokens behind the last attention do not
             reach the class token, so with that feature the last module before an MLP gets no gradient). mode, ratio, zero_init: see TD4V.
-        feature: a frame's class token, or the mean of all its tokens, behind ln_post; averaged over frames.
+        feature: a frame's class token, or the mean of all its tokens, behind the last norm; averaged over frames.
         temporal_embedding: (T, D), added to every token of a frame before the first block.
         dropout: before the classifier. recompute: keep only the input of each block.
 
