@@ -26,7 +26,7 @@ WITH_BATCHNORM = ("td4v_side", "td4v_finetune")
 def make(method: str) -> nn.Module:
     """Two blocks, four patches a frame, in float64, with every tuned parameter away from 0."""
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
-    options = {"zero_init": False, "ratio": "1/4"} if method == "td4v_finetune" else {}
+    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0.0}}.get(method, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}
     network |= {"method": method, "options": options}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": FRAMES, "input_size": 16}
@@ -34,6 +34,9 @@ def make(method: str) -> nn.Module:
     model = build_model(config_from_dict({"data": data, "network": network})).double().train()
     for module in norms(model):
         torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.uniform_(parameter, -0.1, 0.1)
     return model
 
 
