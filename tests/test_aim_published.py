@@ -1,0 +1,157 @@
+"""What AIM's authors publish: their checkpoints, by names and shapes, loaded and refused, and their recipes' numbers.
+
+Does not live here: the method (test_aim.py), their modules' numbers (test_golden.py).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from clip.build import WeightsError, build_model, load_weights
+from configs.schema import load_config
+from datasets.prepare.frame_order import make
+from engine import checkpoint
+from tests.entry_bench import command
+from tests.test_aim import CLASSES, FRAMES, LAYERS, SIDE, TOKENS, WIDTH, config, tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def published(adapters: int = 1, frames: int = FRAMES, classes: int = CLASSES) -> dict[str, Tensor]:
+    """Names and shapes as their code saves them, from the published modules' structure."""
+    D, shapes = WIDTH, {"temporal_embedding": (1, frames, WIDTH), "class_embedding": (WIDTH,)}
+    shapes |= {"positional_embedding": (TOKENS, D), "conv1.weight": (D, 3, 8, 8)}
+
+    def pair(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+    shapes |= pair("ln_pre", D) | pair("ln_post", D)
+    for block in (f"transformer.resblocks.{index}" for index in range(LAYERS)):
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * D, D), f"{block}.attn.in_proj_bias": (3 * D,)}
+        shapes |= pair(f"{block}.attn.out_proj", D, D) | pair(f"{block}.ln_1", D) | pair(f"{block}.ln_2", D)
+        shapes |= pair(f"{block}.mlp.c_fc", 4 * D, D) | pair(f"{block}.mlp.c_proj", D, 4 * D)
+        for name in ("MLP_Adapter", "S_Adapter", "T_Adapter", "T_Adapter_in")[: 2 + adapters]:
+            shapes |= pair(f"{block}.{name}.D_fc1", D // 4, D) | pair(f"{block}.{name}.D_fc2", D, D // 4)
+    shapes = {f"backbone.{name}": shape for name, shape in shapes.items()} | pair("cls_head.fc_cls", classes, D)
+    generator = torch.Generator().manual_seed(7)
+    return {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def file(path: Path, values: dict[str, Tensor]) -> Path:
+    """As mmcv's runner writes it, the best one with NumPy's number of how good it is."""
+    meta = {"epoch": 30, "iter": 900, "mmcv_version": "1.4.0", "config": "model = dict(type='Recognizer3D')\n",
+            "hook_msgs": {"best_score": numpy.float64(0.839), "last_ckpt": "epoch_29.pth"}}  # fmt: skip
+    optimizer = {"state": {0: {"step": 900, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 3e-4, "params": [0]}]}
+    torch.save({"meta": meta, "state_dict": OrderedDict(values), "optimizer": optimizer}, path)
+    return path
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_published_file_loads(tmp_path: Path, adapters: int) -> None:
+    theirs = published(adapters)
+    path = file(tmp_path / "best.pth", theirs)
+    model = tiny(temporal_adapters=adapters)
+    load_weights(model, checkpoint.weights_of(checkpoint.load(path), path), str(path))
+    loaded, block = model.state_dict(), "backbone.transformer.resblocks.2"
+    pairs = {
+        "adapters.2.joint.down.weight": f"{block}.MLP_Adapter.D_fc1.weight",
+        "adapters.2.temporal.up.weight": f"{block}.T_Adapter.D_fc2.weight",
+        "adapters.2.spatial.up.bias": f"{block}.S_Adapter.D_fc2.bias",
+        "tower.visual.transformer.resblocks.2.attn.in_proj_weight": f"{block}.attn.in_proj_weight",
+        "tower.visual.ln_post.bias": "backbone.ln_post.bias",
+        "head.weight": "cls_head.fc_cls.weight",
+    }
+    assert all(torch.equal(loaded[ours], theirs[name]) for ours, name in pairs.items())
+    assert torch.equal(loaded["temporal_embedding"], theirs["backbone.temporal_embedding"][0])
+    assert ("adapters.2.temporal_in.up.bias" in loaded) == (adapters == 2)
+    assert model.tower.weights == f"those in {path}"
+    other = tiny(temporal_adapters=adapters, classes=7)
+    load_weights(other, theirs, "best.pth", drop_head=True)
+    assert torch.equal(other.temporal_embedding, model.temporal_embedding)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "message"),
+    [
+        ({"temporal_adapters": 2}, {}, "has one temporal adapter a block, network.options.temporal_adapters is 2"),
+        ({"frames": 8}, {}, "was made for T = 4 frames, data.num_segments is 8"),
+        ({"classes": 9}, {}, "classifier has 5 classes, data.num_classes is 9"),
+        ({}, {"backbone.ln_post.bias": None}, r"1 keys missing \(first tower.visual.ln_post.bias\)"),
+        ({}, {"backbone.ln_mid.bias": 1, "neck.a": 1}, "2 keys are not of the authors' AIM, first backbone.ln_mid.bias"),
+        ({"network": {"method": "td4v_side", "pyramid": {"n_embs": [8, 8, 32]}}}, {}, "another method's weights"),
+    ],
+)  # fmt: skip
+def test_published_files_that_do_not_fit(options: dict, changes: dict, message: str) -> None:
+    theirs = {**published(), **{name: torch.ones(WIDTH) if value else None for name, value in changes.items()}}
+    model = build_model(config(**options))
+    with pytest.raises(WeightsError, match=rf"^best\.pth: .*{message}") as caught:
+        load_weights(model, {name: value for name, value in theirs.items() if value is not None}, "best.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_ours_with_another_number_of_adapters() -> None:
+    with pytest.raises(WeightsError, match="has two temporal adapters a block, network.options.temporal_adapters is 1"):
+        load_weights(tiny(), tiny(temporal_adapters=2).state_dict(), "a.pt")
+
+
+def test_both_scripts_take_a_published_file(tmp_path: Path) -> None:
+    """test_vision.py --weights, and pretrain of train_vision.py, which then keeps the file's frozen weights."""
+    make(tmp_path / "data", train=8, val=4, seed=3, size=32)
+    theirs = published(classes=4)
+    weights = file(tmp_path / "epoch_30.pth", theirs)
+    lists = {f"{part}_list": str(tmp_path / "data" / f"{part}.txt") for part in ("train", "val")}
+    data = {"dataset": "frame_order", "style": "kinetics", "num_classes": 4, "num_segments": FRAMES, "batch_size": 4,
+            "workers": 0, "input_size": SIDE, "train_root": str(tmp_path / "data" / "frames"),
+            "val_root": str(tmp_path / "data" / "frames"), **lists}  # fmt: skip
+    values = {"data": data, "network": config().to_dict()["network"], "solver": {"epochs": 1, "lr_warmup_step": 0}}
+    path = tmp_path / "aim.yaml"
+    path.write_text(yaml.safe_dump(values))
+    status, text = command("test_vision.py", "--config", path, "--weights", weights)
+    assert status == 0, text
+    run = tmp_path / "run"
+    status, text = command("train_vision.py", "--config", path, "--output", run, "--set", f"pretrain={weights}")
+    assert status == 0, text
+    trained = checkpoint.weights_of(checkpoint.load(run / "last_model.pt"), run)
+    assert torch.equal(trained["tower.visual.conv1.weight"], theirs["backbone.conv1.weight"])
+    assert not torch.equal(trained["head.weight"], theirs["cls_head.fc_cls.weight"])
+    difference = (trained["temporal_embedding"] - theirs["backbone.temporal_embedding"][0]).abs().max()
+    assert 0 < difference < 0.05  # two steps from where it was
+    status, text = command("test_vision.py", "--config", path, "--weights", weights, "--set", "data.num_segments=8")
+    assert status != 0 and "epoch_30.pth: was made for T = 4 frames, data.num_segments is 8" in text
+
+
+K400 = {"epochs": 30, "temporal_adapters": 1, "scale": 0.5, "smoothing": 0, "num_segments": 8}
+RECIPES = {
+    "k400": {**K400, "dense": True, "num_classes": 400},
+    "ssv2": {**K400, "epochs": 50, "temporal_adapters": 2, "scale": 1, "smoothing": 0.1, "dense": False, "num_classes": 174,
+             "flip": False, "rand_aug": True, "rand_erase": True},
+    "diving48": {**K400, "epochs": 50, "num_segments": 32, "dense": False, "num_classes": 48},
+    "hmdb51": {**K400, "num_classes": 51},  # these two by analogy
+    "ucf101": {**K400, "num_classes": 101},
+}  # fmt: skip
+ALL = {"lr": 3e-4, "lr_base_batch": 64, "lr_warmup_step": 2.5, "optim": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.05,
+       "decay_norms": False, "clip_ratio": 1, "drop_path": 0.2, "drop_fc": 0.5, "feature": "class_token", "input_size": 224,
+       "method": "aim", "arch": "ViT-B/16", "init": True, "mixup": False, "layer_decay": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes(name: str) -> None:
+    chosen = load_config(ROOT / f"configs/{name}_aim.yaml")
+    found = {**vars(chosen.data), **vars(chosen.network), **vars(chosen.solver), **chosen.network.options}
+    wanted = {**ALL, **RECIPES[name]}
+    assert {key: found[key] for key in wanted} == wanted
+    pixels = [255 * value for value in (*chosen.data.mean, *chosen.data.std)]
+    theirs = (122.769, 116.74, 104.04, 68.493, 66.63, 70.321)
+    published = name in ("k400", "ssv2", "diving48")
+    assert pixels == pytest.approx(theirs, abs=0.001 if published else 0.1)
+
+
+def test_every_recipe_is_known() -> None:
+    assert {path.stem for path in (ROOT / "configs").glob("*_aim.yaml")} == {f"{name}_aim" for name in RECIPES}
