@@ -1,7 +1,8 @@
 """Every golden vector of the folder GOLDEN_DIR (default ../shared/golden and ../shared/golden_aim) holds for our modules.
 
 The vectors are numbers from the authors' own modules; the folder's README and fill.py say how they are made. A family
-of cases that is not known here fails. Sampling's vectors are checked by test_sampling.py's function of the same file.
+of cases that is not known here fails, and so do a GOLDEN_DIR without vectors and vectors without a fill.py; only where
+no folder is named and the default ones are not there, nothing is tested.
 """
 
 from __future__ import annotations
@@ -28,18 +29,40 @@ from configs.schema import parse_ratio
 from datasets.sampling import test_indices as clip_indices
 from datasets.sampling import val_indices
 
-DEFAULT = [Path(__file__).parents[2] / "shared" / name for name in ("golden", "golden_aim")]
-FOLDERS = [Path(os.environ["GOLDEN_DIR"])] if "GOLDEN_DIR" in os.environ else DEFAULT
+SHARED = Path(__file__).parents[2] / "shared"
+NAMED = os.environ.get("GOLDEN_DIR")
+FOLDERS = [SHARED / "golden", SHARED / "golden_aim"] if NAMED is None else [Path(NAMED)]
 CASES = [path for folder in FOLDERS for path in sorted(folder.glob("*.json"))]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
+def fill_file(folders: list[Path], shared: Path) -> Path:
+    """The fill rule: beside the vectors, in the folder `golden` beside theirs, or in the shared one."""
+    places = [*folders, *(folder.resolve().parent / "golden" for folder in folders), shared / "golden"]
+    found = [place / "fill.py" for place in places if (place / "fill.py").is_file()]
+    assert found, f"there is no fill.py in {', '.join(map(str, places))}"
+    return found[0]
+
+
+def test_a_folder_that_is_named_has_vectors():
+    assert CASES or NAMED is None, f"GOLDEN_DIR: there are no golden vectors (*.json) in {NAMED}"
+
+
+def test_where_the_fill_rule_is_looked_for(tmp_path):
+    vectors, shared = tmp_path / "one" / "golden_new", tmp_path / "shared"
+    vectors.mkdir(parents=True)
+    with pytest.raises(AssertionError, match="there is no fill.py in "):
+        fill_file([vectors], shared)
+    for place in (shared / "golden", tmp_path / "one" / "golden", vectors):  # the last comes first
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "fill.py").touch()
+        assert fill_file([vectors], shared) == place / "fill.py"
+
+
 @pytest.fixture(scope="module")
 def fill():
-    """The fill rule that stands beside the vectors."""
-    path = next((folder / "fill.py" for folder in (*FOLDERS, *DEFAULT) if (folder / "fill.py").is_file()), None)
-    if path is None:
-        pytest.skip(f"no fill.py in {FOLDERS[0]}")
+    """The fill rule, loaded."""
+    path = fill_file(FOLDERS, SHARED)
     spec = importlib.util.spec_from_file_location("golden_fill", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
