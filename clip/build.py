@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -229,7 +229,7 @@ def load_weights(
     drop_head: bool = False,
     backbone: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a whole model's state_dict, by our names or as its method's authors publish it, strictly.
+    """Load a whole model's state_dict, by our names or as a method's authors publish it, strictly.
 
     Args:
         model: of `build_model`.
@@ -239,64 +239,111 @@ def load_weights(
         backbone: of a checkpoint without the frozen weights: their identity, which the model's must have.
 
     Raises:
-        WeightsError: another frozen backbone, another method, another number of classes or frames, any other difference. Nothing is loaded
-            then.
+        WeightsError: another frozen backbone, another method, another number of classes or frames, any other
+            difference. Nothing is loaded then.
     """
-    values = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    values, named = _by_our_names({key.removeprefix("module."): value for key, value in state_dict.items()}, source)
     own = model.state_dict()
-    for method in METHODS.values():
-        try:
-            values = getattr(method, "from_published", lambda *_: None)(values, own) or values
-        except ValueError as error:
-            raise WeightsError(f"{source}: {error}") from None
-    if reason := getattr(model, "misfit", lambda _: None)(values):
-        raise WeightsError(f"{source}: {reason}")
-    optional: set[str] = set()
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    if backbone is not None:
-        optional |= frozen
     if drop_head:
-        values = {key: value for key, value in values.items() if not key.startswith("head.")}
-        optional |= {key for key in own if key.startswith("head.")}
-    missing = [key for key in own if key not in values and key not in optional]
-    unknown = [key for key in values if key not in own]
-    unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
-    if missing and not unknown and frozen.issuperset(missing):
-        raise WeightsError(f"{source}: lacks the frozen backbone{_first(missing)}, and does not say which it was")
-    if missing or unknown:
-        theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
-        kind = "holds another method's weights or another network" if theirs != ours else "does not fit this network"
-        if all(key.startswith("head.") for key in (*missing, *unknown)):
-            kind = "its classifier is of another kind (network.head, network.text.tuned)"
-        raise WeightsError(
-            f"{source}: {kind}: {len(missing)} keys missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}; it has the parts {', '.join(theirs)}, network.method builds {', '.join(ours)}"
-        )
-    if unfit:
-        raise WeightsError(f"{source}: {_explain(unfit, values, own)}")
-    if backbone is not None and backbone["sha256"] != (ours := backbone_identity(model) or {}).get("sha256"):
-        raise WeightsError(
-            f"{source}: was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
-            f"(sha256 {backbone['sha256'][:12]}), here are {ours.get('name')}, {ours.get('weights')} "
-            f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
-        )
-    model.load_state_dict(values, strict=not optional)
+        values, own = ({key: each[key] for key in each if not _of_head(key)} for each in (values, own))
+    if reason := getattr(model, "misfit", lambda _: None)(values) or _misfit(model, values, own, named, backbone):
+        raise WeightsError(f"{source}: {reason}")
+    model.load_state_dict(values, strict=backbone is None and not drop_head)
     if backbone is None:
         model.tower.weights = f"those in {source}"
 
 
-def _explain(unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+def _by_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:
+    """Weights by our names, whoever published them, and what gives one of our names as the file has it."""
+    for method in METHODS.values():
+        try:
+            renamed = method.from_published(values) if hasattr(method, "from_published") else None
+        except ValueError as error:
+            raise WeightsError(f"{source}: {error}") from None
+        if renamed is not None:
+            return renamed, getattr(method, "published_name", str)
+    return values, str
+
+
+def _misfit(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    named: Callable[[str], str],
+    backbone: Mapping[str, str] | None,
+) -> str | None:
+    """Why `values` cannot take the place of `own`, in words; None if they can."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    missing = [key for key in own if key not in values and (backbone is None or key not in frozen)]
+    unknown = [key for key in values if key not in own]
+    unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
+    if missing or unknown:
+        return _explain_names(missing, unknown, frozen, values, own, named)
+    if unfit:
+        return _explain_shapes(unfit, values, own, named)
+    if backbone is not None and backbone["sha256"] != (ours := backbone_identity(model) or {}).get("sha256"):
+        return (
+            f"was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
+            f"(sha256 {backbone['sha256'][:12]}), here are {ours.get('name')}, {ours.get('weights')} "
+            f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
+        )
+    return None
+
+
+def _explain_names(
+    missing: list[str],
+    unknown: list[str],
+    frozen: set[str],
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    named: Callable[[str], str],
+) -> str:
+    """Say what names that are too few or too many mean to the user."""
+    theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
+    if not unknown and frozen == set(missing):
+        return f"lacks the frozen backbone{_first(missing, named)}, and does not say which it was"
+    if all(map(_of_head, [*missing, *unknown])):
+        if "head" not in theirs:
+            return "holds no classifier: name it in pretrain and set pretrain_head: drop"
+        of_another_kind = "its classifier is of another kind (network.head, network.text.tuned)"
+        kind = of_another_kind if unknown else "its classifier is incomplete"
+    elif theirs != ours:
+        kind = "holds another method's weights or another network"
+    else:
+        kind = "does not fit this network"
+    return (
+        f"{kind}: {len(missing)} keys missing{_first(missing, named)}, {len(unknown)} unknown{_first(unknown, named)}; "
+        f"it has the parts {', '.join(theirs)}, network.method builds {', '.join(ours)}"
+    )
+
+
+def _explain_shapes(
+    unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor], named: Callable[[str], str]
+) -> str:
     """Say what a difference in shapes means to the user."""
     key = unfit[0]
     frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
     if frames:
-        return f"was made for T = {values[frames].shape[0]} frames, data.num_segments is {own[frames].shape[0]}"
-    if key in ("head.weight", "head.classes") and all(k.startswith("head.") for k in unfit):
-        return f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; to start a new classifier, name the file in pretrain and set pretrain_head: drop"
-    return f"{len(unfit)} shapes differ, first {key}: {tuple(values[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        T = values[frames].shape[0]
+        return f"was made for T = {T} frames, data.num_segments is {own[frames].shape[0]}; set data.num_segments to {T}"
+    if key in ("head.weight", "head.classes") and all(map(_of_head, unfit)):
+        return (
+            f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
+            "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
+        )
+    return (
+        f"{len(unfit)} shapes differ{_first(unfit, named)}: {tuple(values[key].shape)} in the file, "
+        f"{tuple(own[key].shape)} in the model"
+    )
 
 
-def _first(keys: list[str]) -> str:
-    return f" (first {keys[0]})" if keys else ""
+def _of_head(key: str) -> bool:
+    return key.startswith("head.")
+
+
+def _first(keys: list[str], named: Callable[[str], str]) -> str:
+    """The first few keys by the file's names."""
+    return f" (first {', '.join(map(named, keys[:3]))})" if keys else ""
 
 
 def _count(part: nn.Module | nn.Parameter) -> int:

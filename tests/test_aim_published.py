@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from clip.build import WeightsError, build_model, load_weights
+from clip.methods import aim
 from configs.schema import load_config
 from datasets.prepare.frame_order import make
 from engine import checkpoint
@@ -77,14 +78,34 @@ def test_a_published_file_loads(tmp_path: Path, adapters: int) -> None:
     assert torch.equal(other.temporal_embedding, model.temporal_embedding)
 
 
+BLOCK = "backbone.transformer.resblocks.1."
+MISSING = [
+    "backbone.temporal_embedding",
+    "backbone.conv1.weight",
+    f"{BLOCK}mlp.c_fc.bias",
+    f"{BLOCK}S_Adapter.D_fc2.bias",
+]
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
         ({"temporal_adapters": 2}, {}, "has one temporal adapter a block, network.options.temporal_adapters is 2"),
-        ({"frames": 8}, {}, "was made for T = 4 frames, data.num_segments is 8"),
-        ({"classes": 9}, {}, "classifier has 5 classes, data.num_classes is 9"),
-        ({}, {"backbone.ln_post.bias": None}, r"1 keys missing \(first tower.visual.ln_post.bias\)"),
-        ({}, {"backbone.ln_mid.bias": 1, "neck.a": 1}, "2 keys are not of the authors' AIM, first backbone.ln_mid.bias"),
+        ({"frames": 8}, {}, "was made for T = 4 frames, data.num_segments is 8; set data.num_segments to 4"),
+        ({"classes": 9}, {}, "its classifier has 5 classes, data.num_classes is 9"),
+        ({}, {"backbone.ln_post.bias": None}, r"does not fit .* 1 keys missing \(first backbone.ln_post.bias\), 0 unknown"),
+        ({}, {"backbone.ln_pre.bias": None}, r"does not fit .* 1 keys missing \(first backbone.ln_pre.bias\), 0 unknown"),
+        ({}, dict.fromkeys(MISSING), rf"4 keys missing \(first {MISSING[0]}, {MISSING[1]}, {MISSING[2]}\)"),
+        ({}, {"cls_head.fc_cls.bias": None}, r"its classifier is incomplete: 1 keys missing \(first cls_head.fc_cls.bias\)"),
+        ({}, {"cls_head.fc_cls.bias": None, "cls_head.fc_cls.weight": None},
+         "holds no classifier: name it in pretrain and set pretrain_head: drop"),
+        ({}, {"backbone.ln_mid.bias": 1, "neck.a": 1, "a": 1, "b": 1},
+         r"4 keys are not of the authors' AIM \(first backbone.ln_mid.bias, neck.a, a\)"),
+        ({}, {f"{BLOCK}X_Adapter.D_fc1.bias": 1}, rf"not of the authors' AIM \(first {BLOCK}X_Adapter.D_fc1.bias\)"),
+        ({}, {f"{BLOCK}S_Adapter.D_fc3.bias": 1}, rf"not of the authors' AIM \(first {BLOCK}S_Adapter.D_fc3.bias\)"),
+        ({}, {f"{BLOCK}mlp.D_fc1.bias": 1}, rf"0 keys missing, 1 unknown \(first {BLOCK}mlp.D_fc1.bias\)"),
+        ({}, {f"{BLOCK}ln_1.bias".replace("1", "7", 1): 1}, r"1 unknown \(first backbone.transformer.resblocks.7.ln_1.bias\)"),
+        ({}, {"backbone.conv1.weight": 1}, r"1 shapes differ \(first backbone.conv1.weight\): \(32,\) in the file"),
         ({"network": {"method": "td4v_side", "pyramid": {"n_embs": [8, 8, 32]}}}, {}, "another method's weights"),
     ],
 )  # fmt: skip
@@ -94,6 +115,23 @@ def test_published_files_that_do_not_fit(options: dict, changes: dict, message: 
     with pytest.raises(WeightsError, match=rf"^best\.pth: .*{message}") as caught:
         load_weights(model, {name: value for name, value in theirs.items() if value is not None}, "best.pth")
     assert "\n" not in str(caught.value)
+
+
+def test_names_lead_back_to_where_they_are_from() -> None:
+    theirs = published(adapters=2)
+    ours = aim.from_published(theirs)
+    assert [aim.published_name(key) for key in ours] == list(theirs)
+    assert aim.published_name("head.classes") == "head.classes"  # which they have not
+
+
+def test_the_backbone_alone_serves_with_a_new_classifier() -> None:
+    theirs = {name: value for name, value in published().items() if name.startswith("backbone.")}
+    for plain in (theirs, {name.removeprefix("backbone."): value for name, value in theirs.items()}):
+        model = tiny(classes=7)
+        head = model.head.weight.clone()
+        load_weights(model, plain, "best.pth", drop_head=True)
+        assert torch.equal(model.tower.visual.conv1.weight, theirs["backbone.conv1.weight"])
+        assert torch.equal(model.head.weight, head)
 
 
 def test_ours_with_another_number_of_adapters() -> None:

@@ -95,5 +95,20 @@ def test_incomplete_or_strange_state_dicts_are_refused():
         from_authors({"logit_scale": torch.ones(())})
 
 
+def test_whose_weights_they_are_is_asked_until_it_is_known(monkeypatch):
+    monkeypatch.setattr("clip.methods.aim.from_published", lambda _: pytest.fail("these are another method's"))
+    load_weights(build_model(CONFIG), {key: torch.randn(shape) for key, shape in authors_shapes().items()}, "theirs.pt")
+
+
+@pytest.mark.parametrize("norm", [{}, {"visual.ln_post.weight": 2.0, "visual.ln_post.bias": 3.0}])
+def test_the_last_norm_that_nothing_reads_may_be_there_or_not(norm):
+    model = build_model(CONFIG)
+    model.tower.visual.ln_post.weight.data.fill_(5.0)
+    theirs = {key: torch.randn(shape) for key, shape in authors_shapes().items()}
+    load_weights(model, {**theirs, **{key: torch.full((64,), value) for key, value in norm.items()}}, "theirs.pt")
+    last = model.tower.visual.ln_post
+    assert [last.weight.unique().item(), last.bias.unique().item()] == (list(norm.values()) or [1.0, 0.0])
+
+
 def test_ours_is_not_theirs():
     assert not is_authors_layout(build_model(CONFIG).state_dict())

@@ -192,9 +192,9 @@ def weights(case, fill):
 def ours(values, case):
     if "vit_clip.py:Adapter" in case["official_source"]:
         place, renamed = "transformer.resblocks.0.S_Adapter.", "adapters.0.spatial."
-        whole = aim.from_published({place + key: value for key, value in values.items()}, {})
+        whole = aim.from_published({place + key: value for key, value in values.items()})
         return {key.removeprefix(renamed): value for key, value in whole.items()}
-    return aim.from_published(values, {}) if "vit_clip.py" in case["official_source"] else from_authors(values)
+    return aim.from_published(values) if "vit_clip.py" in case["official_source"] else from_authors(values)
 
 
 def load(module, case, fill):

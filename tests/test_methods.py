@@ -206,3 +206,37 @@ def test_drop_head():
     source, target = build_model(config()), build_model(config(classes=7))
     load_weights(target, source.state_dict(), "a.pt", drop_head=True)
     assert torch.equal(source.side.norm.weight, target.side.norm.weight) and target.head.out_features == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side.norm.weight": None}, r"does not fit this network: 1 keys missing \(first side.norm.weight\), 0 unknown"),
+        ({"side.a": 1}, r"does not fit this network: 0 keys missing, 1 unknown \(first side.a\)"),
+        ({"extra.a": 1}, "holds another method's weights .* it has the parts extra, side, tower, .* builds side, tower"),
+        ({"side.norm.weight": 1}, r"1 shapes differ \(first side.norm.weight\)"),
+        ({"frames": 8}, "set data.num_segments to 4"),
+    ],
+)  # fmt: skip
+def test_all_but_the_head_is_strict_where_that_is_dropped(change, message):
+    target = build_model(config(classes=7, frames=change.pop("frames", 4)))
+    state = {**build_model(config()).state_dict(), **{name: value and torch.ones(3) for name, value in change.items()}}
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(WeightsError, match=rf"^a\.pt: .*{message}"):
+        load_weights(
+            target, {name: value for name, value in state.items() if value is not None}, "a.pt", drop_head=True
+        )
+    assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_without_a_classifier(method):
+    model = build_model(config(method))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    with pytest.raises(
+        WeightsError, match="^a.pt: holds no classifier: name it in pretrain and set pretrain_head: drop$"
+    ):
+        load_weights(model, state, "a.pt")
+    load_weights(model, state, "a.pt", drop_head=True)
+    with pytest.raises(WeightsError, match=r"classifier is incomplete: 1 keys missing \(first head.bias\)"):
+        load_weights(model, {**state, "head.weight": model.head.weight}, "a.pt")

@@ -206,40 +206,59 @@ def build(config: Config, tower: Tower, options: Options) -> AIM:
         raise ConfigError(f"network.options.ratio: {error}") from None
 
 
-# The authors' key names without `backbone.`, and ours.
-_PUBLISHED = (
-    (r"^transformer\.resblocks\.(\d+)\.T_Adapter_in\.", r"adapters.\1.temporal_in."),
-    (r"^transformer\.resblocks\.(\d+)\.T_Adapter\.", r"adapters.\1.temporal."),
-    (r"^transformer\.resblocks\.(\d+)\.S_Adapter\.", r"adapters.\1.spatial."),
-    (r"^transformer\.resblocks\.(\d+)\.MLP_Adapter\.", r"adapters.\1.joint."),
-    (r"^(class_embedding|positional_embedding|conv1|ln_pre|transformer\.resblocks|ln_post)\b", r"tower.visual.\1"),
-    (r"^(temporal_embedding)$", r"\1"),
-    (r"^cls_head\.fc_cls\.", "head."),
-)
-_LEAVES = ((".D_fc1.", ".down."), (".D_fc2.", ".up."))
+# Beginnings of the authors' key names, without `backbone.`, and of ours; the 0 stands for any block.
+_ADAPTERS = {"T_Adapter_in": "temporal_in", "T_Adapter": "temporal", "S_Adapter": "spatial", "MLP_Adapter": "joint"}
+_PUBLISHED = {
+    "temporal_embedding": "temporal_embedding",
+    "cls_head.fc_cls.weight": "head.weight",
+    "cls_head.fc_cls.bias": "head.bias",
+    **{name: f"tower.visual.{name}" for name in ("class_embedding", "positional_embedding", "conv1.weight")},
+    **{f"{name}.": f"tower.visual.{name}." for name in ("ln_pre", "ln_post")},
+    **{
+        f"transformer.resblocks.0.{part}.": f"tower.visual.transformer.resblocks.0.{part}."
+        for part in ("attn", "ln_1", "ln_2", "mlp")
+    },
+    **{
+        f"transformer.resblocks.0.{theirs}.{layer}.": f"adapters.0.{ours}.{own}."
+        for theirs, ours in _ADAPTERS.items()
+        for layer, own in (("D_fc1", "down"), ("D_fc2", "up"))
+    },
+}
+_OURS = {ours: theirs for theirs, ours in _PUBLISHED.items()}
 
 
-def from_published(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def _renamed(key: str, names: Mapping[str, str]) -> str | None:
+    """A key by the other names of a table, None for one that is not in it."""
+    block = re.search(r"\.(\d+)\.", key)
+    plain = re.sub(r"\.\d+\.", ".0.", key, count=1)
+    for old, new in names.items():
+        if plain == old or (old.endswith(".") and plain.startswith(old)):
+            renamed = new + plain.removeprefix(old)
+            return renamed.replace(".0.", block[0], 1) if block else renamed
+    return None
+
+
+def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The authors' weights by our names, or None if these are not theirs.
 
     Args:
         state_dict: of an mmaction recognizer (`backbone.`, `cls_head.fc_cls.`), or of their ViT_CLIP alone.
-        own: of the model that they are for; nothing of it is needed.
 
     Raises:
         ValueError: keys that are of neither.
     """
     if not any(re.search(r"\.[ST]_Adapter\.D_fc1\.weight$", key) for key in state_dict):
         return None
-    renamed, unknown = {}, []
-    for key, value in state_dict.items():
-        plain = key.removeprefix("backbone.")
-        new, known = next((found for found in (re.subn(*names, plain) for names in _PUBLISHED) if found[1]), ("", 0))
-        if not known:
-            unknown.append(key)
-        for theirs, ours in _LEAVES:
-            new = new.replace(theirs, ours)
-        renamed[new] = value.squeeze(0) if new == "temporal_embedding" else value  # theirs is (1, T, D)
-    if unknown:
-        raise ValueError(f"{len(unknown)} keys are not of the authors' AIM, first {unknown[0]}")
-    return renamed
+    names = {key: _renamed(key.removeprefix("backbone."), _PUBLISHED) for key in state_dict}
+    if unknown := [key for key, name in names.items() if name is None]:
+        raise ValueError(f"{len(unknown)} keys are not of the authors' AIM (first {', '.join(unknown[:3])})")
+    values = {names[key]: value for key, value in state_dict.items()}
+    if "temporal_embedding" in values:
+        values["temporal_embedding"] = values["temporal_embedding"].squeeze(0)  # theirs is (1, T, D)
+    return values
+
+
+def published_name(key: str) -> str:
+    """What the authors call a key of ours; a key that they have not, as it is."""
+    theirs = _renamed(key, _OURS)
+    return key if theirs is None else theirs if theirs.startswith("cls_head.") else f"backbone.{theirs}"

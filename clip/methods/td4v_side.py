@@ -143,14 +143,18 @@ def build(config: Config, tower: Tower, options: Options) -> TD4VSide:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def from_published(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The authors' weights by our names, or None if these are not theirs. Raises ValueError for a strange key.
 
+    Their tower may lack its last norm, which nothing here reads: it is then one that does nothing.
+
     Args:
-        state_dict: see clip/authors.py. own: of the model that they are for: their tower may lack its last norm, which
-            nothing here reads.
+        state_dict: see clip/authors.py.
     """
     if not is_authors_layout(state_dict):
         return None
-    unread = {key: value for key, value in own.items() if key.startswith("tower.visual.ln_post.")}
-    return {**unread, **from_authors(state_dict)}
+    values = from_authors(state_dict)
+    for part, fill in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
+        if (like := values.get(f"tower.visual.ln_pre.{part}")) is not None:
+            values.setdefault(f"tower.visual.ln_post.{part}", fill(like))
+    return values
