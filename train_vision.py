@@ -16,7 +16,7 @@ from clip.build import backbone_identity, build_model, check_trainable, load_wei
 from clip.groups import parameter_groups
 from configs.schema import load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
-from engine import checkpoint
+from engine import checkpoint, optim
 from engine.distributed import EngineError, place, run, seed_everything, start, unwrap, wrap
 from engine.dry_run import dry_run
 from engine.ema import TunedEma
@@ -24,15 +24,6 @@ from engine.evaluation import evaluate, log_accuracy
 from engine.features import FeatureCache
 from engine.log import setup_logging
 from engine.loop import LoopSettings, Trainee, Trainer, steps_per_epoch
-from engine.optim import (
-    ClipMixup,
-    build_criterion,
-    build_optimizer,
-    check_groups,
-    resolve_precision,
-    scaled_lr,
-    warmup_cosine,
-)
 from engine.pixels import Normalizer
 from engine.record import run_meta
 from engine.resume import find_run, restarted, starting_point
@@ -65,7 +56,7 @@ def main() -> None:
     overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
     config = load_config(arguments.config, overrides)
     data, solver, saving = config.data, config.solver, config.checkpoint
-    precision = resolve_precision(solver.precision, process.device, solver.tf32)
+    precision = optim.resolve_precision(solver.precision, process.device, solver.tf32)
     normalizer = Normalizer(data.mean, data.std)
     names = class_names(data)  # a label list that does not fit should not be found out at the end
     ours = (process.rank, process.world_size)
@@ -78,11 +69,12 @@ def main() -> None:
 
     lean = checkpoint.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
+    drop_head = config.pretrain_head == "drop" and path == config.pretrain
+    needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # made of CLIP
     caches = config.network.cache_features if not arguments.dry_run else "off"
-    model = build_model(config, not brings_backbone, names)
+    model = build_model(config, needs_clip, names)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
-        drop_head = config.pretrain_head == "drop" and path == config.pretrain
         identity = content["backbone"] if lean else None
         load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
     if not whole and not solver.evaluate:
@@ -106,22 +98,24 @@ def main() -> None:
     model = wrap(model, process, config.network.sync_bn, solver.compile)
     seed_everything(config.seed, process)
     clips = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
-    lr = scaled_lr(solver.lr, solver.lr_base_batch, clips)
+    lr = optim.scaled_lr(solver.lr, solver.lr_base_batch, clips)
     groups = parameter_groups(unwrap(model), lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
-    check_groups(unwrap(model), groups)
-    optimizer = build_optimizer(groups, solver.optim, solver.weight_decay, solver.betas, solver.eps, solver.momentum)
+    optim.check_groups(unwrap(model), groups)
+    optimizer = optim.build_optimizer(
+        groups, solver.optim, solver.weight_decay, solver.betas, solver.eps, solver.momentum
+    )
     steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
     mixing = (solver.mixup_alpha, solver.cutmix_alpha, solver.smoothing, data.num_classes)
     trainee = Trainee(
         model=model,
         optimizer=optimizer,
-        scheduler=warmup_cosine(optimizer, steps, solver.epochs, solver.lr_warmup_step),
+        scheduler=optim.warmup_cosine(optimizer, steps, solver.epochs, solver.lr_warmup_step),
         scaler=precision.scaler(process.device),
         ema=TunedEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
         backbone=backbone,
-        criterion=build_criterion(solver.smoothing, solver.mixup),
+        criterion=optim.build_criterion(solver.smoothing, solver.mixup),
         precision=precision,
-        mixup=ClipMixup(*mixing) if solver.mixup else None,
+        mixup=optim.ClipMixup(*mixing) if solver.mixup else None,
         normalizer=normalizer,
     )
     settings = LoopSettings(

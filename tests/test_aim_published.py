@@ -17,10 +17,12 @@ from torch import Tensor
 from clip.build import WeightsError, build_model, load_weights
 from clip.methods import aim
 from configs.schema import load_config
+from datasets.build import class_names
 from datasets.prepare.frame_order import make
 from engine import checkpoint
-from tests.entry_bench import command
-from tests.test_aim import CLASSES, FRAMES, LAYERS, SIDE, TOKENS, WIDTH, config, tiny
+from tests.entry_bench import command, evaluated, train, training_refusal
+from tests.test_aim import CLASSES, FRAMES, HEADS, LAYERS, SIDE, TOKENS, WIDTH, config, tiny
+from tests.test_text import random_clip
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,30 +141,69 @@ def test_ours_with_another_number_of_adapters() -> None:
         load_weights(tiny(), tiny(temporal_adapters=2).state_dict(), "a.pt")
 
 
-def test_both_scripts_take_a_published_file(tmp_path: Path) -> None:
-    """test_vision.py --weights, and pretrain of train_vision.py, which then keeps the file's frozen weights."""
-    make(tmp_path / "data", train=8, val=4, seed=3, size=32)
-    theirs = published(classes=4)
-    weights = file(tmp_path / "epoch_30.pth", theirs)
-    lists = {f"{part}_list": str(tmp_path / "data" / f"{part}.txt") for part in ("train", "val")}
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset of 4 classes and aim.yaml, the tiny configuration for it."""
+    folder = tmp_path_factory.mktemp("aim")
+    make(folder / "data", train=8, val=4, seed=3, size=32)
+    lists = {f"{part}_list": str(folder / "data" / f"{part}.txt") for part in ("train", "val")}
     data = {"dataset": "frame_order", "style": "kinetics", "num_classes": 4, "num_segments": FRAMES, "batch_size": 4,
-            "workers": 0, "input_size": SIDE, "train_root": str(tmp_path / "data" / "frames"),
-            "val_root": str(tmp_path / "data" / "frames"), **lists}  # fmt: skip
-    values = {"data": data, "network": config().to_dict()["network"], "solver": {"epochs": 1, "lr_warmup_step": 0}}
-    path = tmp_path / "aim.yaml"
-    path.write_text(yaml.safe_dump(values))
+            "workers": 0, "input_size": SIDE, "train_root": str(folder / "data" / "frames"),
+            "val_root": str(folder / "data" / "frames"), **lists}  # fmt: skip
+    values = {"data": data, "network": config().to_dict()["network"], "solver": {"epochs": 1, "lr_warmup_step": 0},
+              "logging": {"output_dir": str(folder / "exp")}}  # fmt: skip
+    (folder / "aim.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def test_both_scripts_take_a_published_file(made: Path, tmp_path: Path) -> None:
+    """test_vision.py --weights, and pretrain of train_vision.py, which then keeps the file's frozen weights."""
+    theirs, path = published(classes=4), made / "aim.yaml"
+    weights = file(tmp_path / "epoch_30.pth", theirs)
     status, text = command("test_vision.py", "--config", path, "--weights", weights)
     assert status == 0, text
-    run = tmp_path / "run"
-    status, text = command("train_vision.py", "--config", path, "--output", run, "--set", f"pretrain={weights}")
-    assert status == 0, text
-    trained = checkpoint.weights_of(checkpoint.load(run / "last_model.pt"), run)
+    trained = weights_of_run(train(path, tmp_path / "run", f"pretrain={weights}"))
     assert torch.equal(trained["tower.visual.conv1.weight"], theirs["backbone.conv1.weight"])
     assert not torch.equal(trained["head.weight"], theirs["cls_head.fc_cls.weight"])
     difference = (trained["temporal_embedding"] - theirs["backbone.temporal_embedding"][0]).abs().max()
     assert 0 < difference < 0.05  # two steps from where it was
     status, text = command("test_vision.py", "--config", path, "--weights", weights, "--set", "data.num_segments=8")
     assert status != 0 and "epoch_30.pth: was made for T = 4 frames, data.num_segments is 8" in text
+
+
+def test_the_text_head_in_place_of_a_published_classifier(made: Path, tmp_path: Path) -> None:
+    """It is CLIP's, whoever brings the frozen weights, and stays with the run."""
+    theirs, path = published(classes=9), tmp_path / "text.yaml"
+    weights = file(tmp_path / "epoch_30.pth", theirs)
+    vision = {"image_size": SIDE, "patch_size": 8, "width": WIDTH, "layers": LAYERS, "head_width": WIDTH // HEADS}
+    clip = random_clip(24, vision, {"width": 64, "heads": 1, "layers": 2})
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    values = yaml.safe_load((made / "aim.yaml").read_text())
+    values["network"] |= {"init": True, "weights": str(tmp_path / "clip.pt"), "head": "text"}
+    values["data"]["label_list"] = str(made / "data" / "labels.csv")
+    path.write_text(yaml.safe_dump(values))
+    chosen = (f"pretrain={weights}", "pretrain_head=drop")
+    run = train(path, tmp_path / "run", *chosen)
+    trained, own = weights_of_run(run), load_config(path)
+    head = build_model(own, class_names=class_names(own.data)).head
+    assert all(torch.equal(trained[f"head.{name}"], value) for name, value in head.state_dict().items())
+    assert torch.equal(trained["tower.visual.conv1.weight"], theirs["backbone.conv1.weight"])
+    train(path, run, *chosen, "solver.epochs=2")
+    evaluated(path, run / "model_best.pt", tmp_path / "best.json", "data.label_list=null")
+    sentence = training_refusal(path, tmp_path / "other", *chosen, "data.label_list=null")
+    assert sentence.startswith("network.head: text has no classes")
+
+
+def test_resuming_from_a_published_file_says_that_it_is_no_run(made: Path, tmp_path: Path) -> None:
+    weights = file(tmp_path / "epoch_30.pth", published(classes=4))
+    chosen = ("--output", tmp_path / "run", "--set", f"resume={weights}")
+    status, text = command("train_vision.py", "--config", made / "aim.yaml", *chosen)
+    told = f"{weights}: holds weights but no run of ours to go on with: training starts at epoch 0 with them"
+    assert status == 0 and f" WARNING {told}\n" in text
+
+
+def weights_of_run(folder: Path) -> dict[str, Tensor]:
+    return checkpoint.weights_of(checkpoint.load(folder / "last_model.pt"), folder)
 
 
 K400 = {"epochs": 30, "temporal_adapters": 1, "scale": 0.5, "smoothing": 0, "num_segments": 8}
