@@ -152,13 +152,11 @@ class Tower(nn.Module):
         """
         if feature == "class_token":
             return self.final_norm(x[:, :1]).squeeze(1)
-        extra = self.prefix - self.has_class_token
         x = self.final_norm(x)
-        return (
-            x.mean(1)
-            if not extra
-            else (x.sum(1) - x[:, self.has_class_token : self.prefix].sum(1)) / (x.shape[1] - extra)
-        )
+        registers = x[:, self.has_class_token : self.prefix]
+        if registers.shape[1] == 0:
+            return x.mean(1)
+        return (x.sum(1) - registers.sum(1)) / (x.shape[1] - registers.shape[1])
 
     def without_registers(self, x: Tensor, feature: Feature = "class_token") -> Tensor:
         """One token that stands for the image, then the patches: (M, L, D) -> (M, 1 + N, D).

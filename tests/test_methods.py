@@ -10,6 +10,7 @@ import torch
 from clip.build import METHODS, WeightsError, build_model, load_weights, parameter_report
 from clip.groups import parameter_groups
 from configs.schema import ConfigError, config_from_dict
+from engine.cost import saved_for_backward
 
 FROZEN = [method for method in METHODS if method != "full_finetune"]
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -192,6 +193,28 @@ def test_weights_that_do_not_fit(change, message):
     with pytest.raises(WeightsError, match=rf"a\.pt: .*{message}"):
         load_weights(model, state, "a.pt")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recompute_keeps_less_or_is_refused(method):
+    video, kept = torch.randn(2, 4, 3, 32, 32), []
+    for recompute in (False, True):
+        try:
+            model = build_model(config(method, recompute=recompute)).train()
+        except ConfigError as error:
+            assert recompute and str(error).startswith(f"network.recompute: {method} ")
+            return
+        kept.append(sum(entry.bytes for entry in saved_for_backward(model, video)))
+    assert kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_drop_fc_is_dropout_before_the_head(method):
+    model, video = build_model(config(method, drop_fc=0.4)), torch.randn(16, 4, 3, 32, 32)
+    model.head = torch.nn.Identity()
+    torch.manual_seed(0)
+    shares = [(model.train(mode)(video) == 0).float().mean().item() for mode in (True, False)]
+    assert shares == [pytest.approx(0.4, abs=0.06), 0]  # of 1024
 
 
 def test_random_weights_are_announced(caplog):
