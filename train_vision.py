@@ -72,7 +72,7 @@ def main() -> None:
     drop_head = config.pretrain_head == "drop" and path == config.pretrain
     needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # made of CLIP
     caches = config.network.cache_features if not arguments.dry_run else "off"
-    model = build_model(config, needs_clip, names)
+    model = build_model(config, needs_clip, None if whole else names)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
         identity = content["backbone"] if lean else None

@@ -19,19 +19,20 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clip.backbone import build_custom_tower, build_tower, clip_names, timm_trunk
+from clip.backbone import VisionTower, build_custom_tower, build_tower, clip_names, timm_trunk
 from clip.groups import tuned_parts
 from clip.methods import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
-from clip.text import TextHead, build_text_head
+from clip.text import TextHead, build_text_head, head_kind
 from clip.timm_tower import build_timm_tower, find_timm_weights, is_timm_name, timm_names
 from clip.tower import BackboneError, Tower
-from clip.weights import fetch_weights, find_weights, stated_pixels
+from clip.weights import clip_tags, fetch_weights, find_weights, stated_pixels
 from configs.schema import Config, ConfigError, fill_options, nearest
 
 logger = logging.getLogger("td4v")
@@ -57,7 +58,8 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
 
     Args:
         config: of configs.schema.load_config.
-        pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them.
+        pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them; classes that are not
+            tuned are made of `class_names` and of CLIP's text tower all the same.
         class_names: K of them, for network.head: text; None for a checkpoint that brings the classifier.
 
     Raises:
@@ -75,9 +77,10 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
     options = fill_options(method.Options, network.options, "network.options")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        model = method.build(config, build_config_tower(config, pretrained), options)
+        tower, source = _tower_and_source(config, pretrained)
+        model = method.build(config, tower, options)
         if network.head == "text":
-            model.head = _text_head(config, model, pretrained, class_names)
+            model.head = _text_head(config, model, source, pretrained, class_names)
     if network.cache_features != "off" and not hasattr(model, "frozen_features"):
         able = ", ".join(name for name, module in METHODS.items() if _has_frozen_features(module))
         raise ConfigError(
@@ -86,22 +89,27 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
     return tune_only(model)
 
 
-def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:
-    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project."""
-    network, source = config.network, None
+def _text_head(
+    config: Config, model: nn.Module, source: str | None, pretrained: bool, class_names: Sequence[str] | None
+) -> TextHead:
+    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project.
+
+    Args:
+        source: where the tower's weights were read, or None.
+    """
+    network, text = config.network, config.network.text
     if not getattr(model, "in_clip_space", False):
         feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
         raise ConfigError(
             f"network.head: text needs features in CLIP's space, which network.method {network.method_name}{feature} does not give"
         )
-    if network.init and pretrained:
-        source = model.tower.weights
-    elif network.init and network.vision is not None:
+    reads = pretrained or (class_names is not None and text.tuned == "none")
+    if source is None and network.init and isinstance(model.tower, VisionTower) and (reads or network.vision):
         source = find_weights(network.arch, network.weights)
-    text = network.text
     return build_text_head(
-        model.tower, config.data.num_classes, text.templates, text.tuned, source, class_names, pretrained
-    )
+        model.tower, config.data.num_classes, text.templates, text.tuned, source, class_names, reads, text.heads,
+        network.recompute,
+    )  # fmt: skip
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -148,10 +156,13 @@ def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
 
     A warning is logged where weights are loaded and data.mean or data.std are not those of the trunk.
     """
+    return _tower_and_source(config, pretrained)[0]
+
+
+def _tower_and_source(config: Config, pretrained: bool) -> tuple[Tower, str | None]:
+    """`build_config_tower`, and where its weights were read: a file or a tag, or None for random ones."""
     network, data = config.network, config.data
     load = network.init and pretrained
-    if pretrained and not load:
-        logger.warning("network.init is false: %s starts from RANDOM weights, nothing of CLIP is loaded", network.arch)
     if network.vision is None:
         tower, source = _tower_by_name(network.arch, data.input_size, network.weights, load)
     else:
@@ -159,18 +170,33 @@ def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
         sizes = {**dataclasses.asdict(network.vision), "image_size": data.input_size}
         tower = build_custom_tower(**sizes, source=source)
     tower.weights = source or f"random weights of seed {config.seed}"
-    for key, own, given in (("mean", tower.mean, data.mean), ("std", tower.std, data.std)):
-        if load and own is not None and not np.allclose(own, given, atol=1e-3):
-            logger.warning(
-                "data.%s is %s, but %s was trained on pixels with %s; set it to that", key, list(given), tower.name, list(own)
-            )  # fmt: skip
-    return tower
+    if pretrained and not load:
+        logger.warning("network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name)
+    pairs = [(own, given) for own, given in ((tower.mean, data.mean), (tower.std, data.std)) if own is not None]
+    if source is not None and not all(np.allclose(own, given, atol=1e-3) for own, given in pairs):
+        _warn_of_pixels(tower, source, data.mean, data.std)
+    return tower, source
+
+
+def _warn_of_pixels(tower: Tower, source: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say in one line which mean and deviation the weights want, as far as that is known: a file does not say it."""
+    own, check = f"mean {tower.mean}, std {tower.std}", "check what your file was trained with"
+    if not Path(source).is_file():
+        advice = f"{tower.name} was trained on pixels with {own}; set them to that"
+    elif isinstance(tower, VisionTower):
+        advice = f"OpenAI's for CLIP are {own}; {check}"
+    elif "." in tower.name:
+        advice = f"those of timm's {tower.name} are {own}; {check}"
+    else:
+        tag = ", or put its tag into network.arch" if is_timm_name(tower.name) else ""
+        advice = f"timm's default for this name is {own}; {check}{tag}"
+    logger.warning("data.mean is %s and data.std %s, but %s", tuple(mean), tuple(std), advice)
 
 
 def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tuple[Tower, str | None]:
     """A tower by open_clip's name, else by timm's, and where its weights are from (None: they are random)."""
     known = clip_names()
-    if arch not in known and is_timm_name(arch):
+    if is_timm_name(arch) and (arch not in known or not clip_tags(arch)):
         if weights is not None:
             find_weights(arch, weights)  # a file must be there
         source = find_timm_weights(arch, weights) if load else None
@@ -244,6 +270,10 @@ def load_weights(
     """
     values, named = _by_our_names({key.removeprefix("module."): value for key, value in state_dict.items()}, source)
     own = model.state_dict()
+    for key in {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & values.keys():
+        if not torch.equal(values[key], own[key]):
+            logger.info("%s: its %s is left out for that of the names in data.label_list", source, key)
+        values[key] = own[key]
     if drop_head:
         values, own = ({key: each[key] for key in each if not _of_head(key)} for each in (values, own))
     if reason := getattr(model, "misfit", lambda _: None)(values) or _misfit(model, values, own, named, backbone):
@@ -305,8 +335,12 @@ def _explain_names(
     if all(map(_of_head, [*missing, *unknown])):
         if "head" not in theirs:
             return "holds no classifier: name it in pretrain and set pretrain_head: drop"
-        of_another_kind = "its classifier is of another kind (network.head, network.text.tuned)"
-        kind = of_another_kind if unknown else "its classifier is incomplete"
+        if (kind := head_kind(values)) != (wanted := head_kind(own)):
+            return (
+                f"its classifier is {kind}, and the configuration asks for {wanted}; set that as it was, or, to start "
+                "a new classifier, name the file in pretrain and set pretrain_head: drop"
+            )
+        kind = "its classifier does not fit" if unknown else "its classifier is incomplete"
     elif theirs != ours:
         kind = "holds another method's weights or another network"
     else:
@@ -323,13 +357,24 @@ def _explain_shapes(
     """Say what a difference in shapes means to the user."""
     key = unfit[0]
     frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
-    if frames:
+    if frames and values[frames].shape[0] != own[frames].shape[0]:
         T = values[frames].shape[0]
         return f"was made for T = {T} frames, data.num_segments is {own[frames].shape[0]}; set data.num_segments to {T}"
     if key in ("head.weight", "head.classes") and all(map(_of_head, unfit)):
         return (
             f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
             "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
+        )
+    if frames:
+        return (
+            f"its network is {values[frames].shape[1]} wide at {named(frames)}, and network.arch "
+            f"with network.pyramid make it {own[frames].shape[1]} wide"
+        )
+    if key == "head.classes.tokens" and all(map(_of_head, unfit)):
+        return (
+            f"its text head reads {len(values[key])} texts, and data.num_classes times network.text.templates are "
+            f"{len(own[key])}: set both as they were; to train on other classes or templates, name the file in "
+            "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's own text tower"
         )
     return (
         f"{len(unfit)} shapes differ{_first(unfit, named)}: {tuple(values[key].shape)} in the file, "

@@ -6,7 +6,8 @@ live here: reading those weights (weights.py), which methods may have such a hea
 A head keeps in its state dict all that it needs to classify: a checkpoint needs neither the text tower nor the names.
 What of it is not tuned are buffers and not frozen parameters, so that checkpoints without the frozen weights hold it.
 
-Letters: B clips, D the vision tower's width, E width of the space of images and texts, K classes, P templates, L tokens.
+Letters: B clips, D the vision tower's width, E width of the space of images and texts, K classes, P templates,
+L tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,19 +55,20 @@ def sizes_of(name: str) -> TextSizes:
     text = {"embed": model["embed_dim"], **model["text_cfg"]}
     if odd := sorted(text.keys() - TextSizes.__dataclass_fields__.keys()):
         raise BackboneError(
-            f"network.head: text needs CLIP's own text tower and vocabulary, and those of {name} are others ({odd[0]}: {text[odd[0]]})"
+            f"network.head: text needs CLIP's own text tower and vocabulary, "
+            f"and those of {name} are others ({odd[0]}: {text[odd[0]]})"
         )
     return TextSizes(**text)
 
 
-def sizes_in(weights: TextWeights) -> TextSizes:
-    """Of a file's weights, with heads of 64 values, as all CLIPs of OpenAI have them."""
+def sizes_in(weights: TextWeights, heads: int | None = None) -> TextSizes:
+    """Of a file's weights, which do not say their heads: None means of 64 values, as all CLIPs of OpenAI have them."""
     text = weights.text
     context_length, width = text["positional_embedding"].shape
     layers = len({key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")})
     hidden = text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     vocabulary, embed = text["token_embedding.weight"].shape[0], weights.projection.shape[1]
-    return TextSizes(context_length, vocabulary, width, max(1, width // 64), layers, hidden / width, embed)
+    return TextSizes(context_length, vocabulary, width, heads or max(1, width // 64), layers, hidden / width, embed)
 
 
 def words(name: str) -> str:
@@ -89,29 +91,58 @@ def _tokenizer() -> open_clip.SimpleTokenizer:
     return open_clip.SimpleTokenizer()
 
 
-def tokenize(texts: Sequence[str], sizes: TextSizes) -> Tensor:
-    """(len(texts), context_length) int64. Raises ConfigError for a text that is too long, or another vocabulary."""
-    tokenizer = _tokenizer()
+def tokenize(names: Sequence[str], templates: Sequence[str], sizes: TextSizes) -> Tensor:
+    """The tokens of `prompts`, filled up with zeros: (P*K, context_length) int64.
+
+    Raises:
+        ConfigError: a text tower with another vocabulary; a name without words, one that makes too long a text, two
+            that make the same. The message has the classes' ids.
+    """
+    tokenizer, texts = _tokenizer(), prompts(names, templates)
     if tokenizer.vocab_size != sizes.vocab_size:
         raise ConfigError(
-            f"network.head: text reads CLIP's vocabulary of {tokenizer.vocab_size} tokens, and this text tower has {sizes.vocab_size}"
+            f"network.head: text reads CLIP's vocabulary of {tokenizer.vocab_size} tokens, "
+            f"and this text tower has {sizes.vocab_size}"
         )
-    for text in texts:
-        if (length := len(tokenizer.encode(text)) + 2) > sizes.context_length:
+    for label, name in enumerate(names):
+        if not tokenizer.encode(words(name)):
+            raise ConfigError(f"data.label_list: the name of class {label}, {_short(name)}, has no words")
+    encoded = [tuple(tokenizer.encode(text)) for text in texts]
+    for place, text in enumerate(texts):
+        if (length := len(encoded[place]) + 2) > sizes.context_length:
             raise ConfigError(
-                f"data.label_list, network.text.templates: {text!r} has {length} tokens, and CLIP's text tower reads {sizes.context_length}"
+                f"data.label_list: class {place % len(names)} has {length} tokens with its template, "
+                f"and CLIP's text tower reads {sizes.context_length}: {_short(text)}"
             )
-    return tokenizer(list(texts), context_length=sizes.context_length)
+    first: dict[tuple[int, ...], int] = {}
+    for label, tokens in enumerate(encoded[: len(names)]):
+        if (other := first.setdefault(tokens, label)) != label:
+            raise ConfigError(
+                f"data.label_list: classes {other} and {label}, {_short(names[other])} and {_short(names[label])}, "
+                "are the same text, so that no text head tells them apart"
+            )
+    return tokenizer(texts, context_length=sizes.context_length)
+
+
+def _short(text: str, most: int = 60) -> str:
+    """A text to quote."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
 class TextTower(TextTransformer):
-    """CLIP's text tower by open_clip, on texts cut where the longest ends: what follows a text's end does not count."""
+    """CLIP's text tower by open_clip, on texts cut where the longest ends: what follows a text's end does not count.
 
-    def __init__(self, sizes: TextSizes, quick_gelu: bool):
+    Args:
+        quick_gelu: its activation, which is the vision tower's. recompute: run each block again in backward instead of
+            keeping its activations.
+    """
+
+    def __init__(self, sizes: TextSizes, quick_gelu: bool, recompute: bool = False):
         super().__init__(
             sizes.context_length, sizes.vocab_size, sizes.width, sizes.heads, sizes.layers, sizes.mlp_ratio,
             output_dim=sizes.embed, act_layer=QuickGELU if quick_gelu else nn.GELU,
         )  # fmt: skip
+        self.set_grad_checkpointing(recompute)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(M, L) integers, L up to the context length -> (M, E)."""
@@ -134,8 +165,9 @@ class TextTower(TextTransformer):
 class ClassTexts(nn.Module):
     """What CLIP's text tower says of K classes: for each the mean over templates of normalised embeddings.
 
-    Without gradients the result is kept until weights are loaded or exchanged, or a pass with gradients is made: torch's
-    fused optimizers leave no mark on what they change.
+    Without gradients the result is kept until weights are loaded or exchanged, or a pass with gradients is made:
+    torch's fused optimizers leave no mark on what they change. A pass with gradients is over all texts at once,
+    however few the clips, and what it keeps grows with P*K*L: see TextConfig.
 
     Args:
         tower: CLIP's. tokens: (P*K, L), of `prompts`. classes: K.
@@ -189,8 +221,10 @@ class TextHead(nn.Module):
     Args:
         projection: (D, E), CLIP's own; never tuned.
         classes: (K, E), of any length, or the module that computes it, which is then tuned.
-        logit_scale: (). tuned: whether classes and scale are tuned.
+        logit_scale: (). tuned: whether classes and scale are tuned. A tuned scale is weight-decayed as all that is
+            tuned, towards a factor of 1, unless solver.decay_norms is false, which exempts scalars.
         filled: False if these are random values of the right shapes, until a checkpoint brings others.
+        named: whether classes, or the tokens that they are computed of, are those of class names.
 
     Shape: features (B, D) in CLIP's space before the projection -> logits (B, K), in float32 or float64.
 
@@ -198,7 +232,7 @@ class TextHead(nn.Module):
     """
 
     def __init__(self, projection: Tensor, classes: Tensor | ClassTexts, logit_scale: Tensor, tuned: bool,
-                 filled: bool = True):  # fmt: skip
+                 filled: bool = True, named: bool = True):  # fmt: skip
         super().__init__()
         self.register_buffer("projection", projection)
         if isinstance(classes, ClassTexts):
@@ -211,7 +245,15 @@ class TextHead(nn.Module):
             self.logit_scale = nn.Parameter(logit_scale)
         else:
             self.register_buffer("logit_scale", logit_scale)
-        self.filled = filled
+        self.filled, self.named = filled, named
+
+    def of_names(self) -> set[str]:
+        """Keys of the state dict that class names alone decide: a pretrained head has them of other names, maybe."""
+        if not self.named:
+            return set()
+        if isinstance(self.classes, ClassTexts):
+            return {"classes.tokens"}
+        return set() if isinstance(self.classes, nn.Parameter) else {"classes"}
 
     def tuned_modules(self) -> dict[str, nn.Module | nn.Parameter]:
         """What stands for `head` where parts of a model are told apart; the last is the classifier."""
@@ -235,40 +277,66 @@ class TextHead(nn.Module):
         """Raise ConfigError if the classes are random."""
         if not self.filled:
             raise ConfigError(
-                "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's weights, or takes a checkpoint's"
+                "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's "
+                "weights, or takes a checkpoint's"
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self.filled = self.filled or f"{prefix}projection" in state_dict
+        brought = {key.removeprefix(prefix).split(".")[0] for key in state_dict if key.startswith(prefix)}
+        self.filled = self.filled or {"projection", "classes"} <= brought
+
+
+def head_kind(keys: Iterable[str]) -> str:
+    """Which classifier a model's state dict has, in the words of a configuration."""
+    parts = {".".join(key.split(".")[1:3]) for key in keys if key.startswith("head.")}
+    if "classes.tokens" in parts:
+        return "network.head text with network.text.tuned tower"
+    if "classes" in parts:
+        return "network.head text with network.text.tuned none or classifier"
+    return "network.head linear" if "weight" in parts else "of a kind unknown here"
 
 
 def build_text_head(tower: Tower, classes: int, templates: Sequence[str], tuned: Tuned, source: str | None,
-                    names: Sequence[str] | None, pretrained: bool = True) -> TextHead:  # fmt: skip
+                    names: Sequence[str] | None, pretrained: bool = True, heads: int | None = None,
+                    recompute: bool = False) -> TextHead:  # fmt: skip
     """A head for features of `tower`.
 
     Args:
-        tower: CLIP's vision tower. classes: K. templates, tuned: of network.text.
-        source: where the tower's weights are (see weights.find_weights), or None for random ones.
+        tower: CLIP's vision tower. classes: K. templates, tuned, heads: of network.text.
+        source: where the weights of this CLIP are (see weights.find_weights), or None for random ones.
         names: of the classes. pretrained: whether the text tower is read; without names or this, a head is not filled,
             for a checkpoint that brings one, or to measure. Sizes of a custom CLIP come from `source` in any case.
+        recompute: run the blocks of a tuned text tower again in backward instead of keeping their activations.
 
     Raises:
-        BackboneError: a tower of another kind, weights that cannot be had. ConfigError: see `tokenize`.
+        BackboneError: a tower of another kind, weights that cannot be had. ConfigError: see `tokenize`; heads that do
+            not divide the text tower's width.
     """
-    if not isinstance(tower, VisionTower) or tower.visual.pool_type != "tok":
+    if not isinstance(tower, VisionTower):
+        raise BackboneError(f"network.head: text is not supported for trunks that timm wrote, and {tower.name} is one")
+    if tower.visual.pool_type != "tok":
         raise BackboneError(
-            f"network.head: text needs a vision tower of CLIP that projects its class token to the texts' space, which {tower.name} is not"
+            f"network.head: text needs a vision tower that projects its class token to the texts' space, "
+            f"and {tower.name} projects the mean of its tokens"
         )
     if source is None and pretrained:
         raise BackboneError(
-            "network.head: text needs a pretrained CLIP, but network.init is false: set it to true, or network.head to linear"
+            "network.head: text needs a pretrained CLIP, but network.init is false: set it to true, "
+            "or network.head to linear"
         )
     custom, filled, weights = tower.name == "custom", names is not None and pretrained, None
     if source is not None and (custom or filled):
         path = fetch_weights(tower.name, source)
         weights = read_text_weights(path)
-    sizes = sizes_of(tower.name) if not custom else _sizes_like(tower) if weights is None else sizes_in(weights)
+    if custom:
+        sizes = _sizes_like(tower, heads) if weights is None else sizes_in(weights, heads)
+        if sizes.width % sizes.heads:
+            raise ConfigError(
+                f"network.text.heads: {sizes.heads} do not divide the width {sizes.width} of the text tower"
+            )
+    else:
+        sizes = sizes_of(tower.name)
     if weights is None:
         projection = torch.randn(tower.width, sizes.embed) * tower.width**-0.5
         scale = torch.tensor(math.log(1 / 0.07))
@@ -276,20 +344,20 @@ def build_text_head(tower: Tower, classes: int, templates: Sequence[str], tuned:
         check_fit({"proj": weights.projection}, {"proj": torch.empty(tower.width, sizes.embed)}, path, tower.name)
         projection, scale = weights.projection.clone(), weights.logit_scale.clone()
     if tuned != "tower" and not filled:
-        return TextHead(projection, torch.randn(classes, sizes.embed), scale, tuned == "classifier", filled)
-    text = TextTower(sizes, tower.quick_gelu)
+        return TextHead(projection, torch.randn(classes, sizes.embed), scale, tuned == "classifier", filled, False)
+    text = TextTower(sizes, tower.quick_gelu, recompute)
     if weights is not None:
         check_fit(weights.text, text.state_dict(), path, f"the text tower of {tower.name}")
         text.load_state_dict(weights.text)
-    tokens = tokenize(prompts(names or [str(label) for label in range(classes)], templates), sizes)
+    tokens = tokenize(names or [str(label) for label in range(classes)], templates, sizes)
     texts = ClassTexts(text, tokens, classes)
     if tuned == "tower":
-        return TextHead(projection, texts, scale, tuned=True, filled=filled)
+        return TextHead(projection, texts, scale, True, filled, names is not None)
     with torch.no_grad():
         return TextHead(projection, texts(), scale, tuned == "classifier")
 
 
-def _sizes_like(tower: Tower) -> TextSizes:
+def _sizes_like(tower: Tower, heads: int | None) -> TextSizes:
     """Of a random text tower beside a custom vision tower: as that one."""
     width, layers = tower.width, len(tower.blocks)
-    return TextSizes(width=width, heads=max(1, width // 64), layers=layers, embed=width)
+    return TextSizes(width=width, heads=heads or max(1, width // 64), layers=layers, embed=width)

@@ -10,6 +10,7 @@ Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def _refuse_unlike(model: nn.Module, name: str) -> None:
     if kinds:
         kind = kinds.pop().__name__
         raise BackboneError(
-            f"network.arch: {name} has blocks of another kind than norm, attention, norm, MLP, which methods here stand in ({kind}: {_BLOCKS.get(kind, 'not known here')})"
+            f"network.arch: {name} has blocks of another kind than norm, attention, norm, MLP, which methods here "
+            f"stand in ({kind}: {_BLOCKS.get(kind, 'not known here')})"
         )
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
@@ -175,7 +177,8 @@ def _refuse_unlike(model: nn.Module, name: str) -> None:
     height, width = embed.patch_size
     if height != width or embed.proj.in_channels != 3:
         raise BackboneError(
-            f"network.arch: {name} takes patches of {height} x {width} pixels in {embed.proj.in_channels} channels, not square ones in 3"
+            f"network.arch: {name} takes patches of {height} x {width} pixels in {embed.proj.in_channels} channels, "
+            "not square ones in 3"
         )
 
 
@@ -228,8 +231,9 @@ def build_timm_tower(name: str, image_size: int, source: str | None = None, know
     Args:
         name: with or without a tag, which says what else timm knows of it (mean and deviation of the pixels).
         image_size: pixels a side; positions are interpolated if the weights have another.
-        source: of `find_timm_weights`, None for random weights. Files may be in any layout that timm reads for the model
-            (its own, those of the authors), or open_clip's, with the trunk under `visual.trunk.`; a classifier is left out.
+        source: of `find_timm_weights`, None for random weights. Files may be in any layout that timm reads for the
+            model (its own, those of the authors), or open_clip's, with the trunk under `visual.trunk.`; a classifier is
+            left out.
         known_as: the name for messages, if it is not timm's. changes: arguments of timm's model, in place of its own.
 
     Raises:
@@ -247,7 +251,8 @@ def build_timm_tower(name: str, image_size: int, source: str | None = None, know
     if family not in FAMILIES:
         lack = _UNLIKE.get(family, "equal blocks of norm, attention, norm, MLP on one grid of patches are missing")
         raise BackboneError(
-            f"network.arch: {called} is no vision transformer that methods here can stand in: {lack} (timm's family {family}; those that can are {', '.join(FAMILIES)})"
+            f"network.arch: {called} is no vision transformer that methods here can stand in: {lack} "
+            f"(timm's family {family}; those that can are {', '.join(FAMILIES)})"
         )
     changes = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": False, **changes}
     try:
@@ -275,7 +280,8 @@ def _fetch(source: str, changes: dict[str, Any]) -> nn.Module:
         return timm.create_model(source, pretrained=True, **changes)
     except Exception as error:  # whatever hub, network and disk have to say
         raise BackboneError(
-            f"cannot get {source} ({type(error).__name__}: {_first_line(error)}): name a file in network.weights, or set network.init to false"
+            f"cannot get {source} ({type(error).__name__}: {_first_line(error)}): name a file in network.weights, "
+            "or set network.init to false"
         ) from None
 
 
@@ -284,10 +290,18 @@ def _load(tower: TimmTower, path: Path) -> None:
     model = tower.model
     try:
         values = timm.models.load_state_dict(str(path), weights_only=True)
-        values = _filter(model)(values, model)
     except Exception as error:  # whatever a file that is not one of weights leads to
         raise BackboneError(
             f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    if not isinstance(values, Mapping):
+        raise BackboneError(f"{path}: holds no state_dict")
+    try:
+        values = _filter(model)(values, model)
+    except Exception as error:  # whatever timm has to say of weights that are another model's
+        raise BackboneError(
+            f"{path}: does not fit {tower.name}, for timm cannot bring it into the model's layout "
+            f"({type(error).__name__}: {_first_line(error)})"
         ) from None
     unused = tuple(f"{name}." for name in {*_UNUSED, "norm", "fc_norm"} - {tower._final})
     values = {key: value for key, value in values.items() if key in model.state_dict() or not key.startswith(unused)}

@@ -1,7 +1,8 @@
 """CLIP's weights in the formats people have them in: finding, fetching and reading them. No module lives here.
 
-Lives here: open_clip's tags, OpenAI's archives, local files in the layouts of open_clip and Hugging Face's transformers,
-and what such files say of their activation. Does not live here: the towers they go into (backbone.py, text.py).
+Lives here: open_clip's tags, OpenAI's archives, local files in the layouts of open_clip and Hugging Face's
+transformers, and what such files say of their activation. Does not live here: the towers they go into (backbone.py,
+text.py).
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def stated_pixels(name: str, source: str) -> tuple[tuple[float, ...], tuple[floa
     return (tuple(tag["mean"]), tuple(tag["std"])) if tag.get("mean") and tag.get("std") else None
 
 
+def clip_tags(name: str) -> list[str]:
+    """open_clip's tags of a model's weights, by its own name."""
+    return open_clip.list_pretrained_tags_by_model(name)
+
+
 def fetch_weights(name: str, source: str) -> Path:
     """The file of a model's weights, downloaded if `source` is a tag. Arguments as `stated_activation`.
 
@@ -92,7 +98,8 @@ def fetch_weights(name: str, source: str) -> Path:
         raise
     except Exception as error:
         raise BackboneError(
-            f"cannot download {name} {source} ({type(error).__name__}): put the file into clip_pretrain/ or name it in network.weights, or set network.init to false"
+            f"cannot download {name} {source} ({type(error).__name__}): put the file into clip_pretrain/ or name it in "
+            "network.weights, or set network.init to false"
         ) from None
 
 
@@ -118,7 +125,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise BackboneError(
-            f"{path}: cannot be read as CLIP weights ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            f"{path}: cannot be read as CLIP weights ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from None
     values = values.get("state_dict", values) if isinstance(values, Mapping) else values
     if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
@@ -184,7 +191,8 @@ def check_fit(values: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str
         found = tuple(values[key].shape) if key in values else "nothing"
         wanted = tuple(own[key].shape) if key in own else "nothing"
         raise BackboneError(
-            f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: {found} in the file, {wanted} in the model"
+            f"{path}: does not fit {name}: {len(unfit) + len(unknown)} keys differ, first {key}: "
+            f"{found} in the file, {wanted} in the model"
         )
 
 
@@ -192,10 +200,8 @@ def _tag(name: str, source: str) -> dict:
     """open_clip's account of the tag `source` of a model."""
     tag = open_clip.pretrained.get_pretrained_cfg(name, source)
     if not tag:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise BackboneError(
-            f"network.weights: {source!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
-        )
+        tags = ", ".join(clip_tags(name)) or "none"
+        raise BackboneError(f"network.weights: {source!r} is neither a file nor a tag of {name}; its tags are {tags}")
     return tag
 
 
@@ -242,7 +248,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _stated_by_file(path: Path) -> bool | None:
-    """QuickGELU or not, where it is said: OpenAI's archives, open_clip_config.json or transformers' config.json beside."""
+    """QuickGELU or not, where it is said: by OpenAI's archives, by open_clip_config.json or transformers' config.json
+    beside the file."""
     if path.suffix != ".safetensors" and _is_torchscript(path):
         return True
     ours, theirs = path.with_name("open_clip_config.json"), path.with_name("config.json")

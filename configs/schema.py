@@ -1,7 +1,7 @@
 """What may stand in a configuration file: typed, frozen dataclasses and the one function that fills them.
 
-Lives here: the sections of the published YAML layout (data, network, solver, logging, and checkpoint), their types, defaults and
-units; reading a YAML with overrides; every error a configuration can have on its own.
+Lives here: the sections of the published YAML layout (data, network, solver, logging, and checkpoint), their types,
+defaults and units; reading a YAML with overrides; every error a configuration can have on its own.
 Does not live here: anything that needs a model, a dataset or torch. This file imports nothing of the project.
 
     config = load_config("configs/ssv2.yaml", overrides=["solver.lr=5e-4", "network.init=false"])
@@ -201,10 +201,14 @@ class TextConfig:
     """The text head: what CLIP is told of a class, and what of it is tuned. A class's name goes where {} stands."""
 
     templates: tuple[str, ...] = ("a video of a person {}.",)  # the class is the mean over these
-    # none: the classifier is CLIP's embeddings of the texts; classifier: it starts there; tower: CLIP's text tower too
+    # none: the classifier is CLIP's embeddings of the texts; classifier: it starts there; tower: CLIP's text tower too,
+    # through which all classes in all templates go in each step: ViT-B/16's keeps 0.5 MB a token in float32 (0.7 GB for
+    # 101 classes in one template, the longest of 14 tokens), with network.recompute a twentieth of that
     tuned: Literal["none", "classifier", "tower"] = "none"
+    heads: Optional[int] = None  # of the text tower of network.arch: custom; null: its width // 64, as all of OpenAI's
 
     def check(self) -> None:
+        _positive(self, "network.text", "heads")
         _require(len(self.templates) > 0, "network.text.templates", "must list at least one text")
         for template in self.templates:
             _require(
@@ -255,6 +259,11 @@ class NetworkConfig:
             self.head == "text" or self.text == TextConfig(),
             "network.text",
             "is given, but network.head is linear, so it would not be read",
+        )
+        _require(
+            self.text.heads is None or self.vision is not None,
+            "network.text.heads",
+            "is for network.arch: custom alone: the text tower of a named one has heads of its own",
         )
         if self.vision is not None:
             _require(

@@ -1,8 +1,10 @@
-"""The text head against open_clip's own CLIP, from files in every layout; what of it is tuned, kept and learns how fast."""
+"""The text head against open_clip's own CLIP, from files in every layout; what of it is tuned, kept, taken from a
+checkpoint, and learns how fast."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clip.backbone import build_custom_tower
 from clip.build import (
     WeightsError,
     backbone_identity,
@@ -22,12 +25,12 @@ from clip.build import (
     parameter_report,
 )
 from clip.groups import parameter_groups
-from clip.text import TextSizes, prompts, sizes_of, tokenize, words
+from clip.text import CHUNK, TextSizes, build_text_head, prompts, sizes_of, tokenize, words
 from clip.tower import BackboneError
 from configs.schema import Config, ConfigError, config_from_dict
 from engine.ema import TunedEma
 from engine.optim import check_groups
-from engine.state import weights
+from engine.state import put_weights, weights
 from tests.test_backbone import transformers_layout, write
 
 VISION = {"width": 64, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -46,10 +49,10 @@ def quiet() -> None:
     logging.getLogger("td4v").setLevel(logging.NOTSET)
 
 
-def random_clip(embed: int, vision: dict, text: dict) -> open_clip.CLIP:
+def random_clip(embed: int, vision: dict, text: dict, quick_gelu: bool = True) -> open_clip.CLIP:
     """A whole CLIP; no two of its norms or biases are alike."""
     torch.manual_seed(0)
-    model = open_clip.CLIP(embed, vision, text, quick_gelu=True).eval()
+    model = open_clip.CLIP(embed, vision, text, quick_gelu).eval()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return model.requires_grad_(False)
@@ -67,16 +70,17 @@ def file(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(
-    file: str | None, method: str = "linear_probe", tuned: str = "none", text: dict | None = None, **more
-) -> Config:
+    file: str | None, method: str = "linear_probe", tuned: str = "none", text: dict | None = None, classes: int = 3,
+    **more,
+) -> Config:  # fmt: skip
     network = {"arch": "custom", "vision": VISION, "weights": file, "init": file is not None, "method": method}
     network |= {"head": "text", "text": {"tuned": tuned, **(text or {})}, **more}
-    data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 32}
+    data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": 4, "input_size": 32}
     return config_from_dict({"data": data, "network": network})
 
 
-def build(file: str, *arguments, **more) -> nn.Module:
-    return build_model(config(file, *arguments, **more), class_names=NAMES).eval()
+def build(file: str, *arguments, names: Sequence[str] | None = NAMES, **more) -> nn.Module:
+    return build_model(config(file, *arguments, classes=len(names or NAMES), **more), class_names=names).eval()
 
 
 def still(count: int = 2) -> Tensor:
@@ -136,6 +140,39 @@ def test_every_method_in_clips_space_starts_at_zero_shot(
         torch.testing.assert_close(model(still()), of_open_clip(clip, still()), rtol=1e-5, atol=1e-5)
 
 
+def test_more_texts_than_go_through_the_tower_at_a_time(clip: open_clip.CLIP, file: str) -> None:
+    templates = [f"{{}} number {number}" for number in range(CHUNK // 3 + 4)]
+    model = build(file, text={"templates": templates})
+    with torch.no_grad():
+        text = clip.encode_text(open_clip.tokenize(prompts(NAMES, templates)), normalize=True)
+        assert len(text) > CHUNK
+        torch.testing.assert_close(model.head.classes, text.unflatten(0, (-1, 3)).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_clip_with_plain_gelu(tmp_path: Path) -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    plain = random_clip(48, vision, {"width": 128, "heads": 2, "layers": 3}, quick_gelu=False)
+    model = build(str(write(tmp_path, "bare", plain.state_dict())), vision={**VISION, "quick_gelu": False})
+    with torch.no_grad():
+        torch.testing.assert_close(model(still()), of_open_clip(plain, still()), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_of_a_custom_text_tower(tmp_path: Path, file: str) -> None:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+    clip = random_clip(48, vision, {"width": 96, "heads": 6, "layers": 2})
+    path = str(write(tmp_path, "bare", clip.state_dict()))
+    with torch.no_grad():
+        logits, wanted = build(path, text={"heads": 6})(still()), of_open_clip(clip, still())
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(build(path)(still()), wanted, rtol=1e-3)  # 96 // 64 = 1
+    with pytest.raises(ConfigError, match="network.text.heads: 5 do not divide the width 96 of the text tower"):
+        build(path, text={"heads": 5})
+    with pytest.raises(ConfigError, match="network.text.heads: must be above 0, not 0"):
+        config(file, text={"heads": 0})
+    with pytest.raises(ConfigError, match="network.text.heads: is for network.arch: custom alone"):
+        config(file, text={"heads": 8}, arch="ViT-B/16", vision=None)
+
+
 def test_several_templates_are_averaged_after_they_are_normalised(clip: open_clip.CLIP, file: str) -> None:
     model = build(file, text={"templates": ["a {}.", "{} at home"]})
     names = [text.removeprefix("a video of a person ").removesuffix(".") for text in TEXTS]
@@ -161,10 +198,11 @@ def test_names_become_words(name: str, text: str) -> None:
 
 
 def test_texts_that_do_not_fit_are_refused(file: str, tmp_path: Path, clip: open_clip.CLIP) -> None:
-    with pytest.raises(ConfigError, match="'a video.* has 1.. tokens, and CLIP's text tower reads 77"):
-        build_model(config(file), class_names=("a b c d e " * 20, "b", "c"))
+    long = r"data.label_list: class 1 has 108 tokens with its template, and CLIP's text tower reads 77: '.{60}\.\.\.'$"
+    with pytest.raises(ConfigError, match=long):
+        build_model(config(file), class_names=("a", "a b c d e " * 20, "c"))
     with pytest.raises(ConfigError, match="vocabulary of 49408 tokens, and this text tower has 100"):
-        tokenize(["a"], TextSizes(vocab_size=100))
+        tokenize(["a"], ["{}"], TextSizes(vocab_size=100))
     assert sizes_of("ViT-B-16-quickgelu") == TextSizes()
     assert sizes_of("ViT-L-14") == TextSizes(width=768, heads=12, embed=768)
     with pytest.raises(BackboneError, match="those of xlm-roberta-base-ViT-B-32 are others .hf_model_name"):
@@ -174,20 +212,41 @@ def test_texts_that_do_not_fit_are_refused(file: str, tmp_path: Path, clip: open
         path = write(tmp_path, "bare", {key: value for key, value in values.items() if key != part})
         with pytest.raises(BackboneError, match=f"needs a whole CLIP, and this file has no {part}"):
             build(str(path))
+    path = write(tmp_path, "bare", {**values, "visual.proj": torch.ones(32, 48)})
+    with pytest.raises(BackboneError, match=r"first proj: \(32, 48\) in the file, \(64, 48\) in the model"):
+        build(str(path))
     path = write(tmp_path, "bare", {**values, "cls_emb": torch.ones(3)})
     with pytest.raises(BackboneError, match="does not fit the text tower of custom: 1 keys differ, first cls_emb"):
         build(str(path))
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (("climb", "Brush_hair", "brush hair"), "classes 1 and 2, 'Brush_hair' and 'brush hair', are the same text"),
+    (("swing", "Swing", "climb"), "classes 0 and 1, 'swing' and 'Swing', are the same text"),
+    (("climb", "swing", "_[]"), "the name of class 2, '_[]', has no words"),
+])  # fmt: skip
+def test_names_that_no_text_tells_apart_are_refused(file: str, names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(file, names=names, text={"templates": ["a {}", "b {}"]})
+    assert str(caught.value).startswith("data.label_list: ") and message in str(caught.value)
 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"method": "td4v_side", "pyramid": {"n_embs": [16, 32]}}, "space, which network.method td4v_side does not give"),
     ({"options": {"feature": "mean_tokens"}}, "linear_probe and network.options.feature mean_tokens does not give"),
     ({"file": None}, "needs a pretrained CLIP, but network.init is false"),
-    ({"file": None, "arch": "vit_tiny_patch16_224", "vision": None, "weights": None}, "a vision tower of CLIP that"),
+    ({"file": None, "arch": "vit_tiny_patch16_224", "vision": None, "weights": None}, "is not supported for trunks that timm wrote, and vit_tiny_patch16_224 is one"),
 ])  # fmt: skip
 def test_what_has_no_text_head_says_so(file: str, change: dict, message: str) -> None:
     with pytest.raises((ConfigError, BackboneError), match=message):
         build_model(config(**{"file": file, **change}), class_names=NAMES)
+
+
+def test_a_tower_whose_tokens_are_averaged_has_no_text_head() -> None:
+    tower = build_custom_tower(**VISION)
+    tower.visual.pool_type = "avg"
+    with pytest.raises(BackboneError, match="projects its class token .*, and custom projects the mean of its tokens"):
+        build_text_head(tower, 3, ["{}"], "none", None, None, pretrained=False)
 
 
 def test_settings_that_nothing_reads_are_refused(file: str) -> None:
@@ -227,17 +286,93 @@ def test_a_checkpoint_needs_neither_names_nor_the_text_tower(file: str, method: 
     check_untrained(target)  # its classes are there
 
 
+def test_a_head_is_there_once_a_checkpoint_brought_all_of_it(file: str) -> None:
+    for tuned in TUNED:
+        values = build(file, tuned=tuned).state_dict()
+        target = build(file, tuned=tuned, names=None)
+        for part in ("tower.", "head.projection", "head.classes", "head.logit_scale"):
+            target.load_state_dict({key: value for key, value in values.items() if key.startswith(part)}, strict=False)
+            assert not target.head.filled
+        target.load_state_dict(values)
+        assert target.head.filled
+
+
+def test_pretraining_takes_no_names_from_the_checkpoint(file: str, clip: open_clip.CLIP) -> None:
+    """Where names were given, they and the templates are those of the model, and may be more than the checkpoint's."""
+    others = ("climb", "cartwheel", "sword_exercise", "a very long name of a class")
+    two = {"templates": ["{}", "a {}."]}
+    source = build(file, tuned="tower")
+    with torch.no_grad():
+        for parameter in source.head.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        mixed = copy.deepcopy(clip)
+        mixed.load_state_dict({**clip.state_dict(), **source.head.classes.tower.state_dict()})
+        mixed.logit_scale.copy_(source.head.logit_scale)
+        for pretrained in (True, False):
+            model = build_model(config(file, tuned="tower", text=two, classes=4), pretrained, class_names=others)
+            load_weights(model.eval(), source.state_dict(), "a.pt")
+            texts = mixed.encode_text(open_clip.tokenize(prompts(others, two["templates"])), normalize=True)
+            texts = nn.functional.normalize(texts.unflatten(0, (2, 4)).mean(0), dim=-1)
+            wanted = mixed.logit_scale.exp() * mixed.encode_image(still()[:, 0], normalize=True) @ texts.T
+            torch.testing.assert_close(model(still()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_classes_that_are_not_tuned_stay_those_of_the_names(file: str) -> None:
+    others = ("climb", "cartwheel", "sword_exercise", "kick")
+    source, fresh = build(file, "full_finetune"), build(file, "full_finetune", names=others)
+    with torch.no_grad():
+        source.tower.visual.conv1.weight.mul_(1.5)
+    for pretrained in (True, False):  # False: a checkpoint with all weights brings no class of these
+        model = build_model(config(file, "full_finetune", classes=4), pretrained, class_names=others)
+        load_weights(model, source.state_dict(), "a.pt")
+        check_trainable(model)
+        assert torch.equal(model.head.classes, fresh.head.classes)
+        assert torch.equal(model.tower.visual.conv1.weight, source.tower.visual.conv1.weight)
+
+
+@pytest.mark.parametrize("tuned", TUNED)
+def test_a_run_that_goes_on_has_the_checkpoints_head(file: str, tuned: str) -> None:
+    """With names or without; they are the same in the same run, but another machine may round their classes else."""
+    source = build(file, "full_finetune", tuned)
+    with torch.no_grad():
+        for value in source.head.state_dict().values():
+            value.add_(1)
+    content = {"model_state_dict": weights(source, full=False), "backbone": None}
+    for names in (NAMES, None):
+        target = build(file, "full_finetune", tuned, names=names)
+        put_weights(target, content, None, "a.pt")
+        own = target.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
+
+
+def test_what_a_head_without_names_does_not_fit_is_said(file: str) -> None:
+    target = build(file, tuned="tower", names=None)
+    for source in (build(file, tuned="tower", names=("a", "b", "c", "d")),
+                   build(file, tuned="tower", text={"templates": ["{}", "a {}", "b {}", "c {}"]})):  # fmt: skip
+        texts = len(source.head.classes.tokens)
+        said = (
+            f"a.pt: its text head reads {texts} texts, and data.num_classes times network.text.templates are 3: .*drop"
+        )
+        with pytest.raises(WeightsError, match=said):
+            load_weights(target, source.state_dict(), "a.pt")
+
+
 def test_a_checkpoint_with_another_classifier_is_refused(file: str) -> None:
     text, linear = build(file, "full_finetune"), build_model(config(file, "full_finetune", head="linear"))
-    for one, other in ((text, linear), (linear, text), (build(file, "full_finetune", "tower"), text)):
-        with pytest.raises(WeightsError, match=r"its classifier is of another kind \(network.head, network.text.tuned"):
+    kinds = {"linear": linear, "text with network.text.tuned none or classifier": text,
+             "text with network.text.tuned tower": build(file, "full_finetune", "tower")}  # fmt: skip
+    for (here, one), (there, other) in itertools.permutations(kinds.items(), 2):
+        said = f"its classifier is network.head {there}, and the configuration asks for network.head {here}; .*drop"
+        with pytest.raises(WeightsError, match=said) as caught:
             load_weights(one, other.state_dict(), "a.pt")
+        assert "parts" not in str(caught.value)
         before = {key: value.clone() for key, value in one.head.state_dict().items()}
         load_weights(one, other.state_dict(), "a.pt", drop_head=True)
         assert all(torch.equal(value, before[key]) for key, value in one.head.state_dict().items())
-    values = {**text.state_dict(), "head.classes": torch.ones(5, 48)}
-    with pytest.raises(WeightsError, match="its classifier has 5 classes, data.num_classes is 3"):
-        load_weights(text, values, "a.pt")
+    for names, tuned in ((NAMES, "classifier"), (None, "none")):
+        model = build(file, "full_finetune", tuned, names=names)
+        with pytest.raises(WeightsError, match="its classifier has 5 classes, data.num_classes is 3"):
+            load_weights(model, {**model.state_dict(), "head.classes": torch.ones(5, 48)}, "a.pt")
 
 
 @pytest.mark.parametrize("method", SPATIAL)
@@ -262,7 +397,7 @@ def test_the_text_towers_layers_end_with_the_methods(file: str) -> None:
     rates = {group["name"]: group["lr"] for group in parameter_groups(build(file, "full_finetune", "tower"), 1, 1, 0.5)}
     # embedding, two blocks, norm, head; beside them embedding, three blocks, norm and projection, head
     assert {name: rate for name, rate in rates.items() if not name.startswith(("ln_pre", "class", "pos"))} == {
-        "conv1_01": 0.5**4, "blocks_02": 0.5**3, "blocks_03": 0.5**2, "ln_post_04": 0.5, "text_00": 0.5**5,
+        "conv1_01": 0.5**4, "blocks_02": 0.5**3, "blocks_03": 0.5**2, "final_norm_04": 0.5, "text_00": 0.5**5,
         "text_01": 0.5**4, "text_02": 0.5**3, "text_03": 0.5**2, "text_04": 0.5, "head_05": 1.0,
     }  # fmt: skip
 
@@ -311,10 +446,36 @@ def test_classes_are_kept_while_the_text_tower_stays(file: str, clip: open_clip.
 def test_texts_end_where_the_longest_does_after_loading_too(file: str) -> None:
     longer = ("climbing up a very long and very steep ladder", *NAMES[1:])
     source = build_model(config(file, tuned="tower"), class_names=longer).eval()
-    target = build(file, tuned="tower")
+    target = build(file, tuned="tower", names=None)
     load_weights(target, source.state_dict(), "a.pt")
     with torch.no_grad():
         assert torch.equal(source(still()), target(still()))
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
+def test_recompute_reaches_the_text_tower(file: str, method: str) -> None:
+    """The same gradients, and a fraction of what is kept; what is not tuned leaves nothing to compute again."""
+    found = []
+    for recompute in (False, True):
+        model = build(file, method, "tower", recompute=recompute).train()
+        own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(value: Tensor, own: set[int] = own, kept: dict[int, Tensor] = kept) -> Tensor:
+            if value.untyped_storage().data_ptr() not in own:
+                kept[value.untyped_storage().data_ptr()] = value
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            texts = model.head.classes()
+        size = sum(value.untyped_storage().nbytes() for value in kept.values())
+        nn.functional.cross_entropy(model(still(3)), torch.arange(3)).backward()
+        found.append((size, texts.detach(), [p.grad for p in model.parameters() if p.requires_grad]))
+    (more, texts, gradients), (less, again, others) = found
+    assert less < more / 5 and torch.equal(texts, again)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
+    for tuned in TUNED[:2]:
+        with pytest.raises(ConfigError, match="network.recompute: linear_probe keeps no .*network.text.tuned: tower"):
+            build(file, "linear_probe", tuned, recompute=True)
 
 
 @pytest.mark.parametrize("tuned", TUNED)

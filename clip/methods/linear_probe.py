@@ -79,7 +79,11 @@ class LinearProbe(nn.Module):
 
 
 def build(config: Config, tower: Tower, options: Options) -> LinearProbe:
-    """The method as a configuration describes it. Raises ConfigError for network.recompute."""
-    if config.network.recompute:
-        raise ConfigError("network.recompute: linear_probe keeps no activations of blocks that could be computed again")
-    return LinearProbe(tower, config.data.num_classes, options.feature, config.network.drop_fc)
+    """The method as a configuration describes it. Raises ConfigError for network.recompute without a tuned text tower."""
+    network = config.network
+    if network.recompute and not (network.head == "text" and network.text.tuned == "tower"):
+        raise ConfigError(
+            "network.recompute: linear_probe keeps no activations of blocks that could be computed again, "
+            "but for those of a text tower (network.text.tuned: tower)"
+        )
+    return LinearProbe(tower, config.data.num_classes, options.feature, network.drop_fc)
