@@ -150,8 +150,9 @@ def load(path: str | Path) -> dict[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and (re.search(_REFUSED, str(error)) or _is_code(path)):
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({found[1]})" if found else ""
+            advice = "; save its NumPy arrays as tensors" if what.endswith("multiarray._reconstruct)") else ""
             raise CheckpointError(
-                f"{path}: holds pickled code besides tensors and plain values{what}, refused"
+                f"{path}: holds pickled code besides tensors and plain values{what}, refused{advice}"
             ) from None
         raise CheckpointError(f"{path}: truncated, damaged or not a checkpoint") from None
     if not isinstance(content, dict):
