@@ -12,7 +12,8 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from clip.build import build_model, check_untrained, load_weights, parameter_report
+from clip.build import build_model, check_untrained, parameter_report
+from clip.loading import load_weights
 from configs.schema import Config, ConfigError, load_config
 from datasets.build import class_names, test_loader
 from engine import checkpoint, report

@@ -12,8 +12,9 @@ import argparse
 import dataclasses
 import logging
 
-from clip.build import backbone_identity, build_model, check_trainable, load_weights, parameter_report
+from clip.build import backbone_identity, build_model, check_trainable, parameter_report
 from clip.groups import parameter_groups
+from clip.loading import load_weights
 from configs.schema import load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint, optim

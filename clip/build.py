@@ -1,15 +1,43 @@
-"""The METHODS table, build_model(config), the account of parameters, and loading weights into a model.
+"""The METHODS table, what a method is, build_model(config), counts of parameters, which frozen weights a model has.
 
-A method is one file in clip/methods/ with a module, a dataclass `Options` (what may stand in network.options) and
-`build(config, tower, options)`. The module has `forward(video (B, T, C, H, W)) -> logits (B, K)`, `tuned_modules()`,
-whose last entry `head` is the classifier, and `frames_per_segment`. It becomes known by one line in METHODS.
+A method is one file in clip/methods/ and one line in METHODS. The file has
 
-It may have `tuned_layers()`, for solver.layer_decay, `in_clip_space`, for network.head: text, which then takes the place
-of `head` and is given what CLIP would project to the space of its texts (B, D), and `misfit(state_dict) -> str | None`, which says in words why
-weights are of another variant. Beside `build` there may be `from_published(state_dict, own) -> dict | None`, which gives
-the authors' weights our names. And, for network.cache_features, `frozen_features(video) -> (B, F)`,
-which no training changes, and `from_frozen(features) -> logits`; `forward` then takes either, by their dimensions.
-Does not live here: any layer, any loop.
+Options, a frozen dataclass: what may stand in network.options, with types and defaults.
+
+build(config, tower, options) -> module: it hands the configuration's values to the constructor, network.drop_fc and
+network.recompute among them. What it cannot honour is a ConfigError that begins with the dotted key.
+
+The module has to have
+
+forward(video (B, T, 3, height, width)) -> logits (B, K).
+
+tower, the trunk that it was given, and head, the classifier, as attributes.
+
+tuned_modules() -> {name: module or parameter}, all that is trained; the last entry is `head`.
+
+frames_per_segment, an int: the frames that it reads at each of its T places; the loaders have 1.
+
+It may have, each for one thing,
+
+tuned_layers() -> lists of modules and parameters, one a layer from input to classifier, for solver.layer_decay.
+
+in_clip_space, a bool, for network.head: text: whether `head` is given what CLIP would project to the space of its texts
+(B, D). The text head then takes the place of `head`.
+
+frozen_features(video) -> (B, F) and from_frozen(features) -> logits, for network.cache_features: all that no training
+changes, and the rest. forward then takes either, a video or such features, by their dimensions.
+
+misfit(values) -> str | None, for files of another variant of it: says in words why these weights, by our names, do not
+fit, where that is known; None leaves it to clip/loading.py.
+
+Its file may have, beside build,
+
+from_published(state_dict) -> dict | None, for the files that its authors publish: their weights by our names, all that
+the model has, or None if these are not theirs. Raises ValueError for a key that is not known.
+
+published_name(key) -> str, for messages on such files: what the authors call a key of ours.
+
+Does not live here: any layer, any loop, loading a model's weights (loading.py).
 """
 
 from __future__ import annotations
@@ -18,18 +46,18 @@ import dataclasses
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clip.backbone import VisionTower, build_custom_tower, build_tower, clip_names, timm_trunk
 from clip.groups import tuned_parts
 from clip.methods import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
-from clip.text import TextHead, build_text_head, head_kind
+from clip.text import TextHead, build_text_head
 from clip.timm_tower import build_timm_tower, find_timm_weights, is_timm_name, timm_names
 from clip.tower import BackboneError, Tower
 from clip.weights import clip_tags, fetch_weights, find_weights, stated_pixels
@@ -44,10 +72,6 @@ METHODS: dict[str, ModuleType] = {
     "linear_probe": linear_probe,
     "aim": aim,
 }
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit a model; the message is one sentence."""
 
 
 def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
@@ -68,9 +92,8 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
     network = config.network
     if network.method_name not in METHODS:
         close = nearest(network.method_name, METHODS)
-        raise ConfigError(
-            f"network.method: {network.method_name!r} is unknown{f'; did you mean {close}?' if close else ''} (known: {', '.join(METHODS)})"
-        )
+        hint = f"; did you mean {close}?" if close else ""
+        raise ConfigError(f"network.method: {network.method_name!r} is unknown{hint} (known: {', '.join(METHODS)})")
     if network.method is not None and network.fine_tuning and network.method == "td4v_side":
         warnings.warn("network.method td4v_side overrides network.fine_tuning", stacklevel=2)
     method = METHODS[network.method_name]
@@ -101,7 +124,8 @@ def _text_head(
     if not getattr(model, "in_clip_space", False):
         feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
         raise ConfigError(
-            f"network.head: text needs features in CLIP's space, which network.method {network.method_name}{feature} does not give"
+            "network.head: text needs features in CLIP's space, "
+            f"which network.method {network.method_name}{feature} does not give"
         )
     reads = pretrained or (class_names is not None and text.tuned == "none")
     if source is None and network.init and isinstance(model.tower, VisionTower) and (reads or network.vision):
@@ -118,12 +142,13 @@ def check_trainable(model: nn.Module) -> None:
         model.head.require_filled()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            "network.text.tuned: none leaves nothing to train in this model: test it with test_vision.py, without --weights"
+            "network.text.tuned: none leaves nothing to train in this model: "
+            "test it with test_vision.py, without --weights"
         )
 
 
 def check_untrained(model: nn.Module) -> None:
-    """Raise ConfigError unless all weights of a model with a text head are CLIP's, so that it can be tested as it is."""
+    """Raise ConfigError unless a model with a text head has CLIP's weights alone, so that it can be tested as it is."""
     model.head.require_filled()
     if others := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
         raise ConfigError(
@@ -202,10 +227,9 @@ def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tup
         source = find_timm_weights(arch, weights) if load else None
         return build_timm_tower(arch, size, source), source
     if arch not in known:
-        close = [name for name in (nearest(arch, known), nearest(arch, timm_names())) if name]
-        raise BackboneError(
-            f"network.arch: {arch!r} is neither a model of open_clip nor one of timm{'; did you mean ' if close else ''}{' or '.join(close)}{'?' if close else ''}"
-        )
+        close = " or ".join(name for name in (nearest(arch, known), nearest(arch, timm_names())) if name)
+        hint = f"; did you mean {close}?" if close else ""
+        raise BackboneError(f"network.arch: {arch!r} is neither a model of open_clip nor one of timm{hint}")
     trunk = timm_trunk(arch)
     source = find_weights(arch, weights) if load else None
     if trunk is None:
@@ -246,149 +270,6 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     """Count a method's parameters."""
     by_module = {name: _count(part) for name, part in tuned_parts(model).items()}
     return ParameterReport(_count(model), sum(by_module.values()), by_module)
-
-
-def load_weights(
-    model: nn.Module,
-    state_dict: Mapping[str, Tensor],
-    source: str,
-    drop_head: bool = False,
-    backbone: Mapping[str, str] | None = None,
-) -> None:
-    """Load a whole model's state_dict, by our names or as a method's authors publish it, strictly.
-
-    Args:
-        model: of `build_model`.
-        state_dict: our names or those that a method's `from_published` knows, with or without `module.`.
-        source: the file, for messages.
-        drop_head: leave out the classifier.
-        backbone: of a checkpoint without the frozen weights: their identity, which the model's must have.
-
-    Raises:
-        WeightsError: another frozen backbone, another method, another number of classes or frames, any other
-            difference. Nothing is loaded then.
-    """
-    values, named = _by_our_names({key.removeprefix("module."): value for key, value in state_dict.items()}, source)
-    own = model.state_dict()
-    for key in {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & values.keys():
-        if not torch.equal(values[key], own[key]):
-            logger.info("%s: its %s is left out for that of the names in data.label_list", source, key)
-        values[key] = own[key]
-    if drop_head:
-        values, own = ({key: each[key] for key in each if not _of_head(key)} for each in (values, own))
-    if reason := getattr(model, "misfit", lambda _: None)(values) or _misfit(model, values, own, named, backbone):
-        raise WeightsError(f"{source}: {reason}")
-    model.load_state_dict(values, strict=backbone is None and not drop_head)
-    if backbone is None:
-        model.tower.weights = f"those in {source}"
-
-
-def _by_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:
-    """Weights by our names, whoever published them, and what gives one of our names as the file has it."""
-    for method in METHODS.values():
-        try:
-            renamed = method.from_published(values) if hasattr(method, "from_published") else None
-        except ValueError as error:
-            raise WeightsError(f"{source}: {error}") from None
-        if renamed is not None:
-            return renamed, getattr(method, "published_name", str)
-    return values, str
-
-
-def _misfit(
-    model: nn.Module,
-    values: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    named: Callable[[str], str],
-    backbone: Mapping[str, str] | None,
-) -> str | None:
-    """Why `values` cannot take the place of `own`, in words; None if they can."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    missing = [key for key in own if key not in values and (backbone is None or key not in frozen)]
-    unknown = [key for key in values if key not in own]
-    unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
-    if missing or unknown:
-        return _explain_names(missing, unknown, frozen, values, own, named)
-    if unfit:
-        return _explain_shapes(unfit, values, own, named)
-    if backbone is not None and backbone["sha256"] != (ours := backbone_identity(model) or {}).get("sha256"):
-        return (
-            f"was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
-            f"(sha256 {backbone['sha256'][:12]}), here are {ours.get('name')}, {ours.get('weights')} "
-            f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
-        )
-    return None
-
-
-def _explain_names(
-    missing: list[str],
-    unknown: list[str],
-    frozen: set[str],
-    values: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    named: Callable[[str], str],
-) -> str:
-    """Say what names that are too few or too many mean to the user."""
-    theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
-    if not unknown and frozen == set(missing):
-        return f"lacks the frozen backbone{_first(missing, named)}, and does not say which it was"
-    if all(map(_of_head, [*missing, *unknown])):
-        if "head" not in theirs:
-            return "holds no classifier: name it in pretrain and set pretrain_head: drop"
-        if (kind := head_kind(values)) != (wanted := head_kind(own)):
-            return (
-                f"its classifier is {kind}, and the configuration asks for {wanted}; set that as it was, or, to start "
-                "a new classifier, name the file in pretrain and set pretrain_head: drop"
-            )
-        kind = "its classifier does not fit" if unknown else "its classifier is incomplete"
-    elif theirs != ours:
-        kind = "holds another method's weights or another network"
-    else:
-        kind = "does not fit this network"
-    return (
-        f"{kind}: {len(missing)} keys missing{_first(missing, named)}, {len(unknown)} unknown{_first(unknown, named)}; "
-        f"it has the parts {', '.join(theirs)}, network.method builds {', '.join(ours)}"
-    )
-
-
-def _explain_shapes(
-    unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor], named: Callable[[str], str]
-) -> str:
-    """Say what a difference in shapes means to the user."""
-    key = unfit[0]
-    frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
-    if frames and values[frames].shape[0] != own[frames].shape[0]:
-        T = values[frames].shape[0]
-        return f"was made for T = {T} frames, data.num_segments is {own[frames].shape[0]}; set data.num_segments to {T}"
-    if key in ("head.weight", "head.classes") and all(map(_of_head, unfit)):
-        return (
-            f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
-            "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
-        )
-    if frames:
-        return (
-            f"its network is {values[frames].shape[1]} wide at {named(frames)}, and network.arch "
-            f"with network.pyramid make it {own[frames].shape[1]} wide"
-        )
-    if key == "head.classes.tokens" and all(map(_of_head, unfit)):
-        return (
-            f"its text head reads {len(values[key])} texts, and data.num_classes times network.text.templates are "
-            f"{len(own[key])}: set both as they were; to train on other classes or templates, name the file in "
-            "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's own text tower"
-        )
-    return (
-        f"{len(unfit)} shapes differ{_first(unfit, named)}: {tuple(values[key].shape)} in the file, "
-        f"{tuple(own[key].shape)} in the model"
-    )
-
-
-def _of_head(key: str) -> bool:
-    return key.startswith("head.")
-
-
-def _first(keys: list[str], named: Callable[[str], str]) -> str:
-    """The first few keys by the file's names."""
-    return f" (first {', '.join(map(named, keys[:3]))})" if keys else ""
 
 
 def _count(part: nn.Module | nn.Parameter) -> int:

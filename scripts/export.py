@@ -21,7 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.build import backbone_identity, build_model, load_weights
+from clip.build import backbone_identity, build_model
+from clip.loading import load_weights
 from configs.schema import Config, ConfigError, config_from_dict, load_config
 from engine import checkpoint, state
 from engine.distributed import EngineError

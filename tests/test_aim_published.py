@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from clip.build import WeightsError, build_model, load_weights
+from clip.build import build_model
+from clip.loading import WeightsError, load_weights
 from clip.methods import aim
 from configs.schema import load_config
 from datasets.build import class_names

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from clip.authors import from_authors, is_authors_layout
-from clip.build import WeightsError, build_model, load_weights
+from clip.build import build_model
+from clip.loading import WeightsError, load_weights
 from configs.schema import config_from_dict
 
 CONFIG = config_from_dict(

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 import yaml
 
-from clip.build import WeightsError, backbone_identity, build_model, load_weights
+from clip.build import backbone_identity, build_model
+from clip.loading import WeightsError, load_weights
 from configs.schema import Config, config_from_dict, load_config
 from engine import checkpoint, state
 from engine.distributed import Process

@@ -32,6 +32,7 @@ ALLOWED = {
         "clip.weights",
         "configs.schema",
     ),
+    "clip.loading": ("clip.build", "clip.text"),
     "clip.side_network": ("clip.adapter", "clip.layers", "clip.lean"),
     "clip.adapter": ("clip.layers", "clip.lean"),
     "clip.backbone": ("clip.frozen", "clip.lean", "clip.tower", "clip.weights"),
@@ -52,12 +53,13 @@ ALLOWED = {
         "clip.authors",
         "clip.build",
         "clip.groups",
+        "clip.loading",
         "engine",
         "datasets",
         "configs.schema",
     ),
-    "train_vision": ("clip.build", "clip.groups", "engine", "datasets.build", "configs.schema"),
-    "test_vision": ("clip.build", "engine", "datasets.build", "configs.schema"),
+    "train_vision": ("clip.build", "clip.groups", "clip.loading", "engine", "datasets.build", "configs.schema"),
+    "test_vision": ("clip.build", "clip.loading", "engine", "datasets.build", "configs.schema"),
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS]
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]

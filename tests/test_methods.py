@@ -7,8 +7,9 @@ import logging
 import pytest
 import torch
 
-from clip.build import METHODS, WeightsError, build_model, load_weights, parameter_report
+from clip.build import METHODS, build_model, parameter_report
 from clip.groups import parameter_groups
+from clip.loading import WeightsError, load_weights
 from configs.schema import ConfigError, config_from_dict
 from engine.cost import saved_for_backward
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from clip.backbone import VisionTower, build_tower
-from clip.build import METHODS, backbone_identity, build_model, load_weights, parameter_report, tune_only
+from clip.build import METHODS, backbone_identity, build_model, parameter_report, tune_only
 from clip.groups import parameter_groups
+from clip.loading import load_weights
 from clip.methods.full_finetune import FullFinetune
 from clip.methods.linear_probe import LinearProbe
 from configs.schema import ConfigError, config_from_dict

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from clip.backbone import build_custom_tower
-from clip.build import (
-    WeightsError,
-    backbone_identity,
-    build_model,
-    check_trainable,
-    check_untrained,
-    load_weights,
-    parameter_report,
-)
+from clip.build import backbone_identity, build_model, check_trainable, check_untrained, parameter_report
 from clip.groups import parameter_groups
+from clip.loading import WeightsError, load_weights
 from clip.text import CHUNK, TextSizes, build_text_head, prompts, sizes_of, tokenize, words
 from clip.tower import BackboneError
 from configs.schema import Config, ConfigError, config_from_dict

@@ -12,8 +12,9 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from clip.backbone import timm_trunk
-from clip.build import METHODS, backbone_identity, build_model, load_weights, tune_only
+from clip.build import METHODS, backbone_identity, build_model, tune_only
 from clip.groups import parameter_groups
+from clip.loading import load_weights
 from clip.timm_tower import build_timm_tower, find_timm_weights, timm_names
 from clip.tower import BackboneError
 from configs.schema import config_from_dict

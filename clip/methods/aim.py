@@ -1,4 +1,4 @@
-"""AIM: a frozen CLIP with adapters, whose own attention looks across frames and then across space. One method, one file.
+"""AIM: a frozen CLIP with adapters, whose own attention looks across frames, then across space. One method, one file.
 
 Lives here too: the names of the authors' published weights, and ours. Letters: B clips, T frames, N patch tokens,
 L tokens of a frame with those before the patches, D the tower's width, d reduced width, K classes.
@@ -24,7 +24,7 @@ MOST_SEQUENCES = 65_535  # that one call of a GPU's attention takes
 
 @dataclass(frozen=True)
 class Options:
-    """`network.options` of this method. The defaults are those of Kinetics-400; Something-Something has 2 and scale 1."""
+    """`network.options` of this method. Defaults are those of Kinetics-400; Something-Something has 2 and scale 1."""
 
     temporal_adapters: Literal[1, 2] = 1  # behind the attention over time, or before it too
     scale: float = 0.5  # of the adapter beside the MLP
