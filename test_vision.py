@@ -1,7 +1,7 @@
 """Tests one checkpoint, or CLIP itself, with crops x clips, each video exactly once on any number of processes.
 
 python test_vision.py --config configs/ssv2.yaml --weights RUN/model_best.pt --test_crops 3 --test_clips 4
-python test_vision.py --config configs/ucf101_zero_shot.yaml           CLIP's own weights, its text head, nothing trained
+python test_vision.py --config configs/ucf101_zero_shot.yaml          CLIP's own weights, its text head, nothing trained
 bash scripts/run_test_vision.sh configs/ssv2.yaml RUN/model_best.pt --test_crops 3 --test_clips 4
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clip.build import build_model, check_untrained, parameter_report
 from clip.loading import load_weights
+from clip.weights import OPENAI, find_weights
 from configs.schema import Config, ConfigError, load_config
 from datasets.build import class_names, test_loader
 from engine import checkpoint, report
@@ -62,7 +63,8 @@ def main() -> None:
     names = class_names(config.data)
     path = Path(arguments.json) if arguments.json else results_path(arguments, config)
     content = checkpoint.load(arguments.weights) if arguments.weights else {}
-    report.check_target(path)
+    ours = not (arguments.json or arguments.weights)  # a folder that may not be there yet
+    report.check_target(path, makes_folder=ours)
     backbone = content["backbone"] if checkpoint.lacks_backbone(content) else None
     if arguments.weights:
         model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings all weights
@@ -94,17 +96,21 @@ def main() -> None:
             "config": config.to_dict(),
             "meta": run_meta({"test_list": config.data.test_list or config.data.val_list}, config.seed),
         }
+        if ours:
+            path.parent.mkdir(parents=True, exist_ok=True)
         report.write(path, accuracy, names, about)
 
 
 def results_path(arguments: argparse.Namespace, config: Config) -> Path:
-    """A name that tells the views, so that several tests of one checkpoint stand beside each other."""
+    """A name that tells weights and views, so that several tests stand beside each other."""
     views = f"{arguments.test_crops}crops_{arguments.test_clips}clips{'_dense' if arguments.dense else ''}.json"
     if arguments.weights:
         return Path(arguments.weights).with_name(f"{Path(arguments.weights).stem}_{views}")
-    folder = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"zero_shot_{views}"
+    network = config.network
+    source = network.weights or (find_weights(network.arch, None) if network.arch in OPENAI else "default")
+    weights = Path(source).stem if Path(source).is_file() else Path(source).name  # of a file, or a tag
+    folder = Path(config.logging.output_dir, config.data.dataset, network.arch.replace("/", "-"))
+    return folder / f"zero_shot_{weights}_{views}"
 
 
 if __name__ == "__main__":

@@ -80,18 +80,26 @@ def class_name(names: Sequence[str] | None, label: int) -> str:
     return f"class {label}" if names is None else " ".join(names[label].split())
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, makes_folder: bool = False) -> None:
     """Refuse, before hours of testing, a `path` (X.json) that `write` could not write to.
+
+    Args:
+        makes_folder: whether its folder, if there is none, will be made by then.
 
     Raises:
         ReportError: not a .json, no such folder, no permission, a folder in its place, or no matplotlib for the picture.
     """
     if path.suffix != ".json":
         raise ReportError(f"{path}: the name of the results must end in .json")
-    if not path.parent.is_dir():
-        raise ReportError(f"there is no folder {path.parent} for the results")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ReportError(f"{path.parent}: the results cannot be written into this folder, choose another")
+    folder = path.parent
+    while makes_folder and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        if makes_folder:
+            raise ReportError(f"{folder}: is a file, no folder to make one in for the results")
+        raise ReportError(f"there is no folder {folder} for the results")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ReportError(f"{folder}: the results cannot be written into this folder, choose another")
     for target in (path, *files_of(path).values()):
         if target.is_dir():
             raise ReportError(f"{target}: is a folder, and the results would need that name")
@@ -116,6 +124,8 @@ def write(path: Path, accuracy: Accuracy, names: Sequence[str] | None, about: di
         ReportError: a file cannot be written; those before it are whole.
     """
     files, worst = files_of(path), worst_confusions(accuracy)
+    if path.exists():
+        logger.info("%s, and what stands beside it, are of an earlier test and are replaced", path)
     _whole(files["scores"], lambda file: _write_scores(file, accuracy.table, names, about))
     result = {
         **accuracy.to_dict(),

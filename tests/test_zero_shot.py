@@ -13,12 +13,24 @@ import pytest
 import torch
 import yaml
 
+from clip.text import TextSizes, tokenize
 from configs.schema import load_config
 from datasets.build import class_names, val_loader
 from engine.pixels import Normalizer
 from engine.report import load_scores
 from scripts import export
-from tests.entry_bench import VIDEOS, command, evaluated, metrics, refusal, script, settings, train
+from tests.entry_bench import (
+    VIDEOS,
+    assert_same,
+    command,
+    content,
+    evaluated,
+    metrics,
+    refusal,
+    script,
+    settings,
+    train,
+)
 from tests.test_text import of_open_clip, random_clip
 
 CLIP = {"vision": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
@@ -45,7 +57,7 @@ def zero(tiny: Path, clip) -> Path:
 
 def test_clip_as_it_is(zero: Path, clip) -> None:
     config = load_config(zero)
-    results = Path(config.logging.output_dir, "frame_order", "custom", "zero_shot_1crops_1clips.json")
+    results = Path(config.logging.output_dir, "frame_order", "custom", "zero_shot_clip_1crops_1clips.json")
     done = script(sys.executable, "test_vision.py", "--config", zero, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     result = json.loads(results.read_text())
@@ -59,6 +71,32 @@ def test_clip_as_it_is(zero: Path, clip) -> None:
     scores = load_scores(results.with_suffix(".npz")).table.score
     torch.testing.assert_close(scores, wanted.double(), rtol=0, atol=1e-5)
     assert result["class_names"] == list(class_names(config.data)) and len(result["per_class"]) == 4
+    assert "replaced" not in done.stderr
+    other = zero.with_name("other.pt")
+    other.write_bytes(zero.with_name("clip.pt").read_bytes())
+    for weights, replaced in (("other.pt", False), ("clip.pt", True)):
+        chosen = (f"network.weights={zero.with_name(weights)}",)
+        status, text = command("test_vision.py", "--config", zero, *settings(chosen))
+        assert status == 0 and (f"{results}, and what stands beside it, are of an earlier test" in text) == replaced
+    assert {path.name for path in results.parent.glob("*.json")} == {
+        f"zero_shot_{name}_1crops_1clips.json" for name in ("clip", "other")
+    }
+
+
+def test_a_folder_for_the_results_is_made_with_them(zero: Path, tmp_path: Path) -> None:
+    """What cannot be made is found out before the test; a test that is refused makes none."""
+    (tmp_path / "file").touch()
+    where = f"logging.output_dir={tmp_path / 'file' / 'exp'}"
+    sentence = f"{tmp_path / 'file'}: is a file, no folder to make one in for the results"
+    assert refusal("test_vision.py", "--config", zero, "--set", where, "--set", "network.weights=gone.pt") == sentence
+    where = f"logging.output_dir={tmp_path / 'exp'}"
+    refusal("test_vision.py", "--config", zero, "--set", where, "--set", "network.weights=gone.pt")
+    assert not (tmp_path / "exp").exists()
+
+
+def test_an_empty_name_of_weights_tests_nothing(zero: Path) -> None:
+    done = script("bash", "scripts/run_test_vision.sh", zero, "")
+    assert done.returncode == 2 and done.stderr.startswith("run_test_vision.sh: WEIGHTS is empty: name a checkpoint")
 
 
 @pytest.mark.parametrize(("tuned", "more"), [
@@ -83,6 +121,27 @@ def test_training_from_there_and_testing_it(zero: Path, tmp_path: Path, tuned: s
     evaluate = (*nameless, "solver.evaluate=true", f"pretrain={run / 'model_best.pt'}")
     status, text = command("train_vision.py", "--config", zero, *settings(evaluate))
     assert status == 0 and f"validation: top-1 {max(row['top1'] for row in metrics(run)):.2f}" in text, text
+
+
+def test_pretraining_on_other_names(zero: Path, tmp_path: Path) -> None:
+    """They and the templates are those given, the text tower is the checkpoint's; a resumed run is as one go."""
+    chosen = ("network.text.tuned=tower", "network.method=full_finetune", f"logging.output_dir={tmp_path}")
+    first = train(zero, tmp_path / "first", "solver.epochs=1", *chosen) / "model_best.pt"
+    names = ["wave", "clap", "jump over something high", "run"]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("id,name\n" + "\n".join(f"{label},{name}" for label, name in enumerate(names)))
+    chosen = (*chosen, f"data.label_list={labels}", "network.text.templates=['{}','a {}']", "network.recompute=true")
+    run = train(zero, tmp_path / "run", "solver.epochs=1", "solver.lr=1e-9", *chosen, f"pretrain={first}")
+    former, after = (content(path)["model_state_dict"] for path in (first, run / "last_model.pt"))
+    tokens = tokenize(names, ["{}", "a {}"], TextSizes()).int()
+    assert torch.equal(after["head.classes.tokens"], tokens) and len(former["head.classes.tokens"]) == 4
+    key = "head.classes.tower.text_projection"
+    torch.testing.assert_close(after[key], former[key], rtol=0, atol=1e-6)
+    whole = train(zero, tmp_path / "whole", *chosen, f"pretrain={first}", "checkpoint.keep=9")
+    parts = train(zero, tmp_path / "parts", *chosen, f"resume={whole / 'step_00000008.pt'}")  # after the first epoch
+    one, other = (content(folder / "last_model.pt")["model_state_dict"] for folder in (whole, parts))
+    assert_same(one, other)
+    assert not torch.equal(one[key], after[key])
 
 
 @pytest.mark.parametrize(("file", "changes", "sentence"), [
