@@ -71,7 +71,7 @@ def main() -> None:
     lean = checkpoint.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
     drop_head = config.pretrain_head == "drop" and path == config.pretrain
-    needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # made of CLIP
+    needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # a text head is made of CLIP
     caches = config.network.cache_features if not arguments.dry_run else "off"
     model = build_model(config, needs_clip, None if whole else names)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
