@@ -44,10 +44,17 @@ def load_weights(
     """
     values, named = _by_our_names({key.removeprefix("module."): value for key, value in state_dict.items()}, source)
     own = model.state_dict()
-    for key in {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & values.keys():
+    kept = {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & values.keys()
+    for key in kept:
         if not torch.equal(values[key], own[key]):
             logger.info("%s: its %s is left out for that of the names in data.label_list", source, key)
         values[key] = own[key]
+    projection = values.get("head.projection")
+    if "head.classes" in kept and projection is not None and not torch.equal(projection, own["head.projection"]):
+        raise WeightsError(
+            f"{source}: its text head is of another CLIP than {model.tower.name} by network.weights, which the classes "
+            "in data.label_list are made of: give the same"
+        )
     if drop_head:
         values, own = ({key: each[key] for key in each if not _of_head(key)} for each in (values, own))
     if reason := getattr(model, "misfit", lambda _: None)(values) or _misfit(model, values, own, named, backbone):

@@ -356,7 +356,10 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved besides the end of each epoch, and what stays. The clock's saves are no other than a step's."""
+    """When the run is saved besides the end of each epoch, and what stays.
+
+    The clock's saves are no other than a step's.
+    """
 
     every_steps: Optional[int] = None
     every_minutes: Optional[float] = 10.0

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clip.backbone import VisionTower, build_custom_tower, build_tower
-from clip.tower import BackboneError
+from clip.tower import CHUNK, BackboneError
 from clip.weights import find_weights, read_visual_weights
 
 SMALL = dict(width=32, layers=2, heads=2, patch_size=8, image_size=32)
@@ -151,6 +151,13 @@ def test_refusals(tmp_path):
         build_tower("ViT-B/16", 224, "laion9b")
     with pytest.raises(BackboneError, match="not divisible by the patch size"):
         build_tower("ViT-B/16", 225)
+
+
+def test_more_images_than_a_block_takes_at_a_time():
+    tower, x = build_custom_tower(**SMALL), torch.randn(2 * CHUNK + 3, 5, 32)
+    whole = tower.transform(0, tower.attend(0, x))
+    torch.testing.assert_close(tower.run_block(0, x), whole, rtol=1e-5, atol=1e-6)
+    assert len(whole) == len(x) and not whole.requires_grad
 
 
 def test_find_weights(tmp_path):

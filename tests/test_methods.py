@@ -184,6 +184,7 @@ def test_weights_in_and_out():
     [
         ({"classes": 7}, "classifier has 5 classes, data.num_classes is 7; .* pretrain_head: drop"),
         ({"frames": 8}, "made for T = 4 frames, data.num_segments is 8"),
+        ({"pyramid": {"n_embs": [32, 32, 64]}}, "its network is 16 wide at side.*temporal_embedding, .* make it 32 wide"),
         ({"method": "td4v_finetune"}, "holds another method's weights"),
     ],
 )  # fmt: skip

@@ -228,7 +228,7 @@ def test_names_that_no_text_tells_apart_are_refused(file: str, names: tuple[str,
     ({"method": "td4v_side", "pyramid": {"n_embs": [16, 32]}}, "space, which network.method td4v_side does not give"),
     ({"options": {"feature": "mean_tokens"}}, "linear_probe and network.options.feature mean_tokens does not give"),
     ({"file": None}, "needs a pretrained CLIP, but network.init is false"),
-    ({"file": None, "arch": "vit_tiny_patch16_224", "vision": None, "weights": None}, "is not supported for trunks that timm wrote, and vit_tiny_patch16_224 is one"),
+    ({"file": None, "arch": "EVA02-B-16", "vision": None}, "not supported for trunks that timm wrote, and EVA02-B-16"),
 ])  # fmt: skip
 def test_what_has_no_text_head_says_so(file: str, change: dict, message: str) -> None:
     with pytest.raises((ConfigError, BackboneError), match=message):
@@ -321,6 +321,9 @@ def test_classes_that_are_not_tuned_stay_those_of_the_names(file: str) -> None:
         check_trainable(model)
         assert torch.equal(model.head.classes, fresh.head.classes)
         assert torch.equal(model.tower.visual.conv1.weight, source.tower.visual.conv1.weight)
+    source.head.projection += 1
+    with pytest.raises(WeightsError, match="its text head is of another CLIP than custom by network.weights"):
+        load_weights(model, source.state_dict(), "a.pt")
 
 
 @pytest.mark.parametrize("tuned", TUNED)

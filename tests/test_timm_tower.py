@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -271,6 +273,86 @@ def test_files_of_timm_and_open_clip_load(arch, wrapped, tmp_path, caplog):
         assert told in warned[0] and ("its tag into network.arch" in warned[0]) == (trunk is None)
 
 
+@pytest.mark.parametrize("arch", ["vit_base_patch16_224", "vit_medium_patch16_reg4_gap_256", "eva02_base_patch14_224"])
+def test_a_norm_that_is_not_the_last_is_left_out(arch, tmp_path):
+    """Files of a model whose tokens are averaged before the norm, or behind it, may hold the other norm too."""
+    path = tmp_path / "weights.pt"
+    theirs = shake(timm.create_model(arch, img_size=KINDS[arch][2], num_classes=0))
+    last, other = ("norm", "fc_norm") if isinstance(theirs.norm, nn.LayerNorm) else ("fc_norm", "norm")
+    torch.save({**theirs.state_dict(), f"{other}.weight": torch.ones(32), f"{other}.bias": torch.ones(32)}, path)
+    tower = build_timm_tower(arch, KINDS[arch][2], str(path))
+    assert torch.equal(tower.final_norm.weight, getattr(theirs, last).weight)
+    assert not list(getattr(tower.model, other).parameters())
+
+
+def test_layer_scales_under_the_authors_names(tmp_path):
+    path = tmp_path / "weights.pt"
+    theirs = shake(timm.create_model("deit3_small_patch16_224", img_size=32, num_classes=0)).state_dict()
+    values = {re.sub(r"ls([12])\.gamma", r"gamma_\1", key): value for key, value in theirs.items()}
+    assert values.keys() != theirs.keys()
+    torch.save({"model": values}, path)
+    own = build_timm_tower("deit3_small_patch16_224", 32, str(path)).model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in theirs.items())
+
+
+def test_pixels_are_those_of_open_clips_tag(tmp_path, monkeypatch, caplog):
+    """Not those that timm knows of the trunk; and a tag is believed."""
+    theirs = shake(timm.create_model("eva02_base_patch16_clip_224", num_classes=0, img_size=32)).state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save({f"visual.trunk.{key}": value for key, value in theirs.items()}, path)
+    tag = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    monkeypatch.setattr(
+        open_clip.pretrained, "get_pretrained_cfg", lambda name, source: tag if source == "odd" else None
+    )
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda asked: str(path) if asked is tag else None)
+    with caplog.at_level(logging.WARNING, "td4v"):
+        tower = build_model(config("EVA02-B-16", init=True, weights="odd")).tower
+    assert (tower.mean, tower.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert "EVA02-B-16 was trained on pixels with mean (0.1, 0.2, 0.3), std (0.4, 0.5, 0.6); set them" in warned
+
+
+def test_pixels_of_a_tag_in_the_name(tmp_path, caplog):
+    path = tmp_path / "weights.pt"
+    torch.save(timm.create_model("vit_base_patch16_224", img_size=32).state_dict(), path)
+    told = {
+        "vit_base_patch16_224.dino": "those of timm's vit_base_patch16_224.dino are mean (0.485, ",
+        "vit_base_patch16_224": "timm's default for this name is mean (0.5, 0.5, 0.5), std",
+    }
+    for arch, text in told.items():
+        caplog.clear()
+        build_model(config(arch, init=True, weights=str(path)))
+        (warned,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert text in warned and "check what your file was trained with" in warned
+
+
+def test_a_name_that_both_libraries_have_takes_timms_tags():
+    """open_clip has no weights of that model."""
+    arch = "vit_medium_patch16_gap_256"
+    asked = []
+
+    def noted(source, changes):
+        asked.append(source)
+        return timm.create_model(source, **changes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clip.timm_tower._fetch", noted)
+        for weights in (None, "sw_in12k_ft_in1k"):
+            options = {"feature": "mean_tokens"}
+            build_model(config(arch, init=True, weights=weights, options=options))
+    assert asked == [f"{arch}.sw_in12k_ft_in1k"] * 2
+
+
+def test_random_weights_are_told_of_trunks_that_there_are(caplog):
+    with caplog.at_level(logging.WARNING, "td4v"):
+        build_model(config("vit_base_patch16_224"))
+        assert "vit_base_patch16_224 starts from RANDOM weights" in caplog.text and "CLIP" not in caplog.text
+        caplog.clear()
+        with pytest.raises(BackboneError):
+            build_model(config("vit_base_patch16_2244"))
+        assert "RANDOM" not in caplog.text
+
+
 def test_wrong_files_are_named(tmp_path):
     path = tmp_path / "weights.pt"
 
@@ -291,6 +373,8 @@ def test_wrong_files_are_named(tmp_path):
     refused("EVA02-B-16", values, "does not fit EVA02-B-16")
     refused("vit_base_patch16_224", {"x": print}, "cannot be read as weights of vit_base_patch16_224")
     refused("vit_base_patch16_224", [1, 2], "cannot be read as weights|does not fit")
+    strange = {**values, "patch_embed.proj.weight": torch.ones(32, 100)}  # which timm makes patches of
+    refused("vit_base_patch16_224", strange, "does not fit vit_base_patch16_224, for timm cannot bring it into")
     path.write_bytes(b"no weights")
     with pytest.raises(BackboneError, match="cannot be read"):
         build_timm_tower("vit_base_patch16_224", 32, str(path))
