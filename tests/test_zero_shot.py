@@ -123,6 +123,16 @@ def test_training_from_there_and_testing_it(zero: Path, tmp_path: Path, tuned: s
     assert status == 0 and f"validation: top-1 {max(row['top1'] for row in metrics(run)):.2f}" in text, text
 
 
+def test_a_run_that_goes_on_makes_no_classes_anew(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it need the file with CLIP's text tower for them."""
+    chosen = ("network.method=full_finetune", f"logging.output_dir={tmp_path}")
+    run = train(zero, tmp_path / "run", "solver.epochs=1", *chosen)
+    before = content(run / "last_model.pt")["model_state_dict"]["head.classes"]
+    monkeypatch.setattr("clip.text.tokenize", lambda *_: pytest.fail("classes are made of names"))
+    train(zero, run, "solver.epochs=2", *chosen)
+    assert torch.equal(content(run / "last_model.pt")["model_state_dict"]["head.classes"], before)
+
+
 def test_pretraining_on_other_names(zero: Path, tmp_path: Path) -> None:
     """They and the templates are those given, the text tower is the checkpoint's; a resumed run is as one go."""
     chosen = ("network.text.tuned=tower", "network.method=full_finetune", f"logging.output_dir={tmp_path}")
