@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 
-import open_clip
 import pytest
 import timm
 import torch
@@ -301,10 +300,8 @@ def test_pixels_are_those_of_open_clips_tag(tmp_path, monkeypatch, caplog):
     path = tmp_path / "weights.pt"
     torch.save({f"visual.trunk.{key}": value for key, value in theirs.items()}, path)
     tag = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
-    monkeypatch.setattr(
-        open_clip.pretrained, "get_pretrained_cfg", lambda name, source: tag if source == "odd" else None
-    )
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda asked: str(path) if asked is tag else None)
+    monkeypatch.setattr("open_clip.pretrained.get_pretrained_cfg", lambda _, source: {"odd": tag}.get(source))
+    monkeypatch.setattr("open_clip.download_pretrained", lambda asked: str(path) if asked is tag else None)
     with caplog.at_level(logging.WARNING, "td4v"):
         tower = build_model(config("EVA02-B-16", init=True, weights="odd")).tower
     assert (tower.mean, tower.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
