@@ -32,7 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=2, help="in the step (default: 2, the fewest for side-tuning)")
     parser.add_argument("--forward", action="store_true", help="no backward pass, no gradients")
     asked = parser.parse_args(arguments)
-    logging.getLogger("td4v").setLevel(logging.ERROR)  # that the weights are random is known here
     head = ["trunk", "tower", *asked.methods, "what it lacks"]
     print(_line(head), _line(["---"] * len(head)), sep="\n")
     whole = True
@@ -119,6 +118,7 @@ def train_step(config: Config, clips: int, forward: bool) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("td4v").setLevel(logging.ERROR)  # that the weights are random is known here
     try:
         sys.exit(main())
     except ConfigError as error:
