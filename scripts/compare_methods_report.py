@@ -6,6 +6,7 @@ Lives here: the scores of a data configuration and all text and drawing. Does no
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.whole_file import write_whole
 from scripts.compare_runs import as_table, styles
 from scripts.profile_report import NOTES, Row, milliseconds, number, summary
 
@@ -88,8 +90,9 @@ def accuracy_table(accuracy: Accuracy) -> str:
 
 def accuracy_findings(accuracy: Accuracy) -> list[str]:
     """What the table shows, also where TD4V does not win: a sentence each."""
-    best = max(accuracy.methods, key=lambda one: one.mean)
-    lines = [f"Highest mean: {best.method}, {best.text} %."]
+    highest = max(one.mean for one in accuracy.methods)
+    best = [f"{one.method}, {one.text} %" for one in accuracy.methods if math.isclose(one.mean, highest)]
+    lines = [f"Highest mean: {'; '.join(best)}{' (a tie)' * (len(best) > 1)}."]
     for own in (one for one in accuracy.methods if one.method.startswith(OURS)):
         others = [one for one in accuracy.methods if one is not own]
         if len(own.top1) < 2:
@@ -173,7 +176,9 @@ def draw(rows: Sequence[Row], accuracies: Sequence[Accuracy], path: Path) -> Non
     for axes in panels.flat:
         axes.set_axis_off()
     for axes, accuracy in zip(panels[:above].flat, accuracies, strict=False):
-        _bars(axes, names, {one.method: one.mean for one in accuracy.methods}, colors, f"top-1 on {accuracy.name}, %")
+        means = {one.method: one.mean for one in accuracy.methods}
+        dots = [accuracy.chance, *(score for one in accuracy.methods for score in one.top1.values())]
+        _bars(axes, names, means, colors, f"top-1 on {accuracy.name}, %", up_to=max(dots))
         for one in accuracy.methods:
             places = [names.index(one.method)] * len(one.top1)
             axes.plot(list(one.top1.values()), places, "o", color="black", markersize=3.5, clip_on=False)
@@ -184,10 +189,13 @@ def draw(rows: Sequence[Row], accuracies: Sequence[Accuracy], path: Path) -> Non
         _bars(axes, names, costs, colors, title)
     random = "frozen and tuned towers from RANDOM weights; dots: seeds" if accuracies else "from RANDOM weights"
     figure.suptitle(f"Methods compared, {random}", fontsize=12)
-    figure.savefig(path)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _bars(axes: Axes, names: Sequence[str], values: dict[str, float], colors: dict[str, Any], title: str) -> None:
+def _bars(
+    axes: Axes, names: Sequence[str], values: dict[str, float], colors: dict[str, Any], title: str, up_to: float = 0.0
+) -> None:
+    """A bar a method; the axis ends beyond all of them and beyond `up_to`."""
     axes.set_axis_on()
     known = [name for name in names if name in values]
     places = [names.index(name) for name in known]
@@ -196,7 +204,7 @@ def _bars(axes: Axes, names: Sequence[str], values: dict[str, float], colors: di
         axes.text(0, place, f"  {number(values[name])}", fontsize=8.5, va="center")
     axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
     axes.set_ylim(len(names) - 0.4, -1.1)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max([up_to, *values.values()]) or 1)
     axes.set_title(title, fontsize=10.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from engine import cost
-from scripts import compare_methods, trials
+from scripts import compare_methods, compare_methods_report, trials
 from scripts.compare_methods_report import Accuracy, Scores, accuracy_findings
 from scripts.trials import TrialError, seconds_left
 from tests.entry_bench import command
@@ -149,6 +150,22 @@ def test_the_findings_name_who_wins_and_what_no_seed_tells_apart() -> None:
     assert chance.startswith("Not told from chance (a mean up to 16.0 %") and chance.endswith(": probe.")
     _, own, _ = accuracy_findings(Accuracy("x", "", 10.0, 12.0, 100, [scores("td4v_side", 40), scores("aim", 60)]))
     assert "of one seed each" in own
+
+
+def test_a_tie_names_all_who_share_it() -> None:
+    several = [scores("td4v_side", 40, 44), scores("aim", 44, 40), scores("probe", 11, 12)]
+    best, *_ = accuracy_findings(Accuracy("x", "", 10.0, 12.0, 100, several))
+    assert best == "Highest mean: td4v_side, 42.0 ± 2.8 %; aim, 42.0 ± 2.8 % (a tie)."
+
+
+def test_every_seed_lies_within_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(compare_methods_report, "Figure", lambda **words: figures.append(Figure(**words)) or figures[0])
+    compare_methods_report.draw(
+        [], [Accuracy("x", "", 10.0, 12.0, 9, [scores("aim", 5, 90), scores("probe", 30)])], tmp_path / "x.png"
+    )
+    low, high = figures[0].axes[0].get_xlim()
+    assert low == 0 and 90 < high < 100
 
 
 def test_time_left() -> None:
