@@ -18,12 +18,13 @@ import engine.loop
 from engine.evaluation import DataError
 from tests.entry_bench import assert_same, command, content, files, metrics, refusal, settings, train, training_refusal
 
-METHODS = ("td4v_side", "td4v_finetune")
+METHODS = ("td4v_side", "td4v_finetune", "aim")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_and_resumed_is_as_one_go(tiny: Path, tmp_path: Path, monkeypatch, method: str):
-    # Mixup and dropout draw from generators that go on from epoch to epoch; 8 batches in steps of 3 leave a short one.
+    # Mixup, dropout and the dropped paths of AIM draw from generators that go on from epoch to epoch; 8 batches in steps
+    # of 3 leave a short one.
     chosen = (
         f"network.method={method}",
         "solver.mixup=true",

@@ -17,7 +17,7 @@ import yaml
 from scripts import export
 from tests.entry_bench import command, content, evaluated, metrics, settings, train, training_refusal
 
-METHODS = ("td4v_side", "td4v_finetune")
+METHODS = ("td4v_side", "td4v_finetune", "aim")
 
 
 @pytest.mark.parametrize("method", METHODS)
