@@ -7,8 +7,9 @@ Lives here: the scores of a data configuration and all text and drawing. Does no
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from configs.schema import Config
 from engine.whole_file import write_whole
 from scripts.compare_runs import as_table, styles
 from scripts.profile_report import NOTES, Row, milliseconds, number, summary
@@ -70,6 +72,22 @@ class Accuracy:
         derived = [{"mean": one.mean, "deviation": one.deviation} for one in self.methods]
         methods = [asdict(one) | more for one, more in zip(self.methods, derived, strict=True)]
         return asdict(self) | {"methods": methods, "chance_bound": self.chance_bound}
+
+
+def about(recipe: str, base: Config, videos: int, majority: float) -> str:
+    """What was trained and tested in words. `base` is the configuration without what is a method's own."""
+    data, solver, vision = base.data, base.solver, base.network.vision
+    rows = sum(1 for line in Path(data.train_list).read_text(encoding="utf-8").splitlines() if line.strip())
+    tower = base.network.arch if vision is None else f"{vision.layers} layers of width {vision.width}"
+    epochs = f"{solver.epochs} epoch{'s' * (solver.epochs != 1)}"
+    return (
+        f"{recipe} The tower ({tower}, {data.input_size} px) starts from RANDOM weights, nothing of CLIP is in it; "
+        f"{rows} training and {videos} test videos, {data.num_classes} classes, T = {data.num_segments}, {epochs}, lr "
+        f"{solver.lr:g}, weight decay {solver.weight_decay:g}. Top-1 of the last epoch's checkpoint on one clip and one "
+        f"centre crop. Chance is {100 / data.num_classes:.1f} %, always naming the most frequent class gives "
+        f"{majority:.1f} %. This shows what the methods learn from so little data on such towers, not how good they are "
+        "on CLIP."
+    )
 
 
 def accuracy_table(accuracy: Accuracy) -> str:
@@ -137,21 +155,43 @@ def cost_findings(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def markdown(rows: Sequence[Row], costs_of: str, accuracies: Sequence[Accuracy], meta: dict[str, Any]) -> str:
-    """The whole report."""
+def costs_caption(made_by: Mapping[str, Sequence[str]], meta: Mapping[str, Any]) -> str:
+    """Below the table of costs: under which conditions all rows were measured, and by which code where that differs."""
+    threads = f"{meta['threads']} thread{'s' * (meta['threads'] != 1)}"
+    return f"\nMeasured on {meta['processor']}, {threads}, torch {meta['torch']}.\n{revisions_text(made_by)}"
+
+
+def revisions_text(made_by: Mapping[str, Sequence[str]]) -> str:
+    """Which code each row comes from; empty where all come from the same."""
+    if len(set(map(frozenset, made_by.values()))) < 2:
+        return ""
+    each = "; ".join(f"{name} {', '.join(revisions)}" for name, revisions in made_by.items())
+    return f"\nThe rows come from different revisions of the code: {each}.\n"
+
+
+def markdown(
+    rows: Sequence[Row],
+    made_by: Mapping[str, Sequence[str]],
+    costs_of: str,
+    accuracies: Sequence[Accuracy],
+    meta: Mapping[str, Any],
+) -> str:
+    """The whole report. `made_by` has the revision of the code of each row of costs, by its label."""
     parts = ["# Methods compared\n", "![](methods.png)\n"]
     for accuracy in accuracies:
         parts += [f"## Top-1 on {accuracy.name}, %\n", accuracy_table(accuracy), f"{accuracy.about}\n"]
+        parts += [revisions_text({one.method: one.revisions for one in accuracy.methods})]
         parts += [_listed(accuracy_findings(accuracy))]
     if rows:
-        parts += [f"## What they cost: {costs_of}\n", summary(rows)]
+        parts += [f"## What they cost: {costs_of}\n", summary(rows) + costs_caption(made_by, meta)]
         parts += ["From the cheapest on:\n", _listed(cost_findings(rows)), NOTES]
+    star = " (* with uncommitted changes)" if any("*" in revision for revision in meta["revisions"]) else ""
     hardware = meta["hardware"]
     gpus = ", ".join(gpu["name"] for gpu in hardware["gpus"]) or "none"
     parts += [
         "## Where\n",
-        f"- `{' '.join(meta['command'])}`, {meta['started']}",
-        f"- revisions of what was measured: {', '.join(meta['revisions'])} (* with uncommitted changes)",
+        f"- `{shlex.join(meta['command'])}`, {meta['started']}",
+        f"- revisions of what was measured: {', '.join(meta['revisions']) or 'none'}{star}",
         f"- {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gib']} GiB; GPUs: {gpus}; device: {meta['device']}",
         f"- {', '.join(f'{name} {version}' for name, version in meta['versions'].items())}\n",
     ]

@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from configs.schema import load_config
 from engine import cost
 from scripts import compare_methods, compare_methods_report, trials
 from scripts.compare_methods_report import Accuracy, Scores, accuracy_findings
@@ -97,6 +99,34 @@ def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> N
     assert "holds another run: solver.lr was 0.001 and is now 0.1; remove it" in caplog.records[-1].getMessage()
 
 
+def test_a_skipped_half_is_what_earlier_calls_left(compare, tmp_path: Path, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", "td4v")
+    out, chosen = tmp_path / "out", ["--methods", PROBE, "--seeds", "0"]
+
+    def report(*words: str) -> tuple[int, int]:
+        """Numbers of rows of costs and of tables of accuracy."""
+        caplog.clear()
+        assert compare(*chosen, *words) == 0
+        record = json.loads((out / "methods.json").read_text())
+        return len(record["costs"]), len(record["accuracy"])
+
+    assert report("--skip", "accuracy") == (1, 0)
+    assert report("--skip", "costs") == (1, 1)
+    text = (out / "methods.md").read_text()
+    assert f"{torch.get_num_threads()} thread" in text and "## Top-1 on small" in text
+    assert report("--skip", "accuracy") == (1, 1) and not compare.calls
+    assert report("--skip", "accuracy", "--seeds", "0", "1") == (1, 0)  # seed 1 was never run
+    assert report("--skip", "costs", "--set", "solver.lr_warmup_step=0", "--repeats", "2") == (0, 1)
+    file = out / "costs" / f"{PROBE}.json"
+    file.write_text(file.read_text()[:100])
+    assert report("--skip", "costs") == (0, 1)
+    assert any("cannot be read" in record.getMessage() for record in caplog.records)
+    assert report("--skip", "accuracy") == (1, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert report("--skip", "costs") == (0, 1)
+    assert f"{PROBE}: kept costs are of another threads, and not used" in [one.getMessage() for one in caplog.records]
+
+
 def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: Path, caplog) -> None:
     """A real process, which meets a frame that is missing."""
     frames = tmp_path / "frames"
@@ -117,7 +147,12 @@ def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: P
     [
         (["--methods", PROBE, "td4v_sidee"], "network.method: 'td4v_sidee' is unknown; did you mean td4v_side?"),
         (["--methods", f"{PROBE}+network.options={{widht: 1}}"], "network.options.widht"),
-        (["--set", "data.train_list=none.txt"], "data.train_list: there is no file none.txt"),
+        (
+            ["--set", "data.train_list=none.txt"],
+            "small.yaml: data.train_list: there is no file none.txt; choose --accuracy",
+        ),
+        (["--set", "network.head=text"], "network.head: text needs the pretrained CLIP"),
+        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # which no method but aim has
         (["--accuracy", "none.yaml"], "none.yaml: cannot read"),
         (["--accuracy", "a/small.yaml", "b/small.yaml"], "two configurations are called small"),
     ],
@@ -133,6 +168,36 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
     said = caplog.records[-1].getMessage()
     assert sentence in said and "\n" not in said
     assert not compare.calls and not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_command_line_hold_for_every_method(small: Path) -> None:
+    file, overrides = compare_methods.overrides_of(str(small), "aim", ["network.options={drop_path: 0.3}"])
+    assert load_config(file, overrides).network.options == {"drop_path": 0.3}
+    file, overrides = compare_methods.overrides_of(str(small), "aim", [])
+    assert load_config(file, overrides).network.options == {}
+
+
+def test_the_recipe_names_what_is_not_the_same(small: Path) -> None:
+    same = compare_methods.recipe(str(small), ["solver.lr=0.1"], [PROBE, "aim+network.options.drop_path=0"])
+    assert "with `solver.lr=0.1`, the same for all methods but for `network.method` and its options; the file" in same
+    other = compare_methods.recipe(str(small), [], [PROBE, "aim+solver.lr=1+solver.epochs=2"])
+    assert "its options, and for `solver.lr=1` of aim, `solver.epochs=2` of aim, which" in other
+
+
+def test_an_empty_folder_of_made_data_is_filled(small: Path, tmp_path: Path, monkeypatch, tiny_data: Path) -> None:
+    folder, made = tmp_path / "made", []
+    folder.mkdir()
+    monkeypatch.setattr(compare_methods, "make_data", lambda where: made.append(where))
+    settings = [f"data.{split}_{what}" for split in ("train", "val") for what in ("root", "list")]
+    places = [folder / "frames", folder / "train.txt", folder / "frames", folder / "val.txt"]
+    words = tuple(f"{key}={place}" for key, place in zip(settings, places, strict=True))
+    with pytest.raises(compare_methods.CompareError, match=f"small.yaml: .*; remove {folder}, and the data"):
+        compare_methods.prepare(trials.Trial("x", "x", str(small), words, tmp_path))
+    assert made == [folder]
+    head = tmp_path / "prepared.yaml"
+    head.write_text(f"# python -m datasets.prepare folder\n{small.read_text()}")
+    with pytest.raises(compare_methods.CompareError, match=f"make the data as the head of {head} says, or choose"):
+        compare_methods.prepare(trials.Trial("x", "x", str(head), ("data.val_list=none.txt",), tmp_path))
 
 
 def scores(method: str, *top1: float) -> Scores:
