@@ -223,6 +223,17 @@ def test_a_tie_names_all_who_share_it() -> None:
     assert best == "Highest mean: td4v_side, 42.0 ± 2.8 %; aim, 42.0 ± 2.8 % (a tie)."
 
 
+def test_the_code_of_each_row_is_named_where_it_differs() -> None:
+    assert compare_methods_report.revisions_text({"aim": ("a1",), "probe": ("a1",)}) == ""
+    text = compare_methods_report.revisions_text({"aim": ("a1", "b2*"), "probe": ("a1",)})
+    assert text.endswith(": aim a1, b2*; probe a1.\n")
+    meta = {"hardware": {"gpus": [], "cpu": "c", "cores": 1, "memory_gib": 1}, "versions": {}, "device": "cpu",
+            "command": ["python", "a b"], "started": "now"}  # fmt: skip
+    for revisions, legend in ((["a1"], False), (["a1", "b2*"], True)):
+        text = compare_methods_report.markdown([], {}, "", [], meta | {"revisions": revisions})
+        assert ("uncommitted" in text) is legend and "`python 'a b'`" in text
+
+
 def test_every_seed_lies_within_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(compare_methods_report, "Figure", lambda **words: figures.append(Figure(**words)) or figures[0])
