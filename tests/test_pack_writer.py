@@ -225,8 +225,14 @@ def test_kill_and_resume(frames, whole, tmp_path):
 
 
 def test_ctrl_c_and_a_full_disk_keep_finished_shards(tmp_path):
-    """A limit on the size of files stands for the full disk: the second shard's one video is larger than it."""
-    frames = make_frames(tmp_path / "frames", {"a": 20, "b": 600})
+    """A limit on the size of files stands for the full disk: the second shard's one video is larger than it.
+
+    That video is long, so that the interrupt comes while it is packed, and most of its frames are links to one.
+    """
+    many = 8000
+    frames = make_frames(tmp_path / "frames", {"a": 20, "b": 100})
+    for number in range(101, many + 1):
+        os.link(frames / "b/000001.jpg", frames / f"b/{number:06d}.jpg")
     out = tmp_path / "x.pack"
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
     run = subprocess.run(
@@ -244,7 +250,7 @@ def test_ctrl_c_and_a_full_disk_keep_finished_shards(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors.splitlines()[-1]
     write_pack(frames, out, settings=SMALL)
-    assert_equal(Pack(out), frames, {"a": 20, "b": 600})
+    assert_equal(Pack(out), frames, {"a": 20, "b": many})
     assert (out / shard_name(0)).stat().st_ino == number
 
 
