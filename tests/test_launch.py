@@ -205,7 +205,7 @@ def two_machines(place: Path, **settings) -> list[Launcher]:
 
 
 def test_two_launchers_as_two_machines_start_again_together(tmp_path):
-    machines = two_machines(tmp_path, first="3", seconds=1, environment={"MAX_RESTARTS": "1"})
+    machines = two_machines(tmp_path, first="3", seconds=3, environment={"MAX_RESTARTS": "1"})
     assert [machine.end()[0] for machine in machines] == [0, 0]
     said = [machines[0].said(rank) for rank in (0, 1)]
     assert [line[0] for line in said[0]] == ["up", "saved", "up", "finished"]
