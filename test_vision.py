@@ -12,18 +12,18 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from clip.build import build_model, check_untrained, parameter_report
-from clip.loading import load_weights
-from clip.weights import OPENAI, find_weights
+from clip.towers.weights import OPENAI, find_weights
 from configs.schema import Config, ConfigError, load_config
 from datasets.build import class_names, test_loader
-from engine import checkpoint, report
+from engine import checkpoint_file, results
 from engine.distributed import EngineError, place, run, start
 from engine.evaluation import evaluate, log_accuracy
 from engine.log import setup_logging
+from engine.normalize import Normalizer
 from engine.optim import resolve_precision
-from engine.pixels import Normalizer
-from engine.record import run_meta
+from engine.run_info import run_info
+from models.loading import load_weights
+from models.registry import build_model, check_untrained, parameter_report
 
 logger = logging.getLogger("td4v")
 
@@ -62,13 +62,15 @@ def main() -> None:
         raise ConfigError("--weights: is needed, for network.head linear starts with a random classifier")
     names = class_names(config.data)
     path = Path(arguments.json) if arguments.json else results_path(arguments, config)
-    content = checkpoint.load(arguments.weights) if arguments.weights else {}
+    content = checkpoint_file.load(arguments.weights) if arguments.weights else {}
     ours = not (arguments.json or arguments.weights)  # a folder that may not be there yet
-    report.check_target(path, makes_folder=ours)
-    backbone = content["backbone"] if checkpoint.lacks_backbone(content) else None
+    results.check_target(path, makes_folder=ours)
+    backbone = content["backbone"] if checkpoint_file.lacks_backbone(content) else None
     if arguments.weights:
         model = build_model(config, pretrained=backbone is not None)  # else the checkpoint brings all weights
-        load_weights(model, checkpoint.weights_of(content, arguments.weights), arguments.weights, backbone=backbone)
+        load_weights(
+            model, checkpoint_file.weights_of(content, arguments.weights), arguments.weights, backbone=backbone
+        )
     else:
         model = build_model(config, class_names=names)
         check_untrained(model)
@@ -94,11 +96,11 @@ def main() -> None:
             "epoch": epoch if isinstance(epoch, int) else None,
             "parameters": dataclasses.asdict(parameter_report(model)),
             "config": config.to_dict(),
-            "meta": run_meta({"test_list": config.data.test_list or config.data.val_list}, config.seed),
+            "meta": run_info({"test_list": config.data.test_list or config.data.val_list}, config.seed),
         }
         if ours:
             path.parent.mkdir(parents=True, exist_ok=True)
-        report.write(path, accuracy, names, about)
+        results.write(path, accuracy, names, about)
 
 
 def results_path(arguments: argparse.Namespace, config: Config) -> Path:

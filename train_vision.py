@@ -12,23 +12,23 @@ import argparse
 import dataclasses
 import logging
 
-from clip.build import backbone_identity, build_model, check_trainable, parameter_report
-from clip.groups import parameter_groups
-from clip.loading import load_weights
 from configs.schema import load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
-from engine import checkpoint, optim
+from engine import checkpoint_file, optim
 from engine.distributed import EngineError, place, run, seed_everything, start, unwrap, wrap
 from engine.dry_run import dry_run
-from engine.ema import TunedEma
+from engine.ema import ModelEma
 from engine.evaluation import evaluate, log_accuracy
-from engine.features import FeatureCache
+from engine.feature_cache import FeatureCache
 from engine.log import setup_logging
-from engine.loop import LoopSettings, Trainee, Trainer, steps_per_epoch
-from engine.pixels import Normalizer
-from engine.record import run_meta
+from engine.normalize import Normalizer
 from engine.resume import find_run, restarted, starting_point
-from engine.run_folder import RunFolder
+from engine.run_dir import RunDir
+from engine.run_info import run_info
+from engine.trainer import Trainer, TrainerSettings, TrainingState, steps_per_epoch
+from models.loading import load_weights
+from models.parameters import parameter_groups
+from models.registry import build_model, check_trainable, frozen_identity, parameter_report
 
 logger = logging.getLogger("td4v")
 
@@ -62,13 +62,13 @@ def main() -> None:
     names = class_names(data)  # a label list that does not fit should not be found out at the end
     ours = (process.rank, process.world_size)
     validation = val_loader(data, config.seed, *ours)
-    meta = run_meta({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
+    meta = run_info({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
     trains = not solver.evaluate and not arguments.dry_run
     wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh and not restarted()}
     folder, going_on = find_run(config, meta, process, **wishes) if trains else (None, False)
     path, content, whole = starting_point(config, meta, folder if going_on else None, process)
 
-    lean = checkpoint.lacks_backbone(content)
+    lean = checkpoint_file.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
     drop_head = config.pretrain_head == "drop" and path == config.pretrain
     needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # a text head is made of CLIP
@@ -77,13 +77,13 @@ def main() -> None:
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
         identity = content["backbone"] if lean else None
-        load_weights(model, checkpoint.weights_of(content, path), path, drop_head, identity)
+        load_weights(model, checkpoint_file.weights_of(content, path), path, drop_head, identity)
     if not whole and not solver.evaluate:
         check_trainable(model)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
     if caches != "off":
-        frozen = backbone_identity(model)["sha256"]
+        frozen = frozen_identity(model)["sha256"]
         cache = FeatureCache(config, meta["lists"], model, frozen, process, precision, normalizer)
         validation = cache.loader("val", validation, validation)
     if solver.evaluate:
@@ -92,7 +92,7 @@ def main() -> None:
         expected, every = len(validation.dataset), config.logging.print_freq
         log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
         return
-    backbone = backbone_identity(model) if lean or not whole else content["backbone"]
+    backbone = frozen_identity(model) if lean or not whole else content["backbone"]
     training = train_loader(data, config.seed, *ours, model.frames_per_segment)
     if caches == "all":
         training = cache.loader("train", listed_loader(data, config.seed, *ours), training)
@@ -107,19 +107,19 @@ def main() -> None:
     )
     steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
     mixing = (solver.mixup_alpha, solver.cutmix_alpha, solver.smoothing, data.num_classes)
-    trainee = Trainee(
+    trainee = TrainingState(
         model=model,
         optimizer=optimizer,
         scheduler=optim.warmup_cosine(optimizer, steps, solver.epochs, solver.lr_warmup_step),
         scaler=precision.scaler(process.device),
-        ema=TunedEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
+        ema=ModelEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
         backbone=backbone,
         criterion=optim.build_criterion(solver.smoothing, solver.mixup),
         precision=precision,
         mixup=optim.ClipMixup(*mixing) if solver.mixup else None,
         normalizer=normalizer,
     )
-    settings = LoopSettings(
+    settings = TrainerSettings(
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
         solver.grad_accumulation_steps, solver.clip_grad, solver.early_stop, solver.max_bad_steps,
         saving.every_steps, saving.every_minutes, saving.keep, saving.full or brings_backbone,
@@ -134,11 +134,11 @@ def main() -> None:
         dry_run(trainee, *loaders, process, settings)
         return
     shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips if caches != "all" else 0}
-    with RunFolder(folder, config.to_dict(), meta, process, resume=going_on, **shown) as record:
+    with RunDir(folder, config.to_dict(), meta, process, resume=going_on, **shown) as record:
         logger.info("%s", report)
         logger.info(
             "%s on %s: %d training and %d validation videos, %d classes, T = %d, %d clips a step on %d x %s, %s",
-            *(config.network.method_name, data.dataset, len(training.dataset), len(validation.dataset)),
+            *(config.network.model_name, data.dataset, len(training.dataset), len(validation.dataset)),
             *(data.num_classes, data.num_segments, clips, process.world_size, process.device.type, folder),
         )
         state = Trainer(trainee, *loaders, process, settings, record).fit(path if whole else None, content)

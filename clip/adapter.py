@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.layers import TemporalProjection
-from clip.lean import difference_streams
+from clip.ops import difference_streams
 
 
 class TD4V(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clip.lean import gelu_linear, normed_linear, temporal_linear, temporal_sum
+from clip.ops import gelu_linear, normed_linear, temporal_linear, temporal_sum
 
 
 def token_shift(token: Tensor) -> Tensor:

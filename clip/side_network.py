@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.layers import Attention, Mlp, over_tokens, token_shift
-from clip.lean import normed_linear, temporal_sum
+from clip.ops import normed_linear, temporal_sum
 
 
 class SideBlock(nn.Module):

@@ -30,6 +30,9 @@ DEAD_KEYS = frozenset(
      "solver.epoch_offset"}
 )  # fmt: skip
 
+# Former and published names of keys.
+ALIASES = {"network.method": "network.model"}
+
 # The traits of a dataset that change sampling and augmentation; a name outside this table needs `data.style`.
 STYLES = {
     "kinetics": ("hmdb51", "ucf101", "k400", "k600", "k700", "kinetics", "kinetics400", "kinetics600", "diving48"),
@@ -229,7 +232,7 @@ class NetworkConfig:
     arch: str = "ViT-B/16"  # OpenAI's name, a ViT of open_clip or timm, or `custom` with vision
     init: bool = True  # load CLIP's weights
     weights: Optional[str] = None  # a tag or a file; null: clip_pretrain/, else OpenAI's or timm's tag
-    method: Optional[str] = None  # null: td4v_finetune if fine_tuning, else td4v_side
+    model: Optional[str] = None  # null: td4v_finetune if fine_tuning, else td4v_side
     fine_tuning: bool = False
     head: Literal["linear", "text"] = "linear"  # the classifier; text: CLIP's embeddings of the class names
     text: TextConfig = field(default_factory=TextConfig)  # with head: text
@@ -273,9 +276,9 @@ class NetworkConfig:
             )
 
     @property
-    def method_name(self) -> str:
-        """The method's name in the METHODS table: `method`, or what the published `fine_tuning` switch means."""
-        return self.method or ("td4v_finetune" if self.fine_tuning else "td4v_side")
+    def model_name(self) -> str:
+        """The model's name in the MODELS table: `model`, or what the published `fine_tuning` switch means."""
+        return self.model or ("td4v_finetune" if self.fine_tuning else "td4v_side")
 
 
 @dataclass(frozen=True)
@@ -611,6 +614,11 @@ def _fill(cls: type, values: Any, path: str, dead: list[str]) -> Any:
     filled = {}
     for key, value in values.items():
         dotted = f"{path}.{key}" if path else str(key)
+        if dotted in ALIASES:
+            dotted = ALIASES[dotted]
+            key = dotted.rpartition(".")[2]
+            if key in values:
+                raise ConfigError(f"{dotted}: is given under two names")
         if dotted in DEAD_KEYS:
             dead.append(dotted)
         elif key not in fields:

@@ -23,8 +23,8 @@ from datasets.decoders import DecoderMissing, library
 from datasets.loader import VideoLoader
 from datasets.pack.format import is_pack
 from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, VideoReader
+from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
-from datasets.traits import traits_of
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
@@ -88,7 +88,7 @@ def class_names(data: DataConfig) -> tuple[str, ...] | None:
 
 
 def _training(data: DataConfig, seed: int) -> TrainDataset | PlainTrainDataset:
-    source, traits = _training_source(data, seed), traits_of(data)
+    source, traits = _training_source(data, seed), dataset_traits(data)
     reading = (source, data.num_segments, data.sampling_style, data.dense)
     if not data.augment:
         return PlainTrainDataset(*reading, EvalTransform(data.input_size, traits.scale_size, crops=1))
@@ -122,7 +122,7 @@ def _eval_loader(
     clips: int | None,
     dense: bool,
 ) -> VideoLoader:
-    scale_size = traits_of(data).scale_size
+    scale_size = dataset_traits(data).scale_size
     transform = EvalTransform(data.input_size, scale_size, crops)
     dataset = EvalDataset(source, data.num_segments, data.sampling_style, dense, transform, clips)
     views = crops * (clips or 1)

@@ -43,14 +43,14 @@ PARENT_GONE_S = 5.0  # how often a worker looks whether its main process still l
 
 
 @dataclass(frozen=True)
-class Claim:
+class Slot:
     """Comes before the keys of a batch, and before its items: the buffer that its videos go to."""
 
     buffer: int
 
 
 @dataclass(frozen=True)
-class Parcel:
+class BufferRef:
     """Stands for videos that lie in a buffer."""
 
     buffer: int
@@ -58,7 +58,7 @@ class Parcel:
     shape: tuple[int, ...]
 
 
-class Ring:
+class SharedBuffers:
     """Buffers of shared memory, handed out by number.
 
     Args:
@@ -78,17 +78,17 @@ class Ring:
             raise ValueError(_too_little(needed, shutil.disk_usage(SHARED_MEMORY).free)) from None
         self.free = deque(range(buffers))  # lives in the main process; threads may append to it
 
-    def put(self, claim: Claim, videos: Sequence[torch.Tensor], join: Callable[..., torch.Tensor]) -> Parcel:
+    def put(self, claim: Slot, videos: Sequence[torch.Tensor], join: Callable[..., torch.Tensor]) -> BufferRef:
         """In a worker: join videos (torch.cat or torch.stack) in a buffer."""
         first = videos[0]
         shape = (len(videos), *first.shape)
         if join is torch.cat:
             shape = (sum(len(video) for video in videos), *first.shape[1:])
-        parcel = Parcel(claim.buffer, first.dtype, shape)
+        parcel = BufferRef(claim.buffer, first.dtype, shape)
         join(videos, out=self._tensor(parcel, self.memory[claim.buffer]))
         return parcel
 
-    def open(self, parcel: Parcel) -> torch.Tensor:
+    def open(self, parcel: BufferRef) -> torch.Tensor:
         """In the main process: the videos of a parcel, (..., S, S, 3).
 
         The buffer is free again when nothing looks at them any more.
@@ -98,7 +98,7 @@ class Ring:
         return self._tensor(parcel, torch.from_numpy(owner))  # its storage, shared by all views, keeps `owner`
 
     @staticmethod
-    def _tensor(parcel: Parcel, buffer: torch.Tensor) -> torch.Tensor:
+    def _tensor(parcel: BufferRef, buffer: torch.Tensor) -> torch.Tensor:
         size = math.prod(parcel.shape) * parcel.dtype.itemsize
         return buffer[:size].view(parcel.dtype).view(parcel.shape)
 
@@ -110,10 +110,10 @@ def _too_little(needed: int, there: int) -> str:
     )
 
 
-class _Claims(BatchSampler):
+class _Slots(BatchSampler):
     """The batches of a sampler, each with a claim before its keys while there are free buffers."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, ring: Ring):
+    def __init__(self, sampler: Sampler, batch_size: int, ring: SharedBuffers):
         super().__init__(sampler, batch_size, drop_last=False)
         self.ring = ring
         self.claimed: set[int] = set()  # by batches that have not come back
@@ -123,7 +123,7 @@ class _Claims(BatchSampler):
             if self.ring.free:
                 buffer = self.ring.free.popleft()
                 self.claimed.add(buffer)
-                keys = [Claim(buffer), *keys]
+                keys = [Slot(buffer), *keys]
             yield keys
 
 
@@ -174,7 +174,7 @@ class VideoLoader(DataLoader):
         sampler: of keys of the dataset.
         batch_size: videos.
         item_bytes: of the videos of one item, at most.
-        collate: (items, ring=) -> batch, with a Parcel for `video` if the first item is a Claim.
+        collate: (items, ring=) -> batch, with a BufferRef for `video` if the first item is a Slot.
         workers: processes; 0 works in the calling one.
         pin_memory: put videos into page-locked memory, from which a GPU fetches them while it computes.
         seed: of what the workers draw; nothing of ours depends on it.
@@ -195,11 +195,11 @@ class VideoLoader(DataLoader):
         seed: int = 0,
     ):
         self.order, self.pin = sampler, pin_memory
-        self.ring = Ring(workers * PREFETCH + SPARE, batch_size * item_bytes) if workers else None
+        self.ring = SharedBuffers(workers * PREFETCH + SPARE, batch_size * item_bytes) if workers else None
         own = BatchSampler(sampler, batch_size, drop_last=False)
         super().__init__(
             dataset,
-            batch_sampler=own if self.ring is None else _Claims(sampler, batch_size, self.ring),
+            batch_sampler=own if self.ring is None else _Slots(sampler, batch_size, self.ring),
             collate_fn=partial(collate, ring=self.ring),
             num_workers=workers,  # each on one thread, which is torch's own rule for workers
             prefetch_factor=PREFETCH if workers else None,
@@ -236,7 +236,7 @@ class VideoLoader(DataLoader):
         claim, video = batch["claim"], batch["video"]
         if claim is not None:
             self.batch_sampler.claimed.discard(claim.buffer)
-        if isinstance(video, Parcel):
+        if isinstance(video, BufferRef):
             batch["video"] = self.ring.open(video).movedim(-1, -3)
         elif claim is not None:
             self.ring.free.append(claim.buffer)

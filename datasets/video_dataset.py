@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from datasets.annotation import VideoRecord
 from datasets.box import Box
-from datasets.loader import Claim, Ring, too_many_files
+from datasets.loader import SharedBuffers, Slot, too_many_files
 from datasets.readers import Frames, Reader, ReadError
 from datasets.sampling import Style, test_indices, train_indices, val_indices
 from datasets.seeding import seeded
@@ -105,7 +105,7 @@ class _VideoDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
         """The items of a batch; what comes before the keys is passed on to `collate`."""
-        return [key if isinstance(key, Claim) else self[key] for key in keys]
+        return [key if isinstance(key, Slot) else self[key] for key in keys]
 
     def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         raise NotImplementedError
@@ -203,7 +203,7 @@ class PlainTrainDataset(EvalDataset):
         return item | {key: item[key][None] for key in ("label", "index")}  # (1,)
 
 
-def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | None = None) -> dict[str, Any]:
+def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], ring: SharedBuffers | None = None) -> dict[str, Any]:
     """Items -> batch.
 
     Args:
@@ -212,7 +212,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
     Returns:
         video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
             pixels as uint8, or float32 where the transform normalised them. None where no video of the batch could be
-            read: evaluation passes over such a batch, training ends. With a claim, a Parcel: (..., S, S, 3) in memory.
+            read: evaluation passes over such a batch, training ends. With a claim, a BufferRef: (..., S, S, 3) in memory.
         label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list. With a
             ring, arrays of NumPy.
         path: list of str, the names of the videos as the list has them, in the order of label: one for each clip in
@@ -221,7 +221,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Claim], ring: Ring | Non
         error: None, or the sentence that must end the run; its reader raises it.
         claim: the claim, or None.
     """
-    claim = next((item for item in items if isinstance(item, Claim)), None)
+    claim = next((item for item in items if isinstance(item, Slot)), None)
     bad = [item for item in items if isinstance(item, BadVideo)]
     good = [item for item in items if isinstance(item, dict)]
     batch: dict[str, Any] = {

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.health import ANOTHER_ENDED, Situation, another_ended, explain
-from engine.stop import INTERRUPTED, Stopped, leaving_at_once
+from engine.errors import ANOTHER_ENDED, RunContext, another_ended, explain
+from engine.signals import INTERRUPTED, Stopped, leaving_at_once
 
 logger = logging.getLogger("td4v")
 
@@ -131,7 +131,7 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
 
 
 @contextlib.contextmanager
-def explained(situation: Callable[[], Situation]) -> Iterator[None]:
+def explained(situation: Callable[[], RunContext]) -> Iterator[None]:
     """Errors inside that health.py knows become an EngineError of one sentence, with the numbers of `situation()`."""
     try:
         yield

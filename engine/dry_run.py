@@ -17,13 +17,13 @@ from datetime import timedelta
 import torch
 from torch.utils.data import DataLoader
 
-from engine import checkpoint
+from engine import checkpoint_file
 from engine.distributed import Process, barrier, gather, sync_buffers
 from engine.evaluation import PASS_CLIPS, evaluate
 from engine.log import setup_logging
-from engine.loop import LoopSettings, Trainee, Trainer
-from engine.run_folder import RunFolder
-from engine.stop import ending_in_order
+from engine.run_dir import RunDir
+from engine.signals import ending_in_order
+from engine.trainer import Trainer, TrainerSettings, TrainingState
 
 logger = logging.getLogger("td4v")
 
@@ -52,12 +52,12 @@ class Estimate:
 
 
 def dry_run(
-    trainee: Trainee,
+    trainee: TrainingState,
     train_loader: DataLoader,
     val_loader: DataLoader,
     expected: int,
     process: Process,
-    settings: LoopSettings,
+    settings: TrainerSettings,
 ) -> Estimate:
     """Rehearse, make one step, validate one batch, save; say and return what that took. Arguments as Trainer's.
 
@@ -66,7 +66,7 @@ def dry_run(
     with (
         tempfile.TemporaryDirectory(prefix="td4v_dry_run_") as place,
         ending_in_order(),
-        RunFolder(place, {}, {}, process) as record,
+        RunDir(place, {}, {}, process) as record,
     ):
         trainer = Trainer(trainee, train_loader, val_loader, expected, process, settings, record)
         trainee.model.train()
@@ -91,7 +91,7 @@ def dry_run(
         since = _now(process)
         trainer.keeper.save(trainer.state, trainer.meter)
         save = _now(process) - since
-        size = (record.path / checkpoint.LAST).stat().st_size if process.is_main else 0
+        size = (record.path / checkpoint_file.LAST).stat().st_size if process.is_main else 0
         setup_logging(process)  # the log in the folder goes with it
     step, seconds, save, memory = (
         max(values) for values in zip(*gather((step, seconds, save, _memory(process))), strict=True)

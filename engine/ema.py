@@ -3,7 +3,7 @@
 Lives here: the averages, under the model's own names, and their visit in the model.
 Does not live here: when to update, evaluate or save (loop.py, state.py).
 
-    ema = TunedEma(model, decay=0.999)      # after wrap() and after weights are loaded
+    ema = ModelEma(model, decay=0.999)      # after wrap() and after weights are loaded
     optimizer.step(); ema.update()
     with ema.applied(model):
         evaluate(model, ...)
@@ -25,7 +25,7 @@ class EmaError(EngineError):
     """Averages that do not belong to this model; the message is one sentence."""
 
 
-class TunedEma:
+class ModelEma:
     """average = decay * average + (1 - decay) * weights, after every optimizer step.
 
     Averaged are the parameters that require gradients and the floating-point buffers (BatchNorm's statistics); integer

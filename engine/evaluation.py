@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from engine.distributed import EngineError, Process, unwrap
 from engine.log import Eta
 from engine.metrics import Accuracy, Scores
+from engine.normalize import Normalizer
 from engine.optim import Precision
-from engine.pixels import Normalizer
-from engine.stop import Stopped, StopSignals
+from engine.signals import Stopped, StopSignals
 
 logger = logging.getLogger("td4v")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config, check_same_run, difference
-from engine import checkpoint
+from engine import checkpoint_file
 from engine.distributed import Process, gather
-from engine.record import DataChangedError, check_same_lists
-from engine.run_folder import choose_folder, is_run
+from engine.run_dir import choose_folder, is_run
+from engine.run_info import DataChangedError, check_same_lists
 from engine.state import is_resumable
 
 logger = logging.getLogger("td4v")
@@ -33,21 +33,23 @@ def find_run(
     """Where the run goes, the same on every process, and whether it goes on with what is there.
 
     Args:
-        meta: of record.run_meta, with the data lists.
+        meta: of record.run_info, with the data lists.
         output, name: the folder, or its name in OUTPUT_DIR/DATASET/ARCH, if the user gave one. Else it is the folder of
             a `resume` that is called last_model.pt, else the newest unfinished run that began as this one, else a new
             one named after the time.
         fresh: never go on with a run.
 
     Raises:
-        RunFolderError: the folder holds another run; the message says what differs.
+        RunDirError: the folder holds another run; the message says what differs.
     """
     home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
     explicit = Path(output) if output else home / name if name else None
     resume = Path(config.resume) if config.resume else None
-    if explicit is None and resume is not None and resume.name == checkpoint.LAST and is_run(resume.parent):
+    if explicit is None and resume is not None and resume.name == checkpoint_file.LAST and is_run(resume.parent):
         explicit = resume.parent  # it goes on where it is; an older one would overwrite what came after
-    own = explicit is not None and resume is not None and resume.resolve() == (explicit / checkpoint.LAST).resolve()
+    own = (
+        explicit is not None and resume is not None and resume.resolve() == (explicit / checkpoint_file.LAST).resolve()
+    )
 
     def differs(former: dict[str, Any], began: dict[str, Any]) -> str | None:
         reason = difference(former, config, more_epochs=explicit is not None, begun_alike=not own)
@@ -83,13 +85,13 @@ def starting_point(
     Raises:
         CheckpointError, ConfigError, DataChangedError: it cannot be read, or is of another run.
     """
-    newest = checkpoint.newest(folder, is_resumable) if folder is not None and process.is_main else None
+    newest = checkpoint_file.newest(folder, is_resumable) if folder is not None and process.is_main else None
     path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
     if newest is None and folder is not None and process.is_main and (folder / "metrics.jsonl").exists():
         logger.warning("%s: holds no checkpoint, so its run begins again", folder)
     if path is None:
         return None, {}, False
-    content = checkpoint.load(path)
+    content = checkpoint_file.load(path)
     whole = path != config.pretrain and is_resumable(content)
     if whole:
         check_same_run(content["config"], config, path)

@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engine.checkpoint import CheckpointError, lacks_backbone
+from engine.checkpoint_file import CheckpointError, lacks_backbone
 from engine.distributed import Process, gather, unwrap
-from engine.ema import EmaError, TunedEma
+from engine.ema import EmaError, ModelEma
 
 logger = logging.getLogger("td4v")
 
 
 @dataclass
-class Health:
+class LossMonitor:
     """Steps left out because something in them was not finite, and steps whose loss stood out.
 
     `mean` and `variance` of the main process's loss are exponential averages over about the last 50 steps; `seen` counts steps.
@@ -63,7 +63,7 @@ class Health:
 
 
 @dataclass
-class TrainState:
+class Progress:
     """How far training is; the names are those of a checkpoint. `best` is -1 before the first validation."""
 
     epoch: int = 0
@@ -73,13 +73,13 @@ class TrainState:
     stale: int = 0
     pending: dict[str, Any] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    health: Health = field(default_factory=Health)
+    health: LossMonitor = field(default_factory=LossMonitor)
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> TrainState:
+    def of(cls, content: dict[str, Any]) -> Progress:
         """From a checkpoint."""
         values = {name: content[name] for name in cls.__dataclass_fields__}
-        return cls(**{**values, "history": list(values["history"]), "health": Health(**values["health"])})
+        return cls(**{**values, "history": list(values["history"]), "health": LossMonitor(**values["health"])})
 
 
 _PARTS = {
@@ -94,7 +94,7 @@ def is_resumable(content: dict[str, Any]) -> bool:
 
 
 def _lacking(content: dict[str, Any]) -> list[str]:
-    keys = dict.fromkeys((*TrainState.__dataclass_fields__, *_PARTS))
+    keys = dict.fromkeys((*Progress.__dataclass_fields__, *_PARTS))
     return [key for key in keys if key not in content or not isinstance(content[key], _PARTS.get(key, object))]
 
 
@@ -106,7 +106,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    ema: TunedEma | None = None
+    ema: ModelEma | None = None
     backbone: dict[str, str] | None = None
 
 
@@ -147,7 +147,7 @@ def put_weights(model: nn.Module, content: dict[str, Any], backbone: dict[str, s
     target.load_state_dict(values, strict=not left_out)
 
 
-def collect(parts: Parts, state: TrainState, meter: dict[str, Any], process: Process, full: bool) -> dict[str, Any]:
+def collect(parts: Parts, state: Progress, meter: dict[str, Any], process: Process, full: bool) -> dict[str, Any]:
     """The content of a checkpoint but for config and meta; every process must call it, for what is its own."""
     own = gather((rng_state(process.device), meter))
     return {
@@ -169,7 +169,7 @@ def bare(parts: Parts, full: bool) -> dict[str, Any]:
     return {"model_state_dict": values, "backbone": parts.backbone, "full": full}
 
 
-def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Process) -> tuple[TrainState, dict]:
+def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Process) -> tuple[Progress, dict]:
     """Put all parts and this process's generators back as `collect` found them.
 
     Returns:
@@ -198,7 +198,7 @@ def restore(content: dict[str, Any], path: str | Path, parts: Parts, process: Pr
         if parts.ema is not None:
             parts.ema.load_state_dict(content["ema_state_dict"])
         set_rng_state(content["rng"][process.rank], process.device)
-        state = TrainState.of(content)
+        state = Progress.of(content)
     except EmaError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:

@@ -23,7 +23,7 @@ import matplotlib
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from scripts.run_folders import Row, Run, RunReadError, find_runs
+from scripts.run_reader import Row, Run, RunReadError, find_runs
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from engine.distributed import EngineError
 from engine.metrics import Accuracy, Table, compute_accuracy
-from engine.record import run_meta
-from engine.report import SavedScores, check_target, class_name, files_of, load_scores, write
+from engine.results import SavedScores, check_target, class_name, files_of, load_scores, write
+from engine.run_info import run_info
 
 logger = logging.getLogger("td4v")
 
@@ -94,7 +94,7 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
     accuracy = _accuracy(runs[0].saved.table, mean_score([run.saved.table.score for run in runs], weights))
     print(table(runs, accuracy), flush=True)
     names = next((run.saved.names for run in runs if run.saved.names is not None), None)
-    write(target, accuracy, names, {"runs": [_about(run) for run in runs], "meta": run_meta()})
+    write(target, accuracy, names, {"runs": [_about(run) for run in runs], "meta": run_info()})
     return accuracy
 
 

@@ -6,7 +6,7 @@
 
 Without --full the file names the frozen weights and their hash, and whoever loads it needs the same ones: CLIP's file, or
 the same seed where they are random. With --full it needs nothing else. Where a run averaged its weights, these are
-written. Both formats go where a checkpoint goes: test_vision.py --weights, `pretrain`, engine.checkpoint.load.
+written. Both formats go where a checkpoint goes: test_vision.py --weights, `pretrain`, engine.checkpoint_file.load.
 Lives here: what such a file holds. Does not live here: the formats (engine/checkpoint.py), the model (clip/build.py).
 """
 
@@ -21,15 +21,15 @@ from typing import Any
 
 from torch import Tensor
 
-from clip.build import backbone_identity, build_model
-from clip.loading import load_weights
 from configs.schema import Config, ConfigError, config_from_dict, load_config
-from engine import checkpoint, state
+from engine import checkpoint_file, state
 from engine.distributed import EngineError
+from models.loading import load_weights
+from models.registry import build_model, frozen_identity
 
 logger = logging.getLogger("td4v")
 
-WRITERS = {".safetensors": checkpoint.save_safetensors, ".pt": checkpoint.save}
+WRITERS = {".safetensors": checkpoint_file.save_safetensors, ".pt": checkpoint_file.save}
 
 
 class ExportError(EngineError):
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_target(options.checkpoint, options.out)
         if options.set and options.config is None:
             raise ExportError("--set changes a file given by --config: without one, the checkpoint's own is taken")
-        former = checkpoint.load(options.checkpoint)
+        former = checkpoint_file.load(options.checkpoint)
         config = load_config(options.config, options.set) if options.config is not None else None
         content = export(former, options.checkpoint, options.full, config)
         WRITERS[options.out.suffix](options.out, content)
@@ -67,7 +67,9 @@ def check_target(source: Path, target: Path) -> None:
         raise ExportError(f"--out {target}: must end with .safetensors or .pt")
     if target.exists() and source.exists() and target.samefile(source):
         raise ExportError(f"--out {target}: is the checkpoint itself, and would be overwritten")
-    own = target.name in (checkpoint.LAST, checkpoint.BEST, checkpoint.FAILED) or target.match("step_*.pt")
+    own = target.name in (checkpoint_file.LAST, checkpoint_file.BEST, checkpoint_file.FAILED) or target.match(
+        "step_*.pt"
+    )
     if own and (target.parent / "run.json").exists():
         raise ExportError(f"--out {target}: is the name of a checkpoint of the run in this folder: choose another")
     if not target.parent.is_dir():
@@ -87,14 +89,14 @@ def export(former: dict[str, Any], path: Path, full: bool, config: Config | None
 
     Raises:
         ExportError: no configuration, or the frozen weights are not those that a file without them would be given.
-        CheckpointError, WeightsError, ConfigError, BackboneError: no weights, or they do not fit the configuration.
+        CheckpointError, WeightsError, ConfigError, TowerError: no weights, or they do not fit the configuration.
     """
-    values, backbone = checkpoint.weights_of(former, path), former.get("backbone")
+    values, backbone = checkpoint_file.weights_of(former, path), former.get("backbone")
     plain = former.get("config")
-    if full or config is not None or not checkpoint.lacks_backbone(former):
+    if full or config is not None or not checkpoint_file.lacks_backbone(former):
         config = config or _own_config(plain, path)
         plain = config.to_dict()
-        values, backbone = fit(values, path, config, backbone, checkpoint.lacks_backbone(former), full)
+        values, backbone = fit(values, path, config, backbone, checkpoint_file.lacks_backbone(former), full)
     return {
         "epoch": _number(former.get("epoch")),
         "best": _number(former.get("best")),
@@ -127,9 +129,9 @@ def fit(
         the weights to write, by our names, and which frozen weights belong to them.
     """
     model = build_model(config, pretrained=lean or not full)
-    own = backbone_identity(model)
+    own = frozen_identity(model)
     load_weights(model, values, str(path), backbone=backbone if lean else None)
-    found = backbone_identity(model)
+    found = frozen_identity(model)
     other = found is not None and found["sha256"] != own["sha256"]
     if other and not full:
         raise ExportError(
@@ -148,7 +150,7 @@ def table(files: dict[Path, dict[str, Any]]) -> str:
     """The files, their sizes and what is in them."""
     rows = [("file", "size", "values", "holds")]
     for path, content in files.items():
-        values = checkpoint.weights_of(content, path)
+        values = checkpoint_file.weights_of(content, path)
         count = sum(value.numel() for value in values.values())
         rows.append((str(path), f"{path.stat().st_size / 1e6:.2f} MB", f"{count:,}", _holds(content)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -158,7 +160,7 @@ def table(files: dict[Path, dict[str, Any]]) -> str:
 def _holds(content: dict[str, Any]) -> str:
     epoch, best, backbone = content.get("epoch"), content.get("best"), content.get("backbone")
     text = "a whole run: " if state.is_resumable(content) else ""
-    text += "the tuned weights" if checkpoint.lacks_backbone(content) else "all weights"
+    text += "the tuned weights" if checkpoint_file.lacks_backbone(content) else "all weights"
     text += " and their averages" if content.get("ema_state_dict") else ""
     text += f" after {epoch} epochs" if isinstance(epoch, int) else ""
     text += f", best top-1 {best:.2f}" if isinstance(best, (int, float)) and best >= 0 else ""

@@ -16,4 +16,4 @@
 # Paths are meant from where the user stands; only our own code is found from here, whatever is called `scripts` there.
 root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd) || exit 1
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "${PYTHON:-python}" "$root/scripts/launch.py" "$@"
+exec "${PYTHON:-python}" "$root/scripts/launch/__main__.py" "$@"

@@ -20,8 +20,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from datasets.prepare.frame_order import make
-from scripts.trials import ROOT, USUAL_JOBS, Trial, TrialError, run_trials
+from datasets.prepare.synthetic import make
+from scripts.experiments import ROOT, USUAL_JOBS, Experiment, ExperimentError, run_experiments
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,7 +41,7 @@ class Variant:
 
 VARIANTS = (
     Variant("side", "TD4V side-tuning", (), "#1f6f8b"),
-    Variant("finetune", "TD4V fine-tuning", ("network.method=td4v_finetune",), "#c8553d"),
+    Variant("finetune", "TD4V fine-tuning", ("network.model=td4v_finetune",), "#c8553d"),
     Variant(
         "blind",
         "side network, every temporal part off",
@@ -70,7 +70,7 @@ def main() -> None:
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
         quickstart(arguments.output.resolve(), arguments.seeds, arguments.short, arguments.jobs)
-    except (QuickstartError, TrialError, OSError, ValueError) as error:
+    except (QuickstartError, ExperimentError, OSError, ValueError) as error:
         raise SystemExit(f"quickstart: {error}") from None
 
 
@@ -86,7 +86,7 @@ def quickstart(output: Path, seeds: list[int], short: bool, jobs: int) -> None:
     trials = {
         (variant.key, seed): trial_of(output, data, variant, seed, short) for seed in seeds for variant in variants
     }
-    results = dict(zip(trials, run_trials(list(trials.values()), jobs, device="cpu"), strict=True))
+    results = dict(zip(trials, run_experiments(list(trials.values()), jobs, device="cpu"), strict=True))
     table = make_table(variants, seeds, results)
     (output / "table.md").write_text(table)
     draw(output, data, variants, seeds, results, trials)
@@ -95,7 +95,7 @@ def quickstart(output: Path, seeds: list[int], short: bool, jobs: int) -> None:
     check(variants, seeds, results)
 
 
-def trial_of(output: Path, data: Path, variant: Variant, seed: int, short: bool) -> Trial:
+def trial_of(output: Path, data: Path, variant: Variant, seed: int, short: bool) -> Experiment:
     """One variant with one seed."""
     settings = (
         *variant.overrides, f"seed={seed}",
@@ -105,7 +105,7 @@ def trial_of(output: Path, data: Path, variant: Variant, seed: int, short: bool)
         *(("solver.epochs=4",) if short else ()),
     )  # fmt: skip
     folder = output / "runs" / f"{variant.key}_seed{seed}"
-    return Trial(f"{variant.title}, seed {seed}", variant.key, CONFIG, settings, folder)
+    return Experiment(f"{variant.title}, seed {seed}", variant.key, CONFIG, settings, folder)
 
 
 def make_data(folder: Path) -> None:

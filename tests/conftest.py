@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.entry_bench import tiny, tiny_data, trained, varied
-from tests.fault_bench import bench, reference
+from tests.helpers.cli_harness import tiny, tiny_data, trained, varied
+from tests.helpers.fault_harness import bench, reference
 
 __all__ = ["bench", "reference", "tiny", "tiny_data", "trained", "varied"]
 

@@ -8,58 +8,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("clip", "configs", "datasets", "engine", "scripts", "tests", "train_vision", "test_vision")
+ROOMS = ("clip", "common", "configs", "datasets", "engine", "models", "scripts", "tests", "train_vision", "test_vision")
 
 # The first prefix that fits a module says which of our modules it may import.
 ALLOWED = {
-    "configs.schema": (),
-    "clip.methods": (
-        "clip.adapter",
-        "clip.authors",
-        "clip.layers",
-        "clip.lean",
-        "clip.side_network",
-        "clip.tower",
-        "configs.schema",
-    ),
-    "clip.build": (
-        "clip.methods",
-        "clip.backbone",
-        "clip.groups",
-        "clip.text",
-        "clip.timm_tower",
-        "clip.tower",
-        "clip.weights",
-        "configs.schema",
-    ),
-    "clip.loading": ("clip.build", "clip.text"),
-    "clip.side_network": ("clip.adapter", "clip.layers", "clip.lean"),
-    "clip.adapter": ("clip.layers", "clip.lean"),
-    "clip.backbone": ("clip.frozen", "clip.lean", "clip.tower", "clip.weights"),
-    "clip.timm_tower": ("clip.lean", "clip.tower", "clip.weights"),
-    "clip.text": ("clip.backbone", "clip.lean", "clip.tower", "clip.weights", "configs.schema"),
-    "clip.weights": ("clip.tower",),
-    "clip.tower": ("clip.lean",),
-    "clip.frozen": ("clip.lean",),
-    "clip.layers": ("clip.lean",),
-    "clip.groups": ("configs.schema",),
-    "clip": (),
-    "engine": ("engine", "configs.schema"),
-    "datasets": ("datasets", "configs.schema"),
+    "common": ("common",),
+    "configs": ("configs",),
+    "clip": ("clip", "configs.schema"),
+    "models": ("models", "clip", "configs.schema"),
+    "engine": ("engine", "common", "configs.schema"),
+    "datasets": ("datasets", "common", "configs.schema"),
     "scripts": (
         "scripts",
         "train_vision",
         "test_vision",
-        "clip.authors",
-        "clip.build",
-        "clip.groups",
-        "clip.loading",
+        "clip",
+        "models",
         "engine",
         "datasets",
+        "common",
         "configs.schema",
     ),
-    "train_vision": ("clip.build", "clip.groups", "clip.loading", "engine", "datasets.build", "configs.schema"),
-    "test_vision": ("clip.build", "clip.loading", "clip.weights", "engine", "datasets.build", "configs.schema"),
+    "train_vision": ("models", "engine", "datasets.build", "configs.schema"),
+    "test_vision": ("models", "clip.towers.weights", "engine", "datasets.build", "configs.schema"),
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS]
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
@@ -109,9 +80,9 @@ def test_house_rules(path):
     names = {imported.split(".")[0] for _, imported in imports(path)}
     if "open_clip" in names:
         assert module_name(path) in (
-            "clip.backbone",
-            "clip.text",
-            "clip.weights",
-            "tests.test_backbone",
-            "tests.test_text",
+            "clip.towers.openclip_vit",
+            "clip.text_head",
+            "clip.towers.weights",
+            "tests.clip.towers.test_openclip_vit",
+            "tests.clip.test_text_head",
         )

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.workers import progress
 from configs.schema import ConfigError, DataConfig, load_config
 from datasets.annotation import AnnotationError
 from datasets.check.lists import (
@@ -41,7 +42,6 @@ from datasets.check.report import Finding, Report, Table
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import advice, measure, need_of_run
 from datasets.readers import ReadError
-from datasets.workers import progress
 
 logger = logging.getLogger("td4v")
 ON_SCREEN = 20  # problems

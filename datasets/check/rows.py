@@ -16,10 +16,10 @@ from functools import partial
 
 import numpy as np
 
+from common.workers import Workers
 from datasets.annotation import VideoRecord
 from datasets.readers import Clip, FrameFolderReader, PackReader, ReadError, VideoReader
 from datasets.video_dataset import VideoSource
-from datasets.workers import Workers
 
 CHUNK = 8  # rows that a process takes at a time
 DECODED_AT_ONCE = 2**28  # bytes of pixels, where everything is decoded

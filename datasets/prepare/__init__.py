@@ -1,7 +1,7 @@
 """Raw downloads -> frame folders and lists.
 
     python -m datasets.prepare ucf101|hmdb51|ssv2|ssv1|k400|diving48|folder --videos DIR --annotations DIR --out DIR
-    python -m datasets.prepare.frame_order --out DIR    a small dataset that is drawn, not downloaded
+    python -m datasets.prepare.synthetic --out DIR    a small dataset that is drawn, not downloaded
 
 __main__.py    the command line
 run.py         the order of the steps: below, from left to right

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from common.files import walk
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.pieces import PieceStream
 from datasets.prepare.space import require_space
-from datasets.prepare.walk import walk
 
 ZIP, TAR, RAR = (".zip",), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), (".rar",)
 PIECE = re.compile(r"(?P<base>20bn-something-something-v[12])-(?P<number>\d\d)")

@@ -10,9 +10,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from common.files import walk
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.plan import Entry, Plan
-from datasets.prepare.walk import walk
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".mp4", ".webm", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv", ".3gp", ".ts")

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from common.workers import Workers, progress
 from datasets.decoders import Decoder
 from datasets.prepare.decode import Job, Outcome, Source, count_frames, extract, probe, sample
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.space import require_space
-from datasets.workers import Workers, progress
 
 CRASH = Outcome(error="the decoder crashes on it")
 SAMPLES = 8  # videos that the estimate of the space is made from

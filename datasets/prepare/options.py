@@ -10,7 +10,7 @@ from datasets.decoders import PACKAGES, Decoder
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.workplace import Use
+from datasets.prepare.output_dir import Use
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from datasets.prepare.extract import FrameStore, extract_all, look_at_all
 from datasets.prepare.formats.folder import identical_across_sides
 from datasets.prepare.lists import PrepareError, write_labels, write_rows
 from datasets.prepare.options import Options
+from datasets.prepare.output_dir import workplace
 from datasets.prepare.plan import Entry, Plan
 from datasets.prepare.report import Report, make_report
 from datasets.prepare.snippet import write_snippet
 from datasets.prepare.survey import survey
-from datasets.prepare.workplace import workplace
 
 logger = logging.getLogger("td4v")
 

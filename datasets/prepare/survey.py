@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 
+from datasets.prepare.annotation_files import AbsentError, AnnotationFiles
 from datasets.prepare.archives import find_archives, unpack
 from datasets.prepare.catalogue import Catalogue, scan
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import read as read_folder
 from datasets.prepare.lists import PrepareError
 from datasets.prepare.options import Options
-from datasets.prepare.owners import AbsentError, Owners
+from datasets.prepare.output_dir import UNPACKED
 from datasets.prepare.plan import Entry, Plan
-from datasets.prepare.workplace import UNPACKED
 
 ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
 LOOSE = "loose"  # a link to --videos among the folders that its archives became
@@ -43,7 +43,7 @@ def _read_annotations(options: Options) -> Plan:
     archives = find_archives(source, skip=options.out) if source.exists() else []
     try:
         return form.read(
-            Owners(source, form.title, target if source.is_file() and archives else None), *options.lists()
+            AnnotationFiles(source, form.title, target if source.is_file() and archives else None), *options.lists()
         )
     except AbsentError:
         if not archives:
@@ -52,11 +52,11 @@ def _read_annotations(options: Options) -> Plan:
     for archive in archives[:-1]:
         unpack([archive], target, ANNOTATION_SUFFIXES)
         try:
-            return form.read(Owners(source, form.title, target), *options.lists())
+            return form.read(AnnotationFiles(source, form.title, target), *options.lists())
         except AbsentError:
             continue
     unpack(archives[-1:], target, ANNOTATION_SUFFIXES)
-    return form.read(Owners(source, form.title, target), *options.lists())
+    return form.read(AnnotationFiles(source, form.title, target), *options.lists())
 
 
 def _scan(options: Options, plan: Plan | None) -> Catalogue:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from datasets.prepare.annotation_files import AnnotationFiles
 from datasets.prepare.formats import diving48, hmdb51, kinetics, something, ucf101
-from datasets.prepare.owners import Owners
 from datasets.prepare.plan import Plan
 
 
@@ -20,7 +20,7 @@ class Format:
     """An annotated dataset: its name in sentences, and `read(owners, number of the split, wanted splits) -> Plan`."""
 
     title: str
-    read: Callable[[Owners, int, Sequence[str] | None], Plan]
+    read: Callable[[AnnotationFiles, int, Sequence[str] | None], Plan]
     numbered_splits: int = 1  # how many alternative splits its owners publish
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from datasets.prepare.annotation_files import AnnotationFiles, json_field, read_json, whole_number
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.owners import Owners, json_field, read_json, whole_number
 from datasets.prepare.plan import Entry, Plan
 
 
-def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """Diving48, version 2 of the annotations."""
     vocabulary = owners.need("Diving48_vocab.json")
     names = tuple(

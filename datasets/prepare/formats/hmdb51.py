@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from datasets.prepare.annotation_files import AnnotationFiles, read_lines
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.owners import Owners, read_lines
 from datasets.prepare.plan import Entry, Plan, choose_splits
 
 FILE = re.compile(r"(?P<name>\w+)_test_split(?P<split>[123])\.txt")
@@ -18,7 +18,7 @@ ROW = re.compile(r"(?P<stem>.+)\.avi\s+(?P<use>[012])")
 SIDES = {"1": "train", "2": "val"}
 
 
-def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """The videos of one of the three splits."""
     files = owners.matching(FILE)
     if not files:

@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets.prepare.annotation_files import AnnotationFiles, class_names, read_table, whole_number
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.owners import Owners, class_names, read_table, whole_number
 from datasets.prepare.plan import Entry, Plan
 
 PREFIXES = ("", "kinetics_", "kinetics-400_", "kinetics400_", "kinetics_400_", "k400_")
@@ -22,7 +22,7 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 logger = logging.getLogger("td4v")
 
 
-def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """Kinetics-400; the test split only where its csv has labels."""
     files = owners.split_files(
         {side: tuple(f"{prefix}{name}.csv" for name in names for prefix in PREFIXES) for side, names in NAMES.items()},

@@ -17,8 +17,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from datasets.prepare.annotation_files import (
+    AnnotationFiles,
+    class_names,
+    json_field,
+    read_json,
+    read_lines,
+    read_table,
+    whole_number,
+)
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.owners import Owners, class_names, json_field, read_json, read_lines, read_table, whole_number
 from datasets.prepare.plan import Entry, Plan
 
 V1, V2 = "something-something-v1-", "something-something-v2-"
@@ -26,7 +34,7 @@ V1, V2 = "something-something-v1-", "something-something-v2-"
 logger = logging.getLogger("td4v")
 
 
-def read_v2(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read_v2(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """Version 2; the test split only where its answers are given."""
     label_file = owners.need("labels.json", f"{V2}labels.json")
     ids = {
@@ -50,7 +58,7 @@ def read_v2(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
     return Plan("Something-Something v2", "ssv2", class_names(ids, label_file), tuple(entries))
 
 
-def read_v1(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read_v1(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """Version 1; its test split has no published labels."""
     label_file = owners.need(f"{V1}labels.csv")
     names = [line for _, line in read_lines(label_file)]

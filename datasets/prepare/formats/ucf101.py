@@ -14,14 +14,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets.prepare.annotation_files import AnnotationFiles, class_names, read_lines, whole_number
 from datasets.prepare.lists import PrepareError
-from datasets.prepare.owners import Owners, class_names, read_lines, whole_number
 from datasets.prepare.plan import Entry, Plan
 
 ROW = re.compile(r"(?P<folder>[^/]+)/(?P<stem>v_(?P<name>\w+)(?P<cut>_g\d+_c\d+))\.avi(?:\s+(?P<id>\S+))?")
 
 
-def read(owners: Owners, split: int, wanted: Sequence[str] | None) -> Plan:
+def read(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
     """The videos of one of the three splits."""
     class_file = owners.need("classInd.txt")
     ids = _read_classes(class_file)

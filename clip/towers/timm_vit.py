@@ -1,0 +1,320 @@
+"""Trunks that timm wrote, as towers: its vision transformers and its Eva models, by name, block by block.
+
+Lives here: the tower around such a model, its weights in timm's layouts and in open_clip's, and what a model lacks that
+cannot be one. Does not live here: CLIP's own tower (backbone.py), which open_clip name stands for which timm model
+(backbone.py), what a method may ask of a tower (tower.py), the blocks themselves, which run as timm wrote them.
+
+Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L = p + N, D width, P patch size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models import eva, vision_transformer
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from clip.ops import as_is, working_dtype
+from clip.towers.base import Tower, TowerError
+from clip.towers.weights import check_fit
+
+logger = logging.getLogger("td4v")
+
+FAMILIES = ("vision_transformer", "deit", "eva")
+_UNLIKE = {
+    "beit": "its attention has positions of its own, relative ones",
+    "naflexvit": "its grid of patches follows each image's aspect",
+    "vision_transformer_hybrid": "its patches come from a convolutional network",
+    "vision_transformer_relpos": "its attention has positions of its own, relative ones",
+}
+_BLOCKS = {
+    "EvaBlockPostNorm": "the norms stand behind attention and MLP, not before them",
+    "ResPostBlock": "the norms stand behind attention and MLP, not before them",
+    "ParallelScalingBlock": "attention and MLP run side by side, not one after the other",
+    "DiffParallelScalingBlock": "attention and MLP run side by side, not one after the other",
+    "ParallelThingsBlock": "several attentions and MLPs run side by side",
+}
+_UNUSED = ("head", "head_dist", "attn_pool", "pos_drop", "patch_drop", "head_drop")
+
+
+class TimmTower(Tower):
+    """A vision transformer or Eva model of timm, whose blocks run as timm wrote them, in eval mode: nothing is dropped.
+
+    Class token, registers (a distillation token counts as one), absolute and rotary positions, layer scale and norms in
+    odd places are kept. Classifier and attentional pooling go. `final_norm` is the norm behind the blocks; for models
+    which average tokens first and have weights in the norm behind that alone (timm's fc_norm), it is that one, which
+    here normalises each token before the average.
+
+    Args:
+        model: built with dynamic_img_size false. It becomes part of the tower. name: of the architecture, for messages.
+
+    Raises:
+        TowerError: what the model lacks.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva, name: str):
+        super().__init__(name)
+        _refuse_unlike(model, name)
+        pooled_norm = _has_weights(model.fc_norm) and not _has_weights(model.norm)
+        self._final = "fc_norm" if pooled_norm else "norm"
+        for part in {*_UNUSED, "norm", "fc_norm"} - {self._final}:
+            if isinstance(getattr(model, part, None), nn.Module):
+                setattr(model, part, nn.Identity())
+        model.blocks = nn.ModuleList(model.blocks)
+        self.model = model.requires_grad_(False)
+        self.width = model.embed_dim
+        self.patch_size = model.patch_embed.patch_size[0]
+        self.grid = tuple(model.patch_embed.grid_size)
+        self.image_size = tuple(model.patch_embed.img_size)
+        self.prefix = model.num_prefix_tokens
+        self.has_class_token = model.cls_token is not None
+        known = getattr(model, "pretrained_cfg", None) or {}
+        self.mean, self.std = (tuple(known[key]) if known.get(key) else None for key in ("mean", "std"))
+        self.train(False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.blocks
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return getattr(self.model, self._final)
+
+    def embedding(self) -> dict[str, nn.Module | nn.Parameter]:
+        model = self.model
+        parts = {**dict(model.named_parameters(recurse=False)), **dict(model.named_children())}
+        return {
+            name: part
+            for name, part in parts.items()
+            if name not in ("blocks", self._final) and (isinstance(part, nn.Parameter) or _has_weights(part))
+        }
+
+    def embed(self, patches: Tensor, added: Tensor | None = None) -> Tensor:
+        """Tokens before the patches, positions, `added`, norm_pre: see Tower; same dtype as `patches`."""
+        model, dtype, projection = self.model, patches.dtype, self.model.patch_embed.proj
+        with as_is(patches):
+            bias = None if projection.bias is None else projection.bias.to(dtype)
+            x = F.linear(patches, projection.weight.flatten(1).to(dtype), bias)  # (M, N, D)
+            x = model._pos_embed(model.patch_embed.norm(x.to(projection.weight.dtype)))
+            x = x[0] if isinstance(model, Eva) else x  # Eva's gives the rotary embedding too: (M, L, D)
+            return model.norm_pre(x if added is None else x + added).to(dtype)
+
+    def norm_attention(self, index: int, x: Tensor) -> Tensor:
+        dtype = working_dtype(x)
+        return self.blocks[index].norm1(x.to(dtype)).to(dtype)
+
+    def attention(self, index: int, x: Tensor, in_space: bool = True) -> Tensor:
+        """See Tower.
+
+        Rotary positions count in space alone. Among tokens of one position, as frames see each other, leaving them out
+        is exact: the same rotation of query and key cancels in their product.
+        """
+        block, dtype = self.blocks[index], working_dtype(x)
+        turned = {"rope": self._rotation(index)} if in_space and getattr(self.model, "rope", None) is not None else {}
+        return _scaled(block, 1, block.attn(x.to(dtype), **turned)).to(dtype)
+
+    def norm_mlp(self, index: int, x: Tensor) -> Tensor:
+        dtype = working_dtype(x)
+        return self.blocks[index].norm2(x.to(dtype)).to(dtype)
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        block, dtype = self.blocks[index], working_dtype(x)
+        return _scaled(block, 2, block.mlp(x.to(dtype))).to(dtype)
+
+    def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
+        return super().attend(index, x.to(working_dtype(x)), queries)
+
+    def transform(self, index: int, x: Tensor) -> Tensor:
+        return super().transform(index, x.to(working_dtype(x)))
+
+    def _rotation(self, index: int) -> Tensor:
+        """Sines and cosines of the grid's positions, (N, ...); with learned frequencies (mixed) a block has its own."""
+        rope = self.model.rope
+        known = getattr(rope, "feat_shape", None) is not None
+        turns = rope.get_embed() if known else rope.get_embed(shape=self.grid)
+        return turns[index] if self.model.rope_mixed else turns
+
+
+def _scaled(block: nn.Module, half: int, x: Tensor) -> Tensor:
+    """Layer scale of a block's first or second half, under either of timm's names, if it has one."""
+    if isinstance(block, Block):
+        return getattr(block, f"ls{half}")(x)
+    gamma = getattr(block, f"gamma_{half}")
+    return x if gamma is None else gamma * x
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _refuse_unlike(model: nn.Module, name: str) -> None:
+    """Raise TowerError for a model that the tower cannot run, naming what it lacks."""
+    if not isinstance(model, (VisionTransformer, Eva)):
+        raise TowerError(
+            f"network.arch: {name} is timm's {type(model).__name__}, neither a VisionTransformer nor an Eva"
+        )
+    kinds = {type(block) for block in model.blocks} - {Block, EvaBlock}
+    if kinds:
+        kind = kinds.pop().__name__
+        raise TowerError(
+            f"network.arch: {name} has blocks of another kind than norm, attention, norm, MLP, which methods here "
+            f"stand in ({kind}: {_BLOCKS.get(kind, 'not known here')})"
+        )
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        raise TowerError(
+            f"network.arch: {name} has no plain patches: they come from {type(embed).__name__}, not from one linear map"
+        )
+    height, width = embed.patch_size
+    if height != width or embed.proj.in_channels != 3:
+        raise TowerError(
+            f"network.arch: {name} takes patches of {height} x {width} pixels in {embed.proj.in_channels} channels, "
+            "not square ones in 3"
+        )
+
+
+def is_timm_name(arch: str) -> bool:
+    """Whether timm has a model of this name, of whatever kind; the name may have a tag behind a dot."""
+    return timm.is_model(arch)
+
+
+def timm_names() -> list[str]:
+    """Names, without tags, of the timm models that are of the families used here."""
+    return [name for family in FAMILIES for name in timm.list_models(module=family)]
+
+
+def find_timm_weights(arch: str, weights: str | None) -> str:
+    """Where a timm model's weights come from.
+
+    Args:
+        arch: timm's name, with or without a tag. weights: of the configuration: a file, a tag, or None for the name's
+            own tag, or timm's default.
+
+    Returns:
+        a path to a file, or the name with a tag.
+
+    Raises:
+        TowerError: no such tag, or no weights.
+    """
+    name, _, stated = arch.partition(".")
+    tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name}.*")]
+    if weights is not None and Path(weights).is_file():
+        return weights
+    if weights is not None and stated not in ("", weights):
+        raise TowerError(f"network.weights: {weights!r} is no file and not the tag that network.arch: {arch} has")
+    default = timm.models.get_pretrained_cfg(name)
+    tag = weights or stated or (default.tag if default is not None else "")
+    if not tags:
+        raise TowerError(
+            f"network.weights: timm has no weights of {name}: give a file, or set network.init to false for random ones"
+        )
+    if tag not in tags:
+        raise TowerError(
+            f"network.weights: {tag!r} is neither a file nor a tag of {name}; its tags are {', '.join(tags)}"
+        )
+    return f"{name}.{tag}"
+
+
+def build_timm_tower(name: str, image_size: int, source: str | None = None, known_as: str | None = None,
+                     **changes: Any) -> TimmTower:  # fmt: skip
+    """A tower by timm's name.
+
+    Args:
+        name: with or without a tag, which says what else timm knows of it (mean and deviation of the pixels).
+        image_size: pixels a side; positions are interpolated if the weights have another.
+        source: of `find_timm_weights`, None for random weights. Files may be in any layout that timm reads for the
+            model (its own, those of the authors), or open_clip's, with the trunk under `visual.trunk.`; a classifier is
+            left out.
+        known_as: the name for messages, if it is not timm's. changes: arguments of timm's model, in place of its own.
+
+    Raises:
+        TowerError: unknown or unsuitable name, a size that the patches do not divide, weights that cannot be had or
+            do not fit.
+    """
+    known_as = known_as or name
+    called = known_as if known_as == name else f"{known_as} (timm's {name})"
+    if not is_timm_name(name):
+        raise TowerError(f"network.arch: timm has no model {name!r}")
+    renamed = timm.models.get_deprecated_models()
+    if name in renamed:
+        raise TowerError(f"network.arch: timm has dropped the name {name} for {renamed[name] or 'no other'}")
+    family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family not in FAMILIES:
+        lack = _UNLIKE.get(family, "equal blocks of norm, attention, norm, MLP on one grid of patches are missing")
+        raise TowerError(
+            f"network.arch: {called} is no vision transformer that methods here can stand in: {lack} "
+            f"(timm's family {family}; those that can are {', '.join(FAMILIES)})"
+        )
+    changes = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": False, **changes}
+    try:
+        model = timm.create_model(name, **changes)
+    except (AssertionError, RuntimeError, ValueError) as error:  # a tag that is none, sizes that timm refuses
+        raise TowerError(f"network.arch: {called}: {_first_line(error)}") from None
+    tower = TimmTower(model, known_as)
+    if image_size % tower.patch_size:
+        raise TowerError(
+            f"data.input_size: {image_size} is not divisible by the patch size {tower.patch_size} of {called}"
+        )
+    if source is None:
+        return tower
+    if Path(source).is_file():
+        _load(tower, Path(source))
+    else:
+        tower = TimmTower(_fetch(source, changes), known_as)
+    logger.info("%s: weights from %s", called, source)
+    return tower
+
+
+def _fetch(source: str, changes: dict[str, Any]) -> nn.Module:
+    """timm's model with the weights of a tag, downloaded where they are not in the Hugging Face cache."""
+    try:
+        return timm.create_model(source, pretrained=True, **changes)
+    except Exception as error:  # whatever hub, network and disk have to say
+        raise TowerError(
+            f"cannot get {source} ({type(error).__name__}: {_first_line(error)}): name a file in network.weights, "
+            "or set network.init to false"
+        ) from None
+
+
+def _load(tower: TimmTower, path: Path) -> None:
+    """Read a file, bring it into timm's own layout by timm's own filter, and load all that the tower has."""
+    model = tower.model
+    try:
+        values = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # whatever a file that is not one of weights leads to
+        raise TowerError(
+            f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    if not isinstance(values, Mapping):
+        raise TowerError(f"{path}: holds no state_dict")
+    try:
+        values = _filter(model)(values, model)
+    except Exception as error:  # whatever timm has to say of weights that are another model's
+        raise TowerError(
+            f"{path}: does not fit {tower.name}, for timm cannot bring it into the model's layout "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from None
+    unused = tuple(f"{name}." for name in {*_UNUSED, "norm", "fc_norm"} - {tower._final})
+    values = {key: value for key, value in values.items() if key in model.state_dict() or not key.startswith(unused)}
+    check_fit(values, model.state_dict(), path, tower.name)
+    model.load_state_dict(values)
+
+
+def _filter(model: nn.Module) -> Any:
+    """timm's function (values, model) -> values under timm's names, positions and patches resized to the model's."""
+    if isinstance(model, Eva):
+        return eva.checkpoint_filter_fn
+    return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,77 @@
+"""Atomic writes, file locks and walking through folders."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+logger = logging.getLogger("td4v")
+
+
+def write_atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Let `fill` write a file under a temporary name, and give it its name when it is on the disk.
+
+    Raises what `fill` and the system raise; then nothing has changed and nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")  # left behind by a kill, it is written over by the next
+    try:
+        with open(partial, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves an empty file under the new name
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def locked(file: IO[str]) -> bool:
+    """Lock a file for as long as it is open in this process; False where another process has it.
+
+    The lock is not passed on to copies of the process, such as workers that outlive a killed run for some seconds.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        logger.warning("%s: this file system has no locks: another process that uses it goes unnoticed", file.name)
+    return True
+
+
+def walk(root: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, its files) for `root` and all below but `skip`, sorted. Raises OSError where one cannot be listed."""
+    seen = {_identity(skip)} if skip is not None and skip.is_dir() else set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_fail):
+        identity = _identity(Path(folder))
+        if identity in seen:
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

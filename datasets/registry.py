@@ -1,0 +1,58 @@
+"""What is particular to a dataset: its resize and its augmentation. The one table to edit for a new dataset.
+
+Lives here: which videos may be mirrored, which labels a mirror exchanges, how often a clip turns grey.
+Does not live here: the frame sampling of a style (sampling.py), the names of the styles (configs.schema.STYLES).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from configs.schema import STYLES, DataConfig
+
+log = logging.getLogger("td4v")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Pixels and labels of a dataset's clips; the arguments of the same names of `TrainTransform`."""
+
+    scale_size: int | tuple[int, int]
+    flip: bool
+    flip_pairs: tuple[tuple[int, int], ...]
+    gray_prob: float
+
+
+# Something-Something: mirroring turns "left to right" into "right to left". The pairs are those of version 2's labels;
+# version 1 numbers its classes otherwise and nobody states its pairs, so it is not mirrored unless data.flip_pairs is.
+MIRRORED_LABELS = {name: ((86, 87), (93, 94), (166, 167)) for name in ("somethingv2", "something-v2", "ssv2", "sthv2")}
+MIRRORED_CLASSES = 174
+KINETICS_GRAY = 0.2
+
+
+def dataset_traits(data: DataConfig) -> Traits:
+    """The dataset's own traits, each overridden by data.flip, data.flip_pairs or data.gray_prob where these are set.
+
+    kinetics style: short side `scale_size`, mirrored, grey with probability 0.2. something style: exactly `scale_size`
+    high and 5/4 of it wide (256 x 320), never grey, mirrored only with known pairs of labels. Data with a name of its
+    own follows data.style.
+    """
+    something = next((style for style, names in STYLES.items() if data.dataset in names), data.style) == "something"
+    pairs = data.flip_pairs
+    if pairs is None:
+        pairs = MIRRORED_LABELS.get(data.dataset, ())
+        if pairs and data.num_classes != MIRRORED_CLASSES:
+            log.warning(
+                "data.dataset %s has %d classes, but its mirrored labels are known for %d: %s",
+                *(data.dataset, data.num_classes, MIRRORED_CLASSES),
+                "not mirrored, set data.flip_pairs" if data.flip is None else "data.flip decides, labels stay",
+            )
+            pairs = ()
+    scale = data.scale_size or (256 if data.input_size == 224 else data.input_size)
+    return Traits(
+        scale_size=(scale, scale * 5 // 4) if data.sampling_style == "something" else scale,
+        flip=data.flip if data.flip is not None else bool(pairs) or not something,
+        flip_pairs=pairs,
+        gray_prob=data.gray_prob if data.gray_prob is not None else (0.0 if something else KINETICS_GRAY),
+    )

@@ -1,0 +1,276 @@
+"""The MODELS table, what a method is, build_model(config), counts of parameters, which frozen weights a model has.
+
+A method is one file in clip/methods/ and one line in MODELS. The file has
+
+Options, a frozen dataclass: what may stand in network.options, with types and defaults.
+
+build(config, tower, options) -> module: it hands the configuration's values to the constructor, network.drop_fc and
+network.recompute among them. What it cannot honour is a ConfigError that begins with the dotted key.
+
+The module has to have
+
+forward(video (B, T, 3, height, width)) -> logits (B, K).
+
+tower, the trunk that it was given, and head, the classifier, as attributes.
+
+trainable_modules() -> {name: module or parameter}, all that is trained; the last entry is `head`.
+
+frames_per_segment, an int: the frames that it reads at each of its T places; the loaders have 1.
+
+It may have, each for one thing,
+
+trainable_layers() -> lists of modules and parameters, one a layer from input to classifier, for solver.layer_decay.
+
+in_clip_space, a bool, for network.head: text: whether `head` is given what CLIP would project to the space of its texts
+(B, D). The text head then takes the place of `head`.
+
+frozen_features(video) -> (B, F) and from_frozen(features) -> logits, for network.cache_features: all that no training
+changes, and the rest. forward then takes either, a video or such features, by their dimensions.
+
+misfit(values) -> str | None, for files of another variant of it: says in words why these weights, by our names, do not
+fit, where that is known; None leaves it to clip/loading.py.
+
+Its file may have, beside build,
+
+from_published(state_dict) -> dict | None, for the files that its authors publish: their weights by our names, all that
+the model has, or None if these are not theirs. Raises ValueError for a key that is not known.
+
+published_name(key) -> str, for messages on such files: what the authors call a key of ours.
+
+Does not live here: any layer, any loop, loading a model's weights (loading.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import nn
+
+from clip.text_head import TextHead, build_text_head
+from clip.towers.base import Tower, TowerError
+from clip.towers.openclip_vit import OpenClipTower, build_custom_tower, build_tower, clip_names, timm_trunk
+from clip.towers.timm_vit import build_timm_tower, find_timm_weights, is_timm_name, timm_names
+from clip.towers.weights import clip_tags, fetch_weights, find_weights, stated_pixels
+from configs.schema import Config, ConfigError, fill_options, nearest
+from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
+from models.parameters import trainable_parts
+
+logger = logging.getLogger("td4v")
+
+MODELS: dict[str, ModuleType] = {
+    "td4v_side": td4v_side,
+    "td4v_finetune": td4v_finetune,
+    "full_finetune": full_finetune,
+    "linear_probe": linear_probe,
+    "aim": aim,
+}
+
+
+def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
+    """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
+
+    Random parts follow from config.seed, the frozen tower's first: a configuration always gives the same model, and
+    torch's generators are left as they were.
+
+    Args:
+        config: of configs.schema.load_config.
+        pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them; classes that are not
+            tuned are made of `class_names` and of CLIP's text tower all the same.
+        class_names: K of them, for network.head: text; None for a checkpoint that brings the classifier.
+
+    Raises:
+        ConfigError, TowerError, ValueError: an unknown method, weights that cannot be had, sizes that do not fit.
+    """
+    network = config.network
+    if network.model_name not in MODELS:
+        close = nearest(network.model_name, MODELS)
+        hint = f"; did you mean {close}?" if close else ""
+        raise ConfigError(f"network.model: {network.model_name!r} is unknown{hint} (known: {', '.join(MODELS)})")
+    if network.model is not None and network.fine_tuning and network.model == "td4v_side":
+        warnings.warn("network.model td4v_side overrides network.fine_tuning", stacklevel=2)
+    method = MODELS[network.model_name]
+    options = fill_options(method.Options, network.options, "network.options")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        tower, source = _tower_and_source(config, pretrained)
+        model = method.build(config, tower, options)
+        if network.head == "text":
+            model.head = _text_head(config, model, source, pretrained, class_names)
+    if network.cache_features != "off" and not hasattr(model, "frozen_features"):
+        able = ", ".join(name for name, module in MODELS.items() if _has_frozen_features(module))
+        raise ConfigError(
+            f"network.cache_features: {network.model_name} has no frozen features of its own to keep; only {able} have"
+        )
+    return freeze_all_but_trainable(model)
+
+
+def _text_head(
+    config: Config, model: nn.Module, source: str | None, pretrained: bool, class_names: Sequence[str] | None
+) -> TextHead:
+    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project.
+
+    Args:
+        source: where the tower's weights were read, or None.
+    """
+    network, text = config.network, config.network.text
+    if not getattr(model, "in_clip_space", False):
+        feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
+        raise ConfigError(
+            "network.head: text needs features in CLIP's space, "
+            f"which network.model {network.model_name}{feature} does not give"
+        )
+    reads = pretrained or (class_names is not None and text.tuned == "none")
+    if source is None and network.init and isinstance(model.tower, OpenClipTower) and (reads or network.vision):
+        source = find_weights(network.arch, network.weights)
+    return build_text_head(
+        model.tower, config.data.num_classes, text.templates, text.tuned, source, class_names, reads, text.heads,
+        network.recompute,
+    )  # fmt: skip
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ConfigError where there is nothing to train, or a text head to begin with is not there."""
+    if isinstance(model.head, TextHead):
+        model.head.require_filled()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "network.text.tuned: none leaves nothing to train in this model: "
+            "test it with test_vision.py, without --weights"
+        )
+
+
+def check_untrained(model: nn.Module) -> None:
+    """Raise ConfigError unless a model with a text head has CLIP's weights alone, so that it can be tested as it is."""
+    model.head.require_filled()
+    if others := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
+        raise ConfigError(
+            f"network.model: needs a checkpoint (--weights), for it has parts that CLIP has not: {', '.join(others)}"
+        )
+
+
+def _has_frozen_features(module: ModuleType) -> bool:
+    return any(hasattr(value, "frozen_features") for value in vars(module).values() if isinstance(value, type))
+
+
+def frozen_identity(model: nn.Module) -> dict[str, str] | None:
+    """Which frozen weights a model of `build_model` stands on: their name, where they are from, and their sha256.
+
+    The hash goes over the names and bytes of all frozen parameters, on the CPU. None where nothing is frozen.
+    """
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(frozen):
+        value = frozen[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return {"name": model.tower.name, "weights": model.tower.weights, "sha256": digest.hexdigest()}
+
+
+def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
+    """The frozen tower of a configuration, with weights if `network.init` and `pretrained` say so.
+
+    A warning is logged where weights are loaded and data.mean or data.std are not those of the trunk.
+    """
+    return _tower_and_source(config, pretrained)[0]
+
+
+def _tower_and_source(config: Config, pretrained: bool) -> tuple[Tower, str | None]:
+    """`build_config_tower`, and where its weights were read: a file or a tag, or None for random ones."""
+    network, data = config.network, config.data
+    load = network.init and pretrained
+    if network.vision is None:
+        tower, source = _tower_by_name(network.arch, data.input_size, network.weights, load)
+    else:
+        source = find_weights(network.arch, network.weights) if load else None
+        sizes = {**dataclasses.asdict(network.vision), "image_size": data.input_size}
+        tower = build_custom_tower(**sizes, source=source)
+    tower.weights = source or f"random weights of seed {config.seed}"
+    if pretrained and not load:
+        logger.warning("network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name)
+    pairs = [(own, given) for own, given in ((tower.mean, data.mean), (tower.std, data.std)) if own is not None]
+    if source is not None and not all(np.allclose(own, given, atol=1e-3) for own, given in pairs):
+        _warn_of_pixels(tower, source, data.mean, data.std)
+    return tower, source
+
+
+def _warn_of_pixels(tower: Tower, source: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say in one line which mean and deviation the weights want, as far as that is known: a file does not say it."""
+    own, check = f"mean {tower.mean}, std {tower.std}", "check what your file was trained with"
+    if not Path(source).is_file():
+        advice = f"{tower.name} was trained on pixels with {own}; set them to that"
+    elif isinstance(tower, OpenClipTower):
+        advice = f"OpenAI's for CLIP are {own}; {check}"
+    elif "." in tower.name:
+        advice = f"those of timm's {tower.name} are {own}; {check}"
+    else:
+        tag = ", or put its tag into network.arch" if is_timm_name(tower.name) else ""
+        advice = f"timm's default for this name is {own}; {check}{tag}"
+    logger.warning("data.mean is %s and data.std %s, but %s", tuple(mean), tuple(std), advice)
+
+
+def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tuple[Tower, str | None]:
+    """A tower by open_clip's name, else by timm's, and where its weights are from (None: they are random)."""
+    known = clip_names()
+    if is_timm_name(arch) and (arch not in known or not clip_tags(arch)):
+        if weights is not None:
+            find_weights(arch, weights)  # a file must be there
+        source = find_timm_weights(arch, weights) if load else None
+        return build_timm_tower(arch, size, source), source
+    if arch not in known:
+        close = " or ".join(name for name in (nearest(arch, known), nearest(arch, timm_names())) if name)
+        hint = f"; did you mean {close}?" if close else ""
+        raise TowerError(f"network.arch: {arch!r} is neither a model of open_clip nor one of timm{hint}")
+    trunk = timm_trunk(arch)
+    source = find_weights(arch, weights) if load else None
+    if trunk is None:
+        return build_tower(arch, size, source), source
+    tower = build_timm_tower(trunk.pop("model_name"), size, source and str(fetch_weights(arch, source)), arch, **trunk)
+    if source is not None:
+        tower.mean, tower.std = stated_pixels(arch, source) or (tower.mean, tower.std)
+    return tower, source
+
+
+def freeze_all_but_trainable(model: nn.Module) -> nn.Module:
+    """Require gradients of exactly what `trainable_modules` names."""
+    model.requires_grad_(False)
+    for part in model.trainable_modules().values():
+        part.requires_grad_(True)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """Counts of parameters: all, tuned, and tuned by module."""
+
+    total: int
+    tuned: int
+    by_module: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Tuned share, 0..1."""
+        return self.tuned / self.total
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.by_module.items())
+        return f"parameters: {self.total:,} in all, {self.tuned:,} tuned ({100 * self.share:.2f} %): {parts}"
+
+
+def parameter_report(model: nn.Module) -> ParameterReport:
+    """Count a method's parameters."""
+    by_module = {name: _count(part) for name, part in trainable_parts(model).items()}
+    return ParameterReport(_count(model), sum(by_module.values()), by_module)
+
+
+def _count(part: nn.Module | nn.Parameter) -> int:
+    return part.numel() if isinstance(part, torch.Tensor) else sum(p.numel() for p in part.parameters())

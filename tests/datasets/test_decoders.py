@@ -1,0 +1,398 @@
+"""Every decoder gives the same frames for the same indices, or one sentence that names the file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.decoders import DecodeError, DecoderMissing, base, decord_file, open_video, pyav_file
+
+try:
+    import av
+except ImportError:
+    av = None
+
+SHARED = Path(__file__).parents[3] / "shared/data"
+SAMPLES, UCF101 = SHARED / "samples", SHARED / "ucf101_10/UCF-101"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
+needs_ucf101 = pytest.mark.skipif(not UCF101.is_dir(), reason="the UCF101 clips are not here")
+needs_pyav = pytest.mark.skipif(av is None, reason="the package av is not installed")
+DECODERS = ["decord", pytest.param("pyav", marks=needs_pyav)]
+
+# Colour conversion differs by at most 2 of 255, but for what needs the chroma to be interpolated: odd sizes, 10 bits
+# and interlaced pictures, of which these synthetic frames, full of edges, differ by this much on average.
+TOLERANCE, INTERPOLATED = 2, 6
+
+# name: frames, frames declared, height, width
+SIZES = {
+    "R6llTwEh07w.mp4": (303, 303, 256, 340),
+    "SOX5yA1l24A.mp4": (332, 332, 256, 340),
+    "WUzgd7C1pWA.mp4": (327, 327, 256, 340),
+    "RATRACE_wave_f_nm_np1_fr_goo_37.avi": (72, 73, 240, 560),
+    "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi": (74, 75, 240, 320),
+    "TrumanShow_wave_f_nm_np1_fr_med_26.avi": (48, 49, 240, 432),
+    "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi": (83, 84, 240, 320),
+    "flipping_a_pancake.mkv": (310, 310, 240, 426),
+    "rotated_90.mov": (3, 3, 568, 320),
+    "something_like.webm": (58, 58, 240, 427),
+    "v_SoccerJuggling_g23_c01.avi": (240, 240, 240, 320),
+    "v_SoccerJuggling_g24_c01.avi": (251, 251, 240, 320),
+}
+# name: frames, packets without a frame; the first has no time stamps, the others lack frames in their middle
+UCF101_ODD = {
+    "WallPushups/v_WallPushups_g10_c02.avi": (69, 0),
+    "JumpRope/v_JumpRope_g17_c04.avi": (613, 6),
+    "JumpingJack/v_JumpingJack_g20_c01.avi": (116, 4),
+    "JumpingJack/v_JumpingJack_g20_c03.avi": (138, 2),
+}
+
+
+def sentence(path, decoder, indices=None) -> str:
+    with pytest.raises(DecodeError) as caught:
+        video = open_video(str(path), decoder)
+        video.read(np.arange(video.num_frames) if indices is None else np.array(indices))
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    return message
+
+
+def check_any_subset(path, decoder, rounds=4) -> np.ndarray:
+    """Reads of any frames, by a new and by a used handle, equal the decoding from the start, which is returned."""
+    video = open_video(str(path), decoder)
+    whole = np.stack(list(open_video(str(path), decoder).frames()))
+    assert len(whole) == video.num_frames <= video.declared_frames
+    assert whole.shape[1:] == (video.height, video.width, 3) and whole.dtype == np.uint8
+    rng = np.random.default_rng(0)
+    for _ in range(rounds):
+        indices = np.append(rng.integers(len(whole), size=6), [len(whole) - 1, 0, 0])
+        assert (open_video(str(path), decoder).read(indices) == whole[indices]).all()
+        assert (video.read(indices) == whole[indices]).all()
+    return whole
+
+
+# --- real files
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", SIZES)
+def test_samples(name, decoder, capfd):
+    frames, declared, height, width = SIZES[name]
+    video = open_video(str(SAMPLES / name), decoder)
+    assert (video.num_frames, video.declared_frames) == (frames, declared)
+    assert (video.height, video.width) == (height, width)
+    assert len(check_any_subset(SAMPLES / name, decoder, rounds=1)) == frames
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_pyav
+@needs_samples
+@pytest.mark.parametrize("name", SIZES)
+def test_samples_are_the_same_by_every_decoder(name):
+    one, two = (open_video(str(SAMPLES / name), decoder).frames() for decoder in ("decord", "pyav"))
+    assert all(np.abs(a.astype(int) - b).max() <= TOLERANCE for a, b in zip(one, two, strict=True))
+
+
+@needs_ucf101
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", UCF101_ODD)
+def test_clips_with_missing_frames_or_time_stamps(name, decoder):
+    frames, missing = UCF101_ODD[name]
+    video = open_video(str(UCF101 / name), decoder)
+    assert (video.num_frames, video.declared_frames) == (frames, frames + missing)
+    check_any_subset(UCF101 / name, decoder, rounds=1)
+
+
+@needs_pyav
+@needs_ucf101
+def test_ucf101_is_the_same_by_every_decoder():
+    paths = [*sorted(UCF101.glob("*/*.avi"))[::25], *(UCF101 / name for name in UCF101_ODD)]
+    rng = np.random.default_rng(0)
+    for path in paths:
+        one, two = open_video(str(path), "decord"), open_video(str(path), "pyav")
+        assert one.num_frames == two.num_frames, path
+        indices = rng.integers(one.num_frames, size=5)
+        assert np.abs(one.read(indices).astype(int) - two.read(indices)).max() <= TOLERANCE, path
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_corrupted(decoder, capfd):
+    path = SAMPLES / "corrupted.mp4"
+    assert "cannot be decoded" in sentence(path, decoder, [0, 20, 40])
+    video = open_video(str(path), decoder)
+    frames = list(video.frames())
+    assert 0 < len(frames) < video.declared_frames == 50  # extraction gets what there is, and can tell
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_truncated(decoder, tmp_path):
+    half = tmp_path / "half.mp4"
+    half.write_bytes((SAMPLES / "WUzgd7C1pWA.mp4").read_bytes()[:300000])
+    assert "cannot be decoded" in sentence(half, decoder)
+    half = tmp_path / "half.avi"
+    half.write_bytes((SAMPLES / "v_SoccerJuggling_g23_c01.avi").read_bytes()[:200000])
+    assert open_video(str(half), decoder).num_frames == len(check_any_subset(half, decoder, rounds=1)) == 97
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_files_too_large_to_keep_are_decoded_again(decoder, monkeypatch):
+    path = SAMPLES / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
+    kept = check_any_subset(path, decoder, rounds=1)
+    for module in (decord_file, pyav_file):
+        monkeypatch.setattr(module, "KEEP_BYTES", 0)
+    assert (check_any_subset(path, decoder, rounds=1) == kept).all()
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_order_repeats_and_indices_that_are_not_there(decoder):
+    path = SAMPLES / "something_like.webm"
+    frames = open_video(str(path), decoder).read(np.array([7, 3, 7, 7]))
+    assert (frames[0] == frames[2]).all() and (frames[0] == frames[3]).all() and (frames[0] != frames[1]).any()
+    assert "frame 58 is asked for, the file holds 58 frames" in sentence(path, decoder, [0, 58])
+    assert "frame -1 is asked for" in sentence(path, decoder, [-1])
+
+
+@needs_pyav
+@needs_samples
+def test_only_wanted_frames_are_converted(monkeypatch):
+    video = open_video(str(SAMPLES / "something_like.webm"), "pyav")
+    converted = []
+    real = video._rgb
+    monkeypatch.setattr(video, "_rgb", lambda frame: converted.append(frame.pts) or real(frame))
+    video.read(np.array([7, 3, 7, 7]))
+    assert len(converted) == 2
+
+
+def read_first(path, decoder):
+    return open_video(path, decoder).read(np.array([0, 5])).shape
+
+
+@needs_samples
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_worker_processes_are_silent(decoder, capfd):
+    """The file has metadata in another encoding, and FFmpeg by itself complains about its packed B-frames."""
+    path = str(SAMPLES / "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(read_first, (path, decoder)) == (2, 240, 320, 3)
+    assert capfd.readouterr() == ("", "")
+
+
+# --- files made here
+
+
+def picture(i: int, height: int, width: int) -> np.ndarray:
+    """Frame i: slanted stripes that move, a square that moves, a level that changes; no two are alike."""
+    y, x = np.mgrid[:height, :width]
+    frame = np.stack([x * 3 + i * 7, y * 3 + i * 11, np.full((height, width), i * 37)], -1) % 256
+    frame[8:24, i % (width - 16) : i % (width - 16) + 16] = [i * 53 % 256, 255 - i * 53 % 256, 128]
+    return frame.astype(np.uint8)  # (H, W, 3)
+
+
+def make(path, codec="libx264", frames=40, size=(48, 64), pix_fmt="yuv420p", stamps=None, rotation=0, **options):
+    """Encode `frames` pictures; `stamps` are milliseconds, by default 25 frames a second."""
+    height, width = size
+    with av.open(str(path), "w") as container:
+        try:
+            stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
+        except (av.codec.codec.UnknownCodecError, ValueError):
+            pytest.skip(f"this build of PyAV has no {codec}")
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        if stamps is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24").reformat(format=pix_fmt)
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def shown(frames: np.ndarray, count: int) -> list[int]:
+    """Which picture each frame is nearest to."""
+    pictures = np.stack([picture(i, *frames.shape[1:3]) for i in range(count)]).astype(int)
+    return [int(np.abs(pictures - frame).mean((1, 2, 3)).argmin()) for frame in frames]
+
+
+UNEVEN = [40 * i + 7 * (i * i % 5) + (300 if i > 20 else 0) for i in range(40)]
+OPEN = "open-gop=1:bframes=2:b-adapt=0:keyint=20:min-keyint=20:scenecut=0"
+MADE = {
+    "uneven.mp4": {"stamps": UNEVEN, "x264-params": "bframes=2:keyint=15"},
+    "uneven.mkv": {"stamps": UNEVEN, "x264-params": "bframes=2:keyint=15"},
+    "pyramid.mp4": {"frames": 80, "x264-params": "bframes=5:b-pyramid=normal:keyint=30:ref=4"},
+    "open.mp4": {"frames": 100, "x264-params": OPEN},
+    "open.mkv": {"frames": 100, "x264-params": OPEN},
+    "open_short.mp4": {"frames": 60, "x264-params": OPEN.replace("20", "9")},
+    "refresh.mkv": {"frames": 80, "x264-params": "intra-refresh=1:keyint=20:bframes=0"},
+    "hevc.mp4": {"codec": "libx265", "frames": 60, "x265-params": f"log-level=none:{OPEN}"},
+    "vp8.webm": {"codec": "libvpx", "frames": 60, "auto-alt-ref": 1, "lag-in-frames": 16, "b": "60k"},
+    "vp9.webm": {"codec": "libvpx-vp9", "auto-alt-ref": 1, "lag-in-frames": 16, "g": 15},
+    "plain.avi": {"codec": "mpeg4", "bf": 0, "g": 12},
+    "b.avi": {"codec": "mpeg4", "bf": 2, "g": 12},
+    "h264.avi": {"x264-params": "bframes=2:keyint=15"},
+    "mpeg.mpg": {"codec": "mpeg1video", "bf": 2, "g": 12},
+    "flash.flv": {"x264-params": "bframes=2:keyint=15"},
+    "grey.mp4": {"pix_fmt": "gray"},
+    "full_range.mp4": {"pix_fmt": "yuvj420p"},
+    "bt709.mp4": {"x264-params": "colormatrix=bt709:colorprim=bt709:transfer=bt709"},
+    "narrow.mkv": {"codec": "ffv1", "size": (48, 48), "pix_fmt": "yuv444p"},
+    "odd_lossless.mkv": {"codec": "ffv1", "size": (47, 63), "pix_fmt": "yuv444p"},
+    "odd.mkv": {"codec": "mpeg4", "size": (47, 63)},
+    "odd.webm": {"codec": "libvpx-vp9", "size": (47, 63)},
+    "ten_bits.mp4": {"pix_fmt": "yuv420p10le"},
+    "interlaced.mp4": {"size": (64, 64), "x264-params": "interlaced=1:bframes=2:keyint=15"},
+}
+INTERPOLATING = {"odd.mkv", "odd.webm", "ten_bits.mp4", "interlaced.mp4"}
+
+
+@needs_pyav
+@pytest.mark.parametrize("name", MADE)
+def test_made_files(name, tmp_path, capfd):
+    path = make(tmp_path / name, **MADE[name])
+    capfd.readouterr()  # what the encoders say
+    frames = MADE[name].get("frames", 40)
+    whole = {decoder: check_any_subset(path, decoder, rounds=2) for decoder in ("decord", "pyav")}
+    for decoder, found in whole.items():
+        if name != "grey.mp4":
+            assert shown(found, frames) == list(range(frames)), decoder
+        for index in range(0, frames, 3):  # each by itself, after a seek
+            assert (open_video(str(path), decoder).read(np.array([index]))[0] == found[index]).all(), (decoder, index)
+    difference = np.abs(whole["decord"].astype(int) - whole["pyav"])
+    if name in INTERPOLATING:
+        assert difference.mean() < INTERPOLATED
+    else:
+        assert difference.max() <= TOLERANCE
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_pyav
+@pytest.mark.parametrize("name", ["uneven.mp4", "pyramid.mp4", "open.mkv", "hevc.mp4", "vp9.webm", "plain.avi"])
+def test_usual_files_are_not_decoded_whole(name, tmp_path):
+    path = make(tmp_path / name, **MADE[name])
+    for decoder, decoded_whole in (("decord", "_from_start"), ("pyav", "_by_count")):
+        video = open_video(str(path), decoder)
+        setattr(video, decoded_whole, None)
+        video.read(np.arange(0, video.num_frames, 7))
+        assert video._kept is None
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_container_without_a_packet(decoder, tmp_path):
+    with av.open(str(tmp_path / "hollow.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    assert "can" in sentence(tmp_path / "hollow.mkv", decoder)
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation(rotation, decoder, tmp_path):
+    path = make(tmp_path / "turned.mp4", frames=3, rotation=rotation)
+    video = open_video(str(path), decoder)
+    frames = check_any_subset(path, decoder, rounds=1)
+    assert (video.height, video.width) == ((48, 64) if rotation == 180 else (64, 48))
+    assert shown(np.rot90(frames, -rotation // 90, axes=(1, 2)), 3) == [0, 1, 2]
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_that_an_edit_list_hides_do_not_count(decoder, tmp_path):
+    stamps = [40 * (i - 6) for i in range(40)]
+    path = make(tmp_path / "edited.mp4", stamps=stamps, **{"x264-params": "bframes=2:keyint=15"})
+    assert shown(check_any_subset(path, decoder), 40) == list(range(6, 40))
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_pictures_before_the_first_whole_one_do_not_count(decoder, tmp_path):
+    """A stream cut at an open GOP starts with pictures that depend on what is gone."""
+    whole = make(tmp_path / "whole.mkv", frames=60, **{"x264-params": OPEN})
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        first = [place for place, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[first:]:
+            packet.stream = stream
+            target.mux(packet)
+    assert shown(check_any_subset(tmp_path / "cut.mkv", decoder), 60) == list(range(20, 60))
+    assert open_video(str(tmp_path / "cut.mkv"), decoder).declared_frames > 40
+
+
+@needs_pyav
+def test_transport_streams_are_read_by_pyav_alone(tmp_path):
+    path = make(tmp_path / "stream.ts", **{"x264-params": "bframes=2:keyint=15"})
+    assert shown(check_any_subset(path, "pyav"), 40) == list(range(40))
+    assert "of 40 frames can be decoded" in sentence(path, "decord")
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_truncated_matroska(decoder, tmp_path):
+    content = make(tmp_path / "whole.mkv", stamps=UNEVEN, **{"x264-params": "bframes=0"}).read_bytes()
+    path = tmp_path / "part.mkv"
+    path.write_bytes(content[: len(content) * 2 // 3])
+    frames = check_any_subset(path, decoder)
+    assert 5 < len(frames) < 40 and shown(frames, 40) == list(range(len(frames)))
+
+
+@needs_pyav
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_sound_alone(decoder, tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        sound.sample_rate, sound.pts = 16000, 0
+        sound.planes[0].update(bytes(sound.planes[0].buffer_size))
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    assert ("holds no video stream" if decoder == "pyav" else "cannot be decoded") in sentence(path, decoder)
+
+
+# --- no video, no library
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_no_video_at_all(decoder, tmp_path):
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "text.mp4").write_text("hello" * 100)
+    (tmp_path / "zeros.avi").write_bytes(bytes(10000))
+    assert "is empty" in sentence(tmp_path / "empty.avi", decoder)
+    assert "cannot be decoded" in sentence(tmp_path / "text.mp4", decoder)
+    assert "cannot be decoded" in sentence(tmp_path / "zeros.avi", decoder)
+    assert "no such file" in sentence(tmp_path / "none.avi", decoder)
+    assert "no such file" in sentence(tmp_path, decoder)
+
+
+@pytest.mark.parametrize(("decoder", "package"), [("decord", "decord"), ("pyav", "av")])
+def test_missing_library(decoder, package, tmp_path, monkeypatch):
+    (tmp_path / "some.avi").write_text("hello")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DecoderMissing) as caught:
+        open_video(str(tmp_path / "some.avi"), decoder)
+    assert str(caught.value) == f"data.decoder: {decoder} needs the package {package}: pip install {package}"
+
+
+def test_unknown_decoder(tmp_path):
+    with pytest.raises(ValueError, match="data.decoder: cv2 is none of decord, pyav"):
+        open_video(str(tmp_path / "some.avi"), "cv2")
+
+
+def test_errors_of_ours_are_not_taken_for_the_files():
+    with pytest.raises(AttributeError), base.decoding("some.avi"):
+        raise AttributeError("a slip")

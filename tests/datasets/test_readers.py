@@ -1,0 +1,154 @@
+"""Frames come out as stored, and every kind of broken storage is refused with one sentence that names it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import jpeg
+from datasets.box import Box
+from datasets.pack.writer import write_pack
+from datasets.readers import FrameFolderReader, PackReader, ReadError, VideoReader
+
+SAMPLES = Path(__file__).parents[3] / "shared/data/samples"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten frames of 20 x 30 pixels; frame i has the grey value 20 * i."""
+    for i in range(10):
+        Image.new("RGB", (30, 20), (20 * i,) * 3).save(tmp_path / f"{i + 1:06d}.jpg", quality=95)
+    return tmp_path
+
+
+def failure(reader, path, declared, indices=(0,)):
+    with pytest.raises(ReadError) as caught:
+        reader.open(str(path), declared).read(np.array(indices))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_folder_reads_in_the_order_asked(folder):
+    clip = FrameFolderReader("{:06d}.jpg").open(str(folder), 10)
+    frames = clip.read(np.array([9, 0, 3, 3]))
+    assert clip.num_frames == 10 and frames.shape == (4, 20, 30, 3) and frames.dtype == np.uint8
+    assert np.abs(frames.mean((1, 2, 3)) - [180, 0, 60, 60]).max() < 2
+
+
+def test_folder_numbered_from_zero_and_channel_order(tmp_path):
+    Image.new("RGB", (8, 8), (200, 100, 0)).save(tmp_path / "frame0.png")
+    frames = FrameFolderReader("frame{:d}.png", index_base=0).open(str(tmp_path), 1).read(np.array([0]))
+    assert frames[0, 0, 0].tolist() == [200, 100, 0]
+
+
+def test_list_decides_the_number_of_frames(folder):
+    assert FrameFolderReader("{:06d}.jpg").open(str(folder), 4).num_frames == 4
+
+
+def test_grey_images_become_rgb(tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "1.png")
+    assert FrameFolderReader("{}.png").open(str(tmp_path), 1).read(np.array([0])).shape == (1, 8, 8, 3)
+
+
+def test_repeated_frames_are_decoded_once(folder, monkeypatch):
+    decoded = []
+    real = jpeg.decode
+    monkeypatch.setattr(jpeg, "decode", lambda *arguments: decoded.append(1) or real(*arguments))
+    FrameFolderReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
+    assert len(decoded) == 2
+
+
+def test_fewer_frames_than_declared_even_if_not_asked_for(folder):
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 12)
+    assert "000012.jpg is missing" in message and "10 files" in message and "declares 12" in message
+
+
+def test_missing_frame_inside(folder):
+    (folder / "000004.jpg").unlink()
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [3])
+    assert "000004.jpg is missing" in message and "9 files" in message and "declares 10" in message
+
+
+def test_missing_folder_and_unknown_length(folder):
+    assert "no such folder" in failure(FrameFolderReader("{:06d}.jpg"), folder / "nothing", 3)
+    assert "how many frames" in failure(FrameFolderReader("{:06d}.jpg"), folder, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
+def test_damaged_image(folder, content):
+    file = folder / "000002.jpg"
+    file.write_bytes(file.read_bytes()[:-200] if content == "truncated" else content)
+    assert "000002.jpg: is not a readable image" in failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1])
+
+
+def test_frames_of_different_sizes(folder):
+    Image.new("RGB", (31, 20)).save(folder / "000003.jpg")
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1, 2])
+    assert "000003.jpg" in message and "31x20" in message and "30x20" in message
+
+
+@needs_samples
+def test_video_with_fewer_frames_than_declared():
+    message = failure(VideoReader(), SAMPLES / "rotated_90.mov", 4)
+    assert "holds 3 frames" in message and "declares 4" in message
+
+
+@needs_samples
+def test_damaged_videos(tmp_path):
+    assert "cannot be decoded" in failure(VideoReader(), SAMPLES / "corrupted.mp4", None, [0, 20, 40])
+    half = tmp_path / "half.mp4"
+    half.write_bytes((SAMPLES / "WUzgd7C1pWA.mp4").read_bytes()[:300000])
+    assert "cannot be decoded" in failure(VideoReader(), half, None)
+    half = tmp_path / "half.avi"
+    half.write_bytes((SAMPLES / "v_SoccerJuggling_g23_c01.avi").read_bytes()[:200000])
+    assert "holds 97 frames" in failure(VideoReader(), half, 240)
+
+
+def test_no_video_at_all(tmp_path):
+    (tmp_path / "empty.avi").touch()
+    (tmp_path / "text.avi").write_text("hello")
+    assert "is empty" in failure(VideoReader(), tmp_path / "empty.avi", None)
+    assert "cannot be decoded" in failure(VideoReader(), tmp_path / "text.avi", None)
+    assert "no such file" in failure(VideoReader(), tmp_path / "none.avi", None)
+    assert "no such file" in failure(VideoReader(), tmp_path, None)
+
+
+def test_a_pack_reads_as_its_folders_do(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(1, 7):
+        (tmp_path / "frames/a class/clip").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((90, 60)).save(tmp_path / f"frames/a class/clip/{number:06d}.jpg")
+    write_pack(tmp_path / "frames", tmp_path / "frames.pack")
+    packed = PackReader(str(tmp_path / "frames.pack"))
+    inside = str(tmp_path / "frames.pack/a class/clip")
+    indices = np.array([5, 0, 2, 2])
+    clip = packed.open(inside, 6)
+    folder = FrameFolderReader("{:06d}.jpg").open(str(tmp_path / "frames/a class/clip"), 6)
+    assert clip.num_frames == 6 and packed.open(inside, None).num_frames == 6 and packed.open(inside, 4).num_frames == 4
+    assert (clip.read(indices) == folder.read(indices)).all()
+    assert (clip.fetch(indices).decode(Box(3, 5, 20, 50)) == folder.read(indices)[:, 3:20, 5:50]).all()
+    assert "holds 6 frames, the list declares 7" in failure(packed, inside, 7)
+    with pytest.raises(ReadError, match=r"frames\.pack: the pack holds no video a class/clip2"):
+        packed.open(f"{inside}2", 6)
+
+
+def test_large_images_are_decoded_small_and_never_too_small(tmp_path):
+    Image.linear_gradient("L").convert("RGB").resize((200, 120)).save(tmp_path / "1.jpg", quality=95)
+    frames = FrameFolderReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
+    whole = frames.decode()
+    for least, expected in (
+        ((60, 100), (60, 100)),
+        ((61, 100), (120, 200)),
+        ((20, 20), (30, 50)),
+        ((15, 25), (15, 25)),
+    ):
+        small = frames.reduced(*least)
+        assert (small.height, small.width) == expected
+        pixels = small.decode()
+        assert pixels.shape == (2, *expected, 3)
+        smooth = np.asarray(Image.fromarray(whole[0]).resize(expected[::-1], Image.Resampling.BOX), int)
+        assert np.abs(pixels[0] - smooth).mean() < 3

@@ -1,0 +1,107 @@
+"""Frame sampling: every golden case to the index, and what must hold for any number of frames."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.sampling import test_indices as clips_of_test
+from datasets.sampling import train_indices, val_indices
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden")) / "sampling.json"
+STYLES = ("kinetics", "something")
+LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 127, 128, 129, 130, 300, 1001)
+SIZES = (1, 2, 3, 5, 8, 16, 32, 128, 200)
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"{GOLDEN} is not here (set GOLDEN_DIR)")
+def test_golden_indices():
+    cases = json.loads(GOLDEN.read_text())
+    assert cases
+    for case in cases:
+        style = case["style"].split("-")[0]
+        length, T, dense = case["num_frames"], case["T"], case["dense"]
+        if case["split"] == "val":
+            ours = val_indices(length, T, style, dense)
+        else:
+            ours = clips_of_test(length, T, case["clips"], style, dense).reshape(-1)
+        assert (ours + 1).tolist() == case["indices"], case
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_shapes_and_range_for_every_length(style, dense):
+    rng = np.random.default_rng(0)
+    for length in LENGTHS:
+        for T in SIZES:
+            train = train_indices(length, T, style, dense, rng)
+            val = val_indices(length, T, style, dense)
+            assert train.shape == val.shape == (T,)
+            found = [train, val]
+            for clips in (1, 2, 3, 10):
+                test = clips_of_test(length, T, clips, style, dense)
+                assert test.shape == (clips, T)
+                found.append(test)
+            for indices in found:
+                assert indices.dtype == np.int64
+                assert indices.min() >= 0 and indices.max() < length, (length, T)
+            if not dense:
+                assert (np.diff(train) >= 0).all() and (np.diff(val) >= 0).all()
+
+
+def test_val_is_deterministic_and_dense_val_is_centred():
+    assert (val_indices(228, 8, "kinetics", True) == np.arange(8) * 16 + 50).all()
+    assert (val_indices(90, 8, "kinetics", True) == np.arange(8) * 16 % 90).all()
+
+
+def test_dense_test_with_one_clip_starts_at_the_first_frame():
+    assert (clips_of_test(300, 8, 1, "something", True)[0] == np.arange(8) * 16).all()
+
+
+def test_short_something_video_shows_every_frame():
+    rng = np.random.default_rng(0)
+    for length in range(1, 9):
+        for _ in range(20):
+            assert set(train_indices(length, 8, "something", False, rng)) == set(range(length))
+
+
+def draws(length, T, style, dense, times):
+    rng = np.random.default_rng(3)
+    return np.stack([train_indices(length, T, style, dense, rng) for _ in range(times)])
+
+
+def is_uniform(values, low, high):
+    """Chi-square: within 5 standard deviations of its mean for `low`..`high`, both included."""
+    counts = np.bincount(values - low, minlength=high - low + 1)
+    assert len(counts) == high - low + 1
+    freedom = high - low
+    chi = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    return chi < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_kinetics_training_is_uniform_inside_segments():
+    taken = draws(65, 8, "kinetics", False, 6000)
+    for i in range(8):
+        assert taken[:, i].min() == 8 * i and taken[:, i].max() == 8 * (i + 1)  # borders included
+        assert is_uniform(taken[:, i], 8 * i, 8 * (i + 1))
+
+
+def test_something_training_is_uniform_inside_ticks():
+    taken = draws(50, 8, "something", False, 6000)
+    for i in range(8):
+        low, high = i * 50 // 8, (i + 1) * 50 // 8 - 1
+        assert taken[:, i].min() == low and taken[:, i].max() == high
+        assert is_uniform(taken[:, i], low, high)
+
+
+def test_dense_training_start_is_uniform():
+    starts = draws(148, 8, "kinetics", True, 6000)[:, 0]
+    assert starts.min() == 0 and starts.max() == 20
+    assert is_uniform(starts, 0, 20)
+
+
+def test_same_generator_same_frames():
+    first = train_indices(100, 8, "kinetics", False, np.random.default_rng(5))
+    assert (first == train_indices(100, 8, "kinetics", False, np.random.default_rng(5))).all()

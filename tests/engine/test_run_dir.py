@@ -1,0 +1,491 @@
+"""The run folder: which one, one process at a time, what is written, and what a resumed run takes back."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import files
+from engine import run_dir
+from engine.checkpoint_file import save
+from engine.distributed import Process
+from engine.log import close_logging
+from engine.run_dir import RunDir, RunDirError, choose_folder
+
+CONFIG = {"solver": {"lr": 0.001, "betas": [0.9, 0.999]}, "resume": None, "pretrain": "a.pt"}
+META = {"seed": 5, "world_size": 1}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    yield
+    close_logging()
+
+
+class Killed(BaseException):
+    """The moment of a kill: nothing catches it."""
+
+
+def begin(path: Path, resume: bool = False, config: dict = CONFIG, meta: dict = META, **options: object) -> RunDir:
+    return RunDir(path, config, meta, Process(), resume=resume, **options)
+
+
+def made(path: Path, config: dict = CONFIG, age_s: float = 0, finished: bool = False) -> Path:
+    """A run's folder as it is left behind."""
+    with begin(path, config=config) as run:
+        if finished:
+            run.finish()
+    then = time.time() - age_s
+    os.utime(path / "run.json", (then, then))
+    return path
+
+
+# Which folder.
+
+
+def chosen(tmp_path: Path, explicit: Path | None = None, fresh: bool = False, differs: Callable | None = None) -> tuple:
+    differs = differs or (lambda config, start: None if config == CONFIG else "solver.lr is another")
+    return choose_folder(Process(), explicit, tmp_path, "new", differs, fresh)
+
+
+def test_a_new_folder_where_there_is_no_run(tmp_path: Path):
+    assert chosen(tmp_path / "nowhere") == (tmp_path / "nowhere" / "new", False)
+    assert chosen(tmp_path) == (tmp_path / "new", False) and (tmp_path / "new").is_dir()  # nobody else gets it
+    (tmp_path / "new_1").write_text("")
+    assert chosen(tmp_path) == (tmp_path / "new_2", False)
+    begin(tmp_path / "new_2").close()
+    for name in ("new", "new_2"):
+        run_dir._forget(tmp_path / name)
+    assert not (tmp_path / "new").exists() and (tmp_path / "new_2").exists()
+    assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
+    (tmp_path / "mine").mkdir()
+    assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
+
+
+def test_the_newest_unfinished_run_of_the_same_kind_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    made(tmp_path / "other", {"solver": {"lr": 1}}, age_s=10)
+    made(tmp_path / "done", age_s=20, finished=True)
+    made(tmp_path / "newer", age_s=30)
+    made(tmp_path / "older", age_s=40)
+    with caplog.at_level(logging.INFO, "td4v"):
+        assert chosen(tmp_path) == (tmp_path / "newer", True)
+    assert f"going on with {tmp_path / 'newer'}" in caplog.text
+    assert chosen(tmp_path, fresh=True) == (tmp_path / "new", False)
+    assert chosen(tmp_path, tmp_path / "older") == (tmp_path / "older", True)
+    assert chosen(tmp_path, tmp_path / "done") == (tmp_path / "done", True)  # by its name, to be told that it is
+    caplog.clear()
+    assert chosen(tmp_path, differs=lambda config, start: "all differ") == (tmp_path / "new_1", False)
+    assert f"{tmp_path / 'other'}: not finished, but another run: all differ; so a new one begins" in caplog.text
+
+
+def test_a_damaged_description_is_taken_from_the_newest_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = made(tmp_path / "run")
+    save(path / "last_model.pt", {"config": CONFIG, "meta": META})
+    for name, text in (("run.json", "[]"), ("run.json", '{"a": 1}'), ("config.yaml", "- 1"), ("config.yaml", "")):
+        (path / name).write_text(text)
+        assert chosen(tmp_path) == (path, True)
+        with begin(path, resume=True):
+            assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
+    assert "its config.yaml or run.json is damaged" in caplog.text and "last_model.pt tells the same" in caplog.text
+
+
+def test_a_run_that_may_not_be_written_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    made(tmp_path / "theirs")
+
+    def refuse(folder: Path) -> str | None:
+        raise PermissionError(13, "Permission denied", str(folder / ".lock"))
+
+    monkeypatch.setattr(run_dir, "_user", refuse)
+    assert chosen(tmp_path) == (tmp_path / "new", False)
+    assert f"{tmp_path / 'theirs'}: passed over" in caplog.text
+
+
+def test_what_makes_another_run_is_asked_of_the_newest_start(tmp_path: Path):
+    made(tmp_path / "run")
+    begin(tmp_path / "run", resume=True, meta=META | {"seed": 6}).close()
+    asked = []
+    chosen(tmp_path, tmp_path / "run", differs=lambda *what: asked.append(what))
+    assert asked == [(CONFIG, META | {"seed": 6})]
+
+
+def test_a_damaged_folder_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    made(tmp_path / "whole", age_s=10)
+    for name, file, text in (("a", "run.json", ""), ("b", "config.yaml", "a: ["), ("c", "run.json", "[{")):
+        (made(tmp_path / name) / file).write_text(text)
+    assert chosen(tmp_path) == (tmp_path / "whole", True)
+    for name in "abc":
+        assert f"{tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
+    with pytest.raises(RunDirError, match="a: .*cannot be read"):
+        chosen(tmp_path, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["last_model.pt", "config.yaml", "run.json", "log.txt"])
+def test_a_named_folder_of_another_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text("old")
+    with pytest.raises(RunDirError, match=f"{tmp_path}: holds {name}, but no run of ours to go on with"):
+        chosen(tmp_path, tmp_path)
+    with pytest.raises(RunDirError, match=rf"already holds a run \({name}\), and --fresh"):
+        chosen(tmp_path, tmp_path, fresh=True)
+    with pytest.raises(RunDirError, match=rf"already holds a run \({name}\)"):
+        begin(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "old"
+
+
+def test_a_named_folder_of_another_run_is_refused(tmp_path: Path):
+    made(tmp_path / "run", {"solver": {"lr": 1}})
+    with pytest.raises(RunDirError, match="run: already holds another run: solver.lr is another"):
+        chosen(tmp_path, tmp_path / "run")
+    with pytest.raises(RunDirError, match="run: already holds a run .* --fresh was asked"):
+        chosen(tmp_path, tmp_path / "run", fresh=True)
+
+
+def test_every_process_gets_the_answer_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for answer in ((tmp_path / "theirs", True), "a sentence"):
+        monkeypatch.setattr(run_dir, "gather", lambda own, answer=answer: [answer, own])
+        other = (Process(1, 2), None, tmp_path, "new", lambda *_: None)
+        if isinstance(answer, str):
+            with pytest.raises(RunDirError, match="a sentence"):
+                choose_folder(*other)
+        else:
+            assert choose_folder(*other) == answer
+
+
+# One process at a time.
+
+
+@contextmanager
+def another_process(work: Callable[[], None]) -> Iterator[int]:
+    """A copy of this process that has done `work` and lives on; killed with -9 at the end."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.write(tell, b"x")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        assert os.read(ready, 1) == b"x", "the other process failed"
+        yield child
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_two_processes_cannot_have_one_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run_dir, "PATIENCE_S", 1)
+    path = tmp_path / "run"
+    held = []
+    with another_process(lambda: held.append(begin(path))) as child:
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        with pytest.raises(RunDirError, match=rf"run: another process is using this run folder \(process {child} on"):
+            begin(path, resume=True)
+        with caplog.at_level(logging.INFO, "td4v"):
+            assert chosen(tmp_path) == (tmp_path / "new", False)
+        assert f"{path}: going on, by process {child}" in caplog.text
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    # It was killed with -9: the folder is free at once, and the run goes on.
+    assert chosen(tmp_path) == (path, True)
+    begin(path, resume=True).close()
+    assert len(json.loads((path / "run.json").read_text())) == 2
+
+
+def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path: Path):
+    told, tell = os.pipe()
+
+    def work() -> None:
+        held.append(begin(tmp_path / "run"))
+        if (worker := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.write(tell, f"{worker}\n".encode())
+
+    held: list[RunDir] = []
+    with another_process(work):
+        worker = int(os.read(told, 100))
+    try:
+        os.kill(worker, 0)
+        begin(tmp_path / "run", resume=True).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(told), os.close(tell)
+
+
+def test_a_closed_folder_is_free(tmp_path: Path):
+    def work() -> None:
+        held.append(begin(tmp_path / "run", resume=True))
+
+    held: list[RunDir] = []
+    with (
+        begin(tmp_path / "run"),
+        pytest.raises(AssertionError, match="the other process failed"),
+        another_process(work),
+    ):
+        pass
+    with another_process(work):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    begin(tmp_path / "run").close()
+    assert "this file system has no locks" in caplog.text
+
+
+# What is written.
+
+
+def test_a_run_folder_says_what_ran(tmp_path: Path):
+    path = tmp_path / "deep" / "run"
+    with begin(path) as run:
+        logging.getLogger("td4v").info("hello")
+        logging.getLogger("td4v").debug("too much")
+    assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
+    assert json.loads((path / "run.json").read_text()) == [META] == [run.meta]
+    log = (path / "log.txt").read_text()
+    assert log.count("hello") == 1 and "too much" not in log
+
+
+def test_each_start_is_an_entry_and_how_it_began_stays(tmp_path: Path):
+    begin(tmp_path).close()
+    with begin(
+        tmp_path, resume=True, config=CONFIG | {"pretrain": None, "resume": "b.pt"}, meta=META | {"seed": 7}
+    ) as run:
+        run.finish()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert first == META and second.pop("finished") > "2020" and second == META | {"seed": 7}
+
+
+def test_a_start_that_is_killed_at_any_operation_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed_at(place: int, path: Path, resume: bool) -> bool:
+        calls = iter(range(100))
+
+        def at(real: Callable) -> Callable:
+            def operation(*arguments: object, **options: object) -> object:
+                if next(calls) == place:
+                    raise Killed
+                return real(*arguments, **options)
+
+            return operation
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", at(os.replace))
+            patch.setattr(os, "fsync", at(os.fsync))
+            patch.setattr(Path, "mkdir", at(Path.mkdir))
+            try:
+                begin(path, resume=resume).close()
+            except Killed:
+                return True
+        return False
+
+    for resume in (False, True):
+        for place in range(20):
+            path = tmp_path / f"{resume}{place}"
+            if resume:
+                made(path)
+            cut = killed_at(place, path, resume)
+            found, going_on = chosen(tmp_path / "none", path)
+            begin(found, resume=going_on).close()
+            assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
+            assert json.loads((path / "run.json").read_text())[-1] == META
+            if not cut:
+                break
+        assert not cut and place > 3
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunDirError, match="run: cannot be used as a run folder"):
+        begin(tmp_path / "run")
+
+
+def test_lines_curves_and_pictures(tmp_path: Path):
+    mean, std = (0.5, 0.25, 0.0), (0.5, 0.5, 1.0)
+    row = {"epoch": 0, "step": 4, "train_loss": 2.0, "top1": None}
+    with begin(tmp_path, mean=mean, std=std, clips=2) as run:
+        run.scalars({"train/loss": 2.5}, step=3)
+        run.record_epoch(row)
+        run.show_clips(torch.zeros(3, 4, 3, 8, 8))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.5)]
+    assert [(e.step, e.value) for e in events.Scalars("epoch/train_loss")] == [(4, 2.0)]
+    assert events.Tags()["images"] == ["input/0", "input/1"] and "epoch/top1" not in events.Tags()["scalars"]
+    picture = events.Images("input/0")[0]
+    assert picture.width > 4 * 8 > picture.height  # four frames in a row
+    pixel = Image.open(io.BytesIO(picture.encoded_image_string)).convert("RGB").getpixel((4, 4))
+    assert pixel == pytest.approx((127.5, 63.75, 0), abs=1)  # zeros were the mean
+
+
+def test_other_ranks_write_nothing_but_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with RunDir(tmp_path, CONFIG, META, Process(rank=1, world_size=2)) as run:
+        run.rewind([{"epoch": 0, "step": 1}], 1)
+        run.scalars({"a": 1.0}, 1)
+        run.record_epoch({"epoch": 0, "step": 1})
+        run.show_clips(torch.zeros(1, 2, 3, 4, 4))
+        run.finish()
+        logging.getLogger("td4v").info("chatter")
+        logging.getLogger("td4v").warning("trouble")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+    for text in (capsys.readouterr().err, (tmp_path / "log.txt").read_text()):
+        assert "[rank 1] trouble" in text and "chatter" not in text
+
+
+# What a resumed run takes back.
+
+
+def row(epoch: int, loss: float = 1.0) -> dict:
+    return {"epoch": epoch, "step": 10 * (epoch + 1), "train_loss": loss, "top1": None}
+
+
+def trained(path: Path, epochs: int = 3) -> list[dict]:
+    """A run of so many epochs of ten steps, as it is left behind by a kill: points each five steps, in two files."""
+    history, seen = [row(epoch) for epoch in range(epochs)], set()
+    for start, part in enumerate((history[:1], history[1:])):
+        with begin(path, resume=start > 0) as run:
+            if start == 0:
+                run.show_clips(torch.zeros(1, 2, 3, 4, 4))
+            for done in part:
+                for step in (done["step"] - 5, done["step"]):
+                    run.scalars({"train/loss": step / 100}, step)
+                run.record_epoch(done)
+        for file in set(path.glob("events.*")) - seen:
+            os.utime(file, (time.time() - 10 + start,) * 2)
+        seen = set(path.glob("events.*"))
+    assert len(list(path.glob("events.*"))) == 2
+    return history
+
+
+def points(path: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(path)).Reload()
+    found = events.Scalars(name) if name in events.Tags()["scalars"] else []
+    return sorted((event.step, round(event.value, 4)) for event in found)
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path):
+    history = trained(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3, "tra')  # killed here
+    with begin(tmp_path, resume=True) as run:
+        run.rewind(history[:1], step=15)  # the checkpoint was made in the middle of the second epoch
+        run.scalars({"train/loss": 0.5}, 20)
+        run.record_epoch(row(1, loss=0.5))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [row(0), row(1, loss=0.5)]
+    assert points(tmp_path, "train/loss") == [(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.5)]
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 0.5)]
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == ["input/0"]
+
+
+def test_a_row_that_was_saved_but_not_written_down_is(tmp_path: Path):
+    """The checkpoint comes before the line and the curve of its epoch: a kill between them loses neither."""
+    history = trained(tmp_path)
+    with begin(tmp_path, resume=True) as run:
+        run.rewind([*history, row(3, loss=0.25)], step=40)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*history, row(3, loss=0.25)]
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0), (40, 0.25)]
+
+
+def test_an_epoch_that_was_trained_but_not_evaluated_has_no_point_yet(tmp_path: Path):
+    history = trained(tmp_path)
+    with begin(tmp_path, resume=True) as run:
+        run.rewind(history[:2], step=30)  # the checkpoint before the evaluation of the third
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0)]
+    assert points(tmp_path, "train/loss")[-1] == (30, 0.3)
+
+
+def test_from_the_start_again(tmp_path: Path):
+    trained(tmp_path)
+    with begin(tmp_path, resume=True) as run:
+        run.rewind([], step=-1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and points(tmp_path, "train/loss") == []
+
+
+@pytest.mark.parametrize("cut", [1, 3, 20, 45])
+def test_a_cut_last_record_costs_that_record_alone(tmp_path: Path, cut: int):
+    history = trained(tmp_path)
+    newest = max(tmp_path.glob("events.*"), key=lambda file: file.stat().st_mtime)
+    newest.write_bytes(newest.read_bytes()[:-cut])  # of the last point, epoch/train_loss at 30
+    with begin(tmp_path, resume=True) as run:
+        run.rewind(history, step=30)
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0)]
+    assert points(tmp_path, "train/loss") == [(step, step / 100) for step in range(5, 35, 5)]
+
+
+def test_rewinding_again_changes_nothing(tmp_path: Path):
+    history = trained(tmp_path)
+    for _ in range(2):
+        with begin(tmp_path, resume=True) as run:
+            run.rewind(history[:2], step=20)
+    (file,) = tmp_path.glob("events.*")
+    once = file.read_bytes()
+    with begin(tmp_path, resume=True) as run:
+        run.rewind(history[:2], step=20)
+    assert file.read_bytes() == once and len(list(tmp_path.glob("events.*"))) == 1
+
+
+def test_a_rewind_that_is_killed_at_any_step_loses_nothing_and_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ("replace", "fsync", "unlink")
+    for place in range(10):
+        path = tmp_path / str(place)
+        history = trained(path)
+        calls, done = iter(range(100)), []
+
+        def at(real: Callable, name: str, calls: Iterator = calls, place: int = place, done: list = done) -> Callable:
+            def operation(*arguments: object, **options: object) -> object:
+                if next(calls) == place:
+                    raise Killed
+                done.append(name)
+                return real(*arguments, **options)
+
+            return operation
+
+        with begin(path, resume=True) as run, monkeypatch.context() as patch:
+            for name in names:
+                patch.setattr(os, name, at(getattr(os, name), name))
+            patch.setattr(Path, "unlink", at(Path.unlink, "unlink"))
+            try:
+                run.rewind(history[:2], step=20)
+                killed = False
+            except Killed:
+                killed = True
+        kept = set(points(path, "train/loss"))  # of all files, in what order ever
+        assert {(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.2)} <= kept
+        assert {(10, 1.0), (20, 1.0)} <= set(points(path, "epoch/train_loss"))
+        with begin(path, resume=True) as run:
+            run.rewind(history[:2], step=20)
+            run.record_epoch(row(2, loss=0.5))
+        assert points(path, "train/loss") == [(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.2)]
+        assert points(path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 0.5)]
+        lines = (path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [*history[:2], row(2, loss=0.5)]
+        if not killed:
+            break
+    assert not killed and {"replace", "fsync", "unlink"} <= set(done)

@@ -1,0 +1,81 @@
+"""Signals that are noted, a second Ctrl-C, exit statuses, and what several processes agree on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from engine import signals as stop
+from engine.distributed import start
+from engine.signals import Consensus, Stopped, StopSignals
+from tests.helpers.processes import run_in_two
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_and_nothing_else(number: signal.Signals, status: int) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert signals.asked == 0
+        os.kill(os.getpid(), number)
+        assert signals.asked == number
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked == number  # the first one counts
+    assert signal.getsignal(number) is before
+    stopped = Stopped(signals.asked, "after 1 epochs and saved")
+    assert stopped.status == status and number.name in str(stopped) and "the same command goes on" in str(stopped)
+
+
+def test_ctrl_c_insists_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopSignals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # torchrun's own, right after the terminal's
+        monkeypatch.setattr(stop, "_INSIST_S", 0.0)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_nothing_is_installed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter() -> None:
+        with StopSignals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_alone_one_agrees_with_oneself() -> None:
+    assert Consensus().most([True, 0, 15]) == [1, 0, 15]
+
+
+def _agree(rank: int) -> None:
+    start("cpu")
+    assert Consensus().most([rank == 1, 15 * (rank == 0), 0]) == [1, 15, 0]
+
+
+def test_two_processes_agree_on_the_greatest() -> None:
+    run_in_two(_agree)
+
+
+def test_the_shell_around_main_exits_with_the_status() -> None:
+    code = (
+        "import signal\nfrom engine.distributed import run\nfrom engine.signals import Stopped\n"
+        "def main():\n    raise Stopped(signal.SIGTERM, 'after step 3, saved')\n"
+        "run(main, ())"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75 and "stopped by SIGTERM after step 3, saved" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,243 @@
+"""A run into plain values and back: all of it, exactly, or a sentence why not."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from engine import checkpoint_file, state
+from engine.checkpoint_file import CheckpointError
+from engine.distributed import Process
+from engine.ema import ModelEma
+from engine.optim import warmup_cosine
+from engine.state import LossMonitor, Parts, Progress
+
+BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
+TRAINED = Progress(
+    epoch=1, place=1, step=5, best=12.5, stale=1, pending={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
+    health=LossMonitor(left_out=3, in_a_row=1, spikes=2, mean=1.5, variance=0.25, seen=6),
+)  # fmt: skip
+METER = {"clips": 24, "epoch": {"loss": 3.0}}
+
+
+class Tuned(nn.Module):
+    """A frozen layer, a buffer nobody trains, and a tuned rest with BatchNorm's buffers."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.tower = nn.Linear(2, 4).requires_grad_(False)
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.body = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.tower(x) * self.scale))
+
+
+def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: int = 0) -> Parts:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Tuned(width)
+        torch.manual_seed(seed)
+        for module in (model.body[0], model.head):
+            module.reset_parameters()
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"name": "all", "params": tuned, "lr": 0.1}])
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0)
+    average = ModelEma(model, ema) if ema is not None else None
+    return Parts(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, BACKBONE)
+
+
+def step(trained: Parts) -> None:
+    """One step with noise from every generator of this process."""
+    noise = random.gauss(0, 1) + float(numpy.random.randn()) + torch.randn(4, 2)
+    trained.optimizer.zero_grad()
+    trained.scaler.scale(trained.model(noise).square().sum()).backward()
+    trained.scaler.step(trained.optimizer)
+    trained.scaler.update()
+    trained.scheduler.step()
+    if trained.ema is not None:
+        trained.ema.update()
+
+
+def collected(trained: Parts, full: bool = False, process: Process = Process()) -> dict:  # noqa: B008, frozen
+    return state.collect(trained, TRAINED, METER, process, full) | {"config": {}, "meta": {}}
+
+
+def leaves(value: object, name: str = "") -> dict[str, object]:
+    """Every leaf of nested dicts and lists by its place, tensors as lists of their exact values."""
+    if isinstance(value, torch.Tensor):
+        return {name: (str(value.dtype), value.tolist())}
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {place: leaf for key, inner in pairs for place, leaf in leaves(inner, f"{name}/{key}").items()}
+    return {name: value}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, ema: float | None, scaled: bool):
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    trained, path = parts(ema=ema, scaled=scaled), tmp_path / "last_model.pt"
+    for _ in range(TRAINED.step):  # an odd number of Gaussians leaves half a pair in Python's and NumPy's generators
+        step(trained)
+    checkpoint_file.save(path, collected(trained, full))
+    for _ in range(2):
+        step(trained)
+    wanted = leaves(collected(trained, full))
+
+    random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
+    resumed = parts(ema=ema, scaled=scaled, seed=7)
+    found, meter = state.restore(checkpoint_file.load(path), path, resumed, Process())
+    assert asdict(found) == asdict(TRAINED) and meter == METER
+    for _ in range(2):
+        step(resumed)
+    assert leaves(collected(resumed, full)) == wanted
+
+
+@pytest.mark.parametrize("ahead", [-2, 1])
+def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead: int):
+    """Whatever the scheduler of an older file counted: not the steps that were left out, or one too many."""
+    trained = parts()
+    for _ in range(TRAINED.step):
+        step(trained)
+    rate, content = trained.optimizer.param_groups[0]["lr"], collected(trained)
+    content["scheduler"]["last_epoch"] += ahead
+    content["optimizer_state_dict"]["param_groups"][0]["lr"] = 7.0
+    resumed = parts()
+    state.restore(content, tmp_path / "last_model.pt", resumed, Process())
+    assert resumed.scheduler.last_epoch == TRAINED.step and resumed.optimizer.param_groups[0]["lr"] == rate
+    step(trained), step(resumed)
+    assert resumed.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
+
+
+def test_every_generator_comes_back():
+    random.seed(3), numpy.random.seed(3), torch.manual_seed(3)
+    random.gauss(0, 1), numpy.random.randn()
+    kept = state.rng_state(torch.device("cpu"))
+    draws = [[random.gauss(0, 1), random.random(), numpy.random.randn(), torch.rand(2).tolist()]]
+    for seed in (4, 5):
+        random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
+        state.set_rng_state(kept, torch.device("cpu"))
+        draws.append([random.gauss(0, 1), random.random(), numpy.random.randn(), torch.rand(2).tolist()])
+    assert draws[0] == draws[1] == draws[2]
+
+
+def test_each_process_gets_its_own_generators_back(monkeypatch: pytest.MonkeyPatch):
+    trained = parts()
+    monkeypatch.setattr(
+        state, "gather", lambda value: [value, (value[0] | {"torch": torch.full((3,), 7)}, {"clips": 1})]
+    )
+    content = collected(trained, process=Process(world_size=2))
+    given = []
+    monkeypatch.setattr(state, "set_rng_state", lambda rng, device: given.append(rng["torch"]))
+    found = [state.restore(content, "a.pt", trained, Process(rank, 2))[1] for rank in (0, 1)]
+    assert found == [METER, {"clips": 1}] and given[1].tolist() == [7, 7, 7] and len(given[0]) > 3
+
+
+def test_lean_and_full():
+    model = parts().model
+    lean, full = state.weights(model, full=False), state.weights(model, full=True)
+    assert full.keys() == model.state_dict().keys() and full.keys() - lean.keys() == {"tower.weight", "tower.bias"}
+    assert {"scale", "body.1.running_mean", "body.1.num_batches_tracked"} <= lean.keys()
+    content = collected(parts(ema=0.5))
+    assert content["backbone"] == BACKBONE and content["full"] is False and checkpoint_file.lacks_backbone(content)
+    assert not checkpoint_file.lacks_backbone(collected(parts(), full=True))
+
+
+def test_the_weights_alone_are_the_averaged_ones():
+    trained = parts(ema=0.5)
+    step(trained), step(trained)  # the first has a learning rate of 0
+    content = state.bare(trained, full=True)
+    averages = trained.ema.state_dict()
+    assert all(torch.equal(content["model_state_dict"][name], value) for name, value in averages.items())
+    assert not torch.equal(averages["head.weight"], trained.model.head.weight)
+    assert content["model_state_dict"].keys() == trained.model.state_dict().keys()
+    assert not state.is_resumable(content) and state.is_resumable(collected(trained))
+
+
+def refused(content: dict, target: Parts, process: Process = Process()) -> str:  # noqa: B008, frozen
+    """Why `content` cannot be restored; `target`'s weights must be as before."""
+    before = leaves(target.model.state_dict())
+    with pytest.raises(CheckpointError) as caught:
+        state.restore(content, "run/last_model.pt", target, process)
+    assert leaves(target.model.state_dict()) == before
+    message = str(caught.value)
+    assert message.startswith("run/last_model.pt: ") and "\n" not in message
+    return message
+
+
+def test_another_frozen_backbone_is_refused_with_both_names():
+    other = {"name": "ViT-L/14", "weights": "clip_pretrain/mine.pt", "sha256": "fedcba9876543210" * 4}
+    message = refused(collected(parts()), replace(parts(seed=1), backbone=other))
+    for part in ("ViT-B/16, openai (0123456789ab)", "ViT-L/14, clip_pretrain/mine.pt (fedcba987654)"):
+        assert part in message
+    assert "None" in refused(collected(parts()), replace(parts(seed=1), backbone=None))
+    moved = {**BACKBONE, "weights": "elsewhere/ViT-B-16.pt"}  # the same frozen weights from another place
+    state.restore(collected(parts()), "a.pt", replace(parts(), backbone=moved), Process())
+    state.restore(collected(parts(), full=True), "a.pt", replace(parts(), backbone=other), Process())
+
+
+def test_another_model_is_refused():
+    content = collected(parts())
+    assert "body.0.weight has shape (3, 4) instead of (5, 4)" in refused(content, parts(width=5))
+    values = content["model_state_dict"]
+    without = {name: value for name, value in values.items() if name != "head.bias"} | {"extra": torch.ones(1)}
+    message = refused(content | {"model_state_dict": without}, parts(seed=1))
+    assert "1 weights missing (head.bias" in message and "1 unknown (extra" in message
+    # Only what is frozen may be left out, and only of a file that says so.
+    assert "2 weights missing (tower.weight" in refused(content | {"full": True}, parts(seed=1))
+
+
+def test_what_cannot_go_on_exactly_is_refused():
+    content = collected(parts())
+    assert "written by 1 processes and cannot be resumed with 2" in refused(content, parts(), Process(world_size=2))
+    assert "another precision" in refused(content, parts(scaled=True))
+    assert "another precision" in refused(collected(parts(scaled=True)), parts())
+    assert "another solver.ema_decay" in refused(content, parts(ema=0.5))
+    assert "another solver.ema_decay" in refused(collected(parts(ema=0.5)), parts())
+    bare = state.bare(parts(), full=False)
+    assert "holds no run to resume, for it lacks epoch, place, step" in refused(bare, parts())
+
+
+def test_another_optimizer_is_refused():
+    target = parts()
+    split = torch.optim.AdamW([{"params": [p]} for p in target.model.parameters() if p.requires_grad])
+    with pytest.raises(CheckpointError, match="does not fit this optimizer"):
+        state.restore(collected(parts()), "a.pt", replace(target, optimizer=split), Process())
+
+
+def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
+    """Checkpoints keep which of torch's kernels an optimizer took; a fused one must stay fused, whoever wrote them."""
+    trained, target = parts(), parts(seed=1)
+    step(trained)
+    groups = [{"name": "all", "params": target.optimizer.param_groups[0]["params"]}]
+    fused = torch.optim.AdamW(groups, fused=True)
+    assert not trained.optimizer.param_groups[0]["fused"]
+    content = collected(trained)
+    state.restore(content, "a.pt", replace(target, optimizer=fused), Process())
+    assert fused.param_groups[0]["fused"] is True and not content["optimizer_state_dict"]["param_groups"][0]["fused"]
+    for one, other in zip(fused.state.values(), trained.optimizer.state.values(), strict=True):
+        assert leaves(one) == leaves(other) and int(one["step"]) == 1
+
+
+def test_averages_of_another_model_are_refused():
+    content = collected(parts(ema=0.5))
+    del content["ema_state_dict"]["head.bias"]
+    with pytest.raises(CheckpointError, match=r"a\.pt: the averaged weights do not fit this model: head\.bias"):
+        state.restore(content, "a.pt", parts(ema=0.5), Process())
+
+
+def test_loss_spikes_stand_out_of_the_usual():
+    health, generator = LossMonitor(), random.Random(0)
+    assert not any(health.note(2 + 0.1 * generator.gauss(0, 1)) for _ in range(200))
+    assert health.mean == pytest.approx(2, abs=0.1) and health.variance**0.5 == pytest.approx(0.1, rel=0.5)
+    assert health.note(4.0) and health.spikes == 1
+    assert not LossMonitor().note(1e6)  # nothing is usual yet

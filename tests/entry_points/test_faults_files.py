@@ -1,0 +1,347 @@
+"""What a run survives: damaged and malicious files, full disks, lost frames, poisoned batches, and any way to test it.
+
+As in test_faults.py, each docstring is a line of the table, and "ends equal" is meant as there.
+Lives here: what is wrong with files and data. Does not live here: kills and signals (test_faults.py), the harness
+(fault_bench.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.fault_harness import (
+    RICH,
+    WORKERS,
+    Bench,
+    children_of,
+    content,
+    draws,
+    each_round,
+    files,
+    finish,
+    free_port,
+    leaves,
+    metrics,
+    wait_for,
+)
+
+
+def _begun(bench: Bench) -> Path:
+    """A run killed in its second epoch, two steps after a save: with two checkpoints to go on from, and the best."""
+    folder = bench.path()
+    run = bench.train(folder, first={"kill_at_step": {"number": 14}})
+    assert run.wait() == -signal.SIGKILL, run.said
+    assert len(files(folder)) == 3
+    return folder
+
+
+def _bit(path: Path, rng) -> None:
+    """Inside a tensor, where nothing but the file's own sums can tell it."""
+    with zipfile.ZipFile(path) as archive:
+        tensor = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
+    data = bytearray(path.read_bytes())
+    data[data.index(tensor) + rng.randrange(len(tensor))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable] = {
+    "truncated": lambda path, rng: os.truncate(path, rng.randrange(1, path.stat().st_size)),
+    "one bit flipped": _bit,
+    "garbage": lambda path, rng: path.write_bytes(rng.randbytes(path.stat().st_size)),
+    "zeros": lambda path, rng: path.write_bytes(bytes(path.stat().st_size)),
+    "empty": lambda path, rng: path.write_bytes(b""),
+    "deleted": lambda path, rng: path.unlink(),
+    "weights only": lambda path, rng: shutil.copy(path.with_name("model_best.pt"), path),
+}
+
+
+@each_round
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_last_model(bench: Bench, reference, damage: str, seed: int):
+    """last_model.pt truncated, a bit flipped, garbage, zeros, empty, deleted, weights only: goes back, says so, ends equal"""
+    folder = _begun(bench)
+    DAMAGES[damage](folder / "last_model.pt", draws(seed, damage))
+    run = finish(bench, folder, reference())
+    if damage != "deleted":
+        assert f"WARNING {folder / 'last_model.pt'}: " in run.said and f"going back to {folder}/step_" in run.said
+    assert f"resumed from {folder}/step_" in run.said
+
+
+@each_round
+def test_no_checkpoint_is_whole(bench: Bench, reference, seed: int):
+    """All checkpoints of a run damaged: one sentence, status 1, nothing overwritten; one put back: ends equal"""
+    folder, rng = _begun(bench), draws(seed, "all")
+    good = (folder / "last_model.pt").read_bytes()
+    for path in (folder / "last_model.pt", *folder.glob("step_*.pt")):
+        _bit(path, rng) if rng.random() < 0.5 else DAMAGES["truncated"](path, rng)
+    before = files(folder)
+    sentence = bench.train(folder).refusal()
+    assert "none of its checkpoints is whole" in sentence and str(folder) in sentence
+    assert files(folder) == before
+    (folder / "last_model.pt").write_bytes(good)
+    finish(bench, folder, reference())
+
+
+@each_round
+def test_any_bit_and_any_length(reference, tmp_path: Path, seed: int, record_property):
+    """A checkpoint with one bit flipped anywhere, or cut at any length: refused by name, or read with every value right"""
+    from engine import checkpoint_file
+
+    rng, whole = draws(seed, "bits"), reference() / "last_model.pt"
+    data, right, path = whole.read_bytes(), dict(leaves(content(whole))), tmp_path / "x.pt"
+    tries = 150
+    record_property("tried", 2 * tries)
+    for _ in range(tries):
+        flipped = bytearray(data)
+        place = rng.choice((rng.randrange(len(data)), rng.randrange(4096), len(data) - rng.randrange(1, 4096)))
+        flipped[place] ^= 1 << rng.randrange(8)
+        for damaged in (bytes(flipped), data[: rng.randrange(len(data))]):
+            path.write_bytes(damaged)
+            try:
+                read = dict(leaves(checkpoint_file.load(path)))
+            except checkpoint_file.CheckpointError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                continue
+            assert len(damaged) == len(data), "a file cut short was read"
+            assert read.keys() == right.keys()
+            for key, value in read.items():
+                assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], (place, key)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "deleted"])
+def test_other_files_are_damaged(bench: Bench, reference, damage: str, record_property):
+    """Other files of a run garbage, empty or deleted: ends equal, or one sentence and nothing overwritten, or a warning"""
+    folder, rng = _begun(bench), draws(0, damage)
+    record_property("tried", 7)
+    before = files(folder)
+    for name in ("config.yaml", "run.json") if damage == "deleted" else ():  # then it might be a folder of anything
+        good = (folder / name).read_bytes()
+        DAMAGES[damage](folder / name, rng)
+        assert str(folder) in bench.train(folder).refusal() and files(folder) == before
+        (folder / name).write_bytes(good)
+    names = ["metrics.jsonl", "log.txt", ".lock"] + ([] if damage == "deleted" else ["config.yaml", "run.json"])
+    for path in (*(folder / name for name in names), *folder.glob("step_*.pt")):
+        DAMAGES[damage](path, rng)
+    best = bench.path()
+    shutil.copytree(folder, best)
+    finish(bench, folder, reference())
+    DAMAGES[damage](best / "model_best.pt", rng)
+    run = bench.train(best)
+    assert run.wait() == 0 and f"WARNING {best / 'model_best.pt'}: " in run.said, run.said
+    assert "only a better one takes its place" in run.said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root (test_a_file_cannot_grow tries the same with a limit)")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@each_round
+def test_the_disk_is_full(bench: Bench, reference, small_disk: Path, seed: int):
+    """No space left on a small tmpfs in the middle of a save: one sentence, status 1, former checkpoint whole, ends equal"""
+    rng, folder, ballast = draws(seed, "disk"), small_disk / "run", small_disk / "ballast"
+    run = bench.train(folder, first={"slow_steps": {"seconds": 0.02}})
+    wait_for(folder, rng.randint(5, 20), run)
+    free = os.statvfs(small_disk)
+    ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - rng.randrange(150_000))))
+    sentence = run.refusal()
+    assert "No space left on device" in sentence and str(folder) in sentence, sentence
+    step = content(folder / "last_model.pt")["step"]
+    again = bench.train(folder)
+    assert again.wait() in (1, 0) and len(again.errors) <= 1 and "Traceback" not in again.said, again.said
+    assert content(folder / "last_model.pt")["step"] >= step
+    ballast.unlink()
+    finish(bench, folder, reference())
+
+
+@each_round
+def test_a_file_cannot_grow(bench: Bench, reference, seed: int):
+    """A save that fails in the middle (RLIMIT_FSIZE): one sentence, status 1, former checkpoint whole, ends equal"""
+    folder = _begun(bench)
+    before = content(folder / "last_model.pt")["step"]
+    largest = draws(seed, "grow").randrange(20_000, (folder / "last_model.pt").stat().st_size)
+    sentence = bench.train(folder, first={"no_space": {"largest_file": largest}}).refusal()
+    assert sentence.startswith(f"{folder}/last_model.pt: cannot write") and "too large" in sentence
+    assert content(folder / "last_model.pt")["step"] == before
+    finish(bench, folder, reference())
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_frame_is_lost(bench: Bench, reference, damage: str, workers: int):
+    """A frame of a training video deleted or truncated: one sentence with the list's line; put back: ends equal"""
+    data, folder = bench.config.parent / "data", bench.path()
+    image = data / "frames" / (data / "train.txt").read_text().splitlines()[18].split()[0] / "000003.jpg"
+    good = image.read_bytes()
+    image.unlink() if damage == "deleted" else image.write_bytes(good[:-200])
+    try:
+        sentence = bench.train(folder, "data.random_shift=false", f"data.workers={workers}").refusal()
+    finally:
+        image.write_bytes(good)
+    assert str(image.parent) in sentence and image.name in sentence and sentence.endswith(f"{data}/train.txt, line 19)")
+    whole = reference("data.random_shift=false", f"data.workers={workers}")
+    finish(bench, folder, whole, "data.random_shift=false", f"data.workers={workers}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_poisoned_batch(bench: Bench, workers: int):
+    """One batch of NaN: its step is left out and counted, all weights stay finite"""
+    folder = bench.path()
+    chosen = (*RICH, "solver.mixup=false", f"data.workers={workers}")
+    run = bench.train(folder, *chosen, first={"poison": {"first": 4, "last": 4}})
+    assert run.wait() == 0 and "step left out (1 in a row, 1 in all)" in run.said, run.said
+    assert [row["left_out"] for row in metrics(folder)] == [0, 1, 0, 0]
+    for name in ("last_model.pt", "model_best.pt"):
+        saved = content(folder / name)
+        assert all(
+            bool(torch.isfinite(v).all()) for _, v in leaves(saved) if torch.is_tensor(v) and v.is_floating_point()
+        )
+    assert content(folder / "last_model.pt")["step"] == 12
+
+
+def test_poison_without_end(bench: Bench, reference):
+    """Batches of NaN without end: stops with step, videos and failed_model.pt, whose weights are finite; cured: ends equal"""
+    folder = bench.path()
+    run = bench.train(folder, "solver.max_bad_steps=4", first={"poison": {"first": 10}})
+    sentence = run.refusal()
+    saved = content(folder / "failed_model.pt")
+    assert saved["failed"]["videos"] and all(name in sentence for name in saved["failed"]["videos"])
+    assert "epoch 1, step 6 of 8" in sentence and "4 steps in a row" in sentence
+    assert (saved["failed"]["epoch"], saved["failed"]["step"]) == (1, 6)
+    assert all(torch.isfinite(v).all() for v in saved["model_state_dict"].values())
+    assert set(saved["failed"]["videos"]) <= {
+        row.split()[0] for row in (bench.config.parent / "data" / "train.txt").read_text().splitlines()
+    }
+    for path in (folder / "last_model.pt", folder / "model_best.pt", *folder.glob("step_*.pt")):
+        assert all(torch.isfinite(v).all() for v in content(path)["model_state_dict"].values())
+    finish(bench, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4")  # nothing was saved among them
+
+
+class Evil:
+    """Pickled, it makes a file where it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.target}",)
+
+
+def _zip(path: Path, evil: Evil) -> None:
+    torch.save({"model_state_dict": {"a": torch.ones(1)}, "rng": evil}, path)
+
+
+def _legacy(path: Path, evil: Evil) -> None:
+    torch.save({"model_state_dict": evil}, path, _use_new_zipfile_serialization=False)
+
+
+def _bare(path: Path, evil: Evil) -> None:
+    path.write_bytes(pickle.dumps(evil))
+
+
+@pytest.mark.parametrize("write", [_zip, _legacy, _bare], ids=["zip", "legacy", "pickle"])
+@pytest.mark.parametrize("place", ["last_model", "weights", "pretrain", "resume", "network.weights"])
+def test_malicious_pickles(bench: Bench, tmp_path: Path, place: str, write):
+    """A pickle that runs a command, as last_model.pt, --weights, pretrain, resume, network.weights: refused, not run"""
+    target, path = tmp_path / "owned", tmp_path / "evil.pt"
+    write(path, Evil(target))
+    if place == "last_model":
+        folder = _begun(bench)
+        for former in (folder / "last_model.pt", *folder.glob("step_*.pt")):
+            shutil.copy(path, former)
+        run = bench.train(folder)
+        sentence, named = run.refusal(), "last_model.pt"
+        assert f"{folder}/last_model.pt: holds pickled code" in run.said or "not a checkpoint" in run.said, run.said
+    elif place == "weights":
+        words = ("test_vision.py", "--config", bench.config, "--device", "cpu", "--weights", path)
+        sentence, named = bench.script(*words).refusal(), str(path)
+    else:
+        more = ("network.init=true",) if place == "network.weights" else ()
+        sentence, named = bench.train(bench.path(), *more, f"{place}={path}").refusal(), str(path)
+    assert named in sentence and not target.exists(), sentence
+
+
+def test_malicious_scores_and_settings(bench: Bench, tmp_path: Path, record_property):
+    """A pickle inside an .npz of scores, a YAML tag that runs a command: refused in one sentence, not run"""
+    target, config = tmp_path / "owned", tmp_path / "evil.yaml"
+    record_property("tried", 2)
+    config.write_text(bench.config.read_text() + f"\npretrain: !!python/object/apply:os.system ['touch {target}']\n")
+    words = ("train_vision.py", "--config", config, "--device", "cpu", "--output", tmp_path / "run")
+    assert str(config) in bench.script(*words).refusal() and not target.exists()
+    ensemble = pytest.importorskip("scripts.ensemble")
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for path in paths:
+        np.savez(path, score=np.array([Evil(target)], dtype=object), label=np.zeros(1, np.int64))
+    assert ensemble.main([*map(str, paths), "--out", str(tmp_path / "both")]) == 1 and not target.exists()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{1: [1, 64], 2: [3], 3: [7]}, pytest.param({1: [1, 3, 7], 2: [1, 7, 64], 3: [1, 3, 64]}, marks=pytest.mark.slow)],
+    ids=["some", "others"],
+)
+def test_evaluation_on_any_number(bench: Bench, reference, record_property, sizes: dict[int, list[int]]):
+    """Tested by 1, 2 and 3 processes in batches of 1, 3, 7 and 64: the same numbers, the same predictions"""
+    weights, found = reference(*RICH) / "model_best.pt", {}
+    record_property("tried", sum(map(len, sizes.values())))
+    for processes, several in sizes.items():
+        for size in several:
+            target = bench.path("test").with_suffix(".json")
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+            words = (
+                "test_vision.py",
+                "--config",
+                bench.config,
+                "--device",
+                "cpu",
+                "--weights",
+                weights,
+                "--json",
+                target,
+            )
+            words += ("--test_crops", "3", "--set", f"data.batch_size={size}")
+            places = [place | {"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)]
+            ranks = [bench.script(*words, **variables) for variables in places]
+            assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].said
+            result = json.loads(target.read_text())
+            scores = np.load(target.with_suffix(".npz"), allow_pickle=False)
+            found[processes, size] = (
+                {key: result[key] for key in ("top1", "top5", "mean_class", "videos", "predicted", "confusion")},
+                scores["score"],
+            )
+    numbers, score = found[1, 1]
+    for place, (others, theirs) in found.items():
+        assert others == numbers, place
+        assert np.abs(theirs - score).max() < 1e-6, place
+
+
+@pytest.mark.slow
+@each_round
+def test_a_data_worker_is_killed(bench: Bench, reference, seed: int):
+    """kill -9 of a worker of the data loader: one sentence, status 1, ends equal"""
+    folder = bench.path()
+    run = bench.train(folder, *WORKERS, first={"slow_steps": {"seconds": 0.03}})
+    wait_for(folder, draws(seed, "worker").randint(1, 8), run)
+    os.kill(draws(seed, "which").choice(children_of(run.pid)), signal.SIGKILL)
+    assert run.wait() == 1 and len(run.errors) == 1, run.said  # torch's handler may say something of its own
+    assert "a worker of the loader was killed" in run.errors[0]
+    finish(bench, folder, reference(*WORKERS), *WORKERS)

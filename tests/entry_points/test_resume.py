@@ -1,0 +1,195 @@
+"""Which run a command goes on with, and that it ends as if nothing had happened, on made data and a tiny model.
+
+Does not live here: processes that are killed (test_faults.py), the rules room by room (test_run_folder.py, test_state.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine.checkpoint_file
+import engine.trainer
+from engine.evaluation import DataError
+from tests.helpers.cli_harness import (
+    assert_same,
+    command,
+    content,
+    files,
+    metrics,
+    refusal,
+    settings,
+    train,
+    training_refusal,
+)
+
+MODELS = ("td4v_side", "td4v_finetune", "aim")
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_interrupted_and_resumed_is_as_one_go(tiny: Path, tmp_path: Path, monkeypatch, method: str):
+    # Mixup, dropout and the dropped paths of AIM draw from generators that go on from epoch to epoch; 8 batches in steps
+    # of 3 leave a short one.
+    chosen = (
+        f"network.model={method}",
+        "solver.mixup=true",
+        "network.drop_fc=0.3",
+        "solver.grad_accumulation_steps=3",
+    )
+    whole = train(tiny, tmp_path / "whole", *chosen)
+    save = engine.checkpoint_file.save
+
+    def interrupted(path: Path, saved: dict) -> None:
+        if saved["epoch"] == 2:
+            raise KeyboardInterrupt
+        save(path, saved)
+
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.checkpoint_file, "save", interrupted)
+        status, text = command("train_vision.py", "--config", tiny, "--output", parts, *settings(chosen))
+    assert status == 130 and "interrupted: last_model.pt" in text and "Traceback" not in text
+    assert content(parts / "last_model.pt")["epoch"] == 1
+    train(tiny, parts, *chosen)  # the same command
+    for name in ("last_model.pt", "model_best.pt"):
+        one, other = content(whole / name), content(parts / name)
+        untimed = one.keys() - {"meta", "meters", "history"}
+        assert_same({key: one[key] for key in untimed}, {key: other[key] for key in untimed})
+    timed = ("clips_per_s", "data_wait")
+    rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)] for folder in (whole, parts)]
+    assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [0, 1]
+    assert len(json.loads((parts / "run.json").read_text())) == 2
+
+
+def test_a_failing_evaluation_does_not_cost_the_epoch(tiny: Path, trained: Path, tmp_path: Path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def broken(*arguments, **options):
+        raise DataError("a validation video is broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.trainer, "evaluate", broken)
+        assert training_refusal(tiny, folder, "solver.epochs=1") == "a validation video is broken"
+    assert content(folder / "last_model.pt")["pending"]["epoch"] == 0 and not metrics(folder)
+    resume = f"resume={folder / 'last_model.pt'}"  # which stands for the folder
+    status, text = command("train_vision.py", "--config", tiny, *settings((resume, "solver.epochs=1")))
+    assert status == 0, text
+    assert [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
+    ours, theirs = (content(place / "last_model.pt") for place in (folder, trained))
+    for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "pending"):
+        assert_same(ours[key], theirs[key])
+
+
+def test_a_folder_of_another_run_is_left_alone(tiny: Path, trained: Path):
+    before = files(trained)
+    sentence = training_refusal(tiny, trained, "solver.epochs=1", "solver.lr=0.5")
+    assert sentence == f"{trained}: already holds another run: solver.lr was 0.001 and is now 0.5"
+    status, text = command("train_vision.py", "--config", tiny, "--output", trained, "--fresh")
+    assert status == 1 and "already holds a run (last_model.pt), and --fresh was asked" in text
+    assert files(trained) == before
+
+
+def test_the_same_command_finds_its_run(tiny: Path, tmp_path: Path):
+    """Without a folder: an unfinished run of the same settings, data and processes is the one."""
+    chosen = settings((f"logging.output_dir={tmp_path}", "solver.epochs=1"))
+    home = tmp_path / "frame_order" / "custom"
+
+    def again(*more: str) -> set[str]:
+        status, text = command("train_vision.py", "--config", tiny, *chosen, *more)
+        assert status == 0, text
+        return {folder.name for folder in home.iterdir()}
+
+    (first,) = again()
+    record = home / first / "run.json"
+    (start,) = json.loads(record.read_text())
+    del start["finished"]
+    record.write_text(json.dumps([start]))
+    assert again() == {first} and len(json.loads(record.read_text())) == 2  # which finishes it
+    assert len(again()) == 2
+    starts = json.loads(record.read_text())
+    del starts[-1]["finished"]
+    record.write_text(json.dumps(starts))
+    assert len(again("--set", "seed=6")) == 3
+    assert len(again("--fresh")) == 4
+    starts[-1]["world_size"] = 2
+    record.write_text(json.dumps(starts))
+    assert len(again()) == 5
+
+
+def test_a_changed_list_is_another_run(tiny: Path, tiny_data: Path, trained: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    changed = tmp_path / "train.txt"
+    changed.write_text("\n".join((tiny_data / "train.txt").read_text().splitlines()[::-1]) + "\n")
+    sentence = training_refusal(tiny, folder, "solver.epochs=1", f"data.train_list={changed}")
+    assert "began with another train_list" in sentence and "32 rows" in sentence
+
+
+def test_a_restart_goes_on_with_a_fresh_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = train(tiny, tmp_path / "run", "solver.epochs=1")
+    call = ("train_vision.py", "--config", tiny, "--output", folder, "--fresh", *settings(("solver.epochs=1",)))
+    assert "--fresh was asked" in refusal(*call)
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            assert command(*call)[0] == 0
+
+
+def test_more_and_fewer_epochs(tiny: Path, tmp_path: Path):
+    """More of them follow the longer schedule from their first step on; fewer than were made are refused."""
+    chosen = ("logging.print_freq=1",)
+    folder = train(tiny, tmp_path / "run", "solver.epochs=1", *chosen)
+    train(tiny, folder, "solver.epochs=2", *chosen)
+    rates = [float(rate) for rate in re.findall(r"epoch 1/2 step .* lr (\S+) ", (folder / "log.txt").read_text())]
+    assert len(rates) == 8 and rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(5e-4, rel=0.01)
+    assert "2 epochs were trained already" in training_refusal(tiny, folder, "solver.epochs=1", *chosen)
+
+
+def test_other_code_is_told_when_a_run_goes_on(tiny: Path, trained: Path, tmp_path: Path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    saved = content(folder / "last_model.pt")
+    saved["meta"]["versions"]["torch"] = "1.0"
+    torch.save(saved, folder / "last_model.pt")
+    status, text = command("train_vision.py", "--config", tiny, "--output", folder, *settings(("solver.epochs=1",)))
+    assert status == 0 and "this run goes on with other code or machines: versions torch was 1.0 and is now" in text
+
+
+def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained: Path, tmp_path: Path, monkeypatch):
+    """The folder of somebody's weights is not a run folder of ours: nothing in it may change."""
+    theirs = tmp_path / "theirs" / "last_model.pt"
+    theirs.parent.mkdir()
+    saved, output = content(trained / "last_model.pt"), f"logging.output_dir={tmp_path / 'exp'}"
+    torch.save({"model_state_dict": saved["model_state_dict"], "epoch": 7}, theirs)
+    sentence = refusal("train_vision.py", "--config", tiny, *settings((f"resume={theirs}", output)))
+    assert "lacks the frozen backbone" in sentence
+    torch.save({key: saved[key] for key in ("model_state_dict", "backbone", "epoch")}, theirs)
+    before = files(theirs.parent)
+    status, said = command(
+        "train_vision.py", "--config", tiny, *settings((f"resume={theirs}", output, "solver.epochs=1"))
+    )
+    assert status == 0 and "no run of ours to go on with" in said
+    assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
+
+
+def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trained: Path, tmp_path: Path):
+    before, older = files(trained), trained / "step_00000008.pt"
+    assert content(older)["pending"]["epoch"] == 0  # trained, not validated
+    said = training_refusal(tiny, trained, f"resume={older}")
+    assert "already holds another run: resume was None" in said and files(trained) == before
+    folder = train(tiny, tmp_path / "run", f"resume={older}")
+    assert files(trained) == before and content(folder / "last_model.pt")["epoch"] == 2
+    assert train(tiny, folder, f"resume={older}") == folder  # the same command: it is finished
+    assert len(json.loads((folder / "run.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
+def test_another_run_is_not_resumed(tiny: Path, trained: Path, override: str):
+    before = files(trained)
+    said = training_refusal(tiny, trained, f"resume={trained / 'last_model.pt'}", override)
+    assert f"{override.split('=')[0]} was" in said and files(trained) == before

@@ -1,0 +1,108 @@
+"""Testing a checkpoint from the command line: views, processes, layouts, and the same numbers as validation in training.
+
+Does not live here: what is counted (test_metrics.py) and the files beside the results (test_report.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.prepare.synthetic import CLASSES
+from tests.clip.test_published import authors_shapes
+from tests.helpers.cli_harness import VIDEOS, command, content, evaluated, files, metrics, script, settings
+from tests.helpers.fault_harness import Bench, free_port
+
+
+def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
+    weights = Path(shutil.copy(varied, tmp_path))
+    beside = tmp_path / "varied_3crops_2clips.json"
+    arguments = ("--config", tiny, "--weights", weights, "--test_crops", "3", "--test_clips", "2")
+    status, text = command("test_vision.py", *arguments)
+    assert status == 0 and "testing 11 videos, 6 views each" in text, text
+    result = json.loads(beside.read_text())
+    labels = [int(row.split()[-1]) for row in (tiny.parent / "data" / "val.txt").read_text().splitlines()]
+    predicted = dict(result["predicted"])
+    assert sorted(predicted) == list(range(VIDEOS)) and result["videos"] == VIDEOS and result["skipped"] == 0
+    assert len(set(predicted.values())) > 2
+    confusion = torch.zeros(4, 4, dtype=torch.int64)
+    for place, label in enumerate(labels):
+        confusion[label, predicted[place]] += 1
+    assert result["confusion"] == confusion.tolist() and confusion.sum() == VIDEOS
+    assert result["top1"] == pytest.approx(100 * confusion.diagonal().sum().item() / VIDEOS)
+    per_class = 100 * confusion.diagonal() / confusion.sum(1)
+    assert result["mean_class"] == pytest.approx(per_class.mean().item()) and result["top5"] == 100
+    assert (result["crops"], result["clips"], result["dense"], result["epoch"]) == (3, 2, False, 1)
+    assert tuple(result["class_names"]) == CLASSES and result["weights"] == str(weights)
+    assert result["parameters"]["tuned"] == sum(result["parameters"]["by_module"].values()) > 0
+
+
+def test_one_view_gives_the_validation_of_training(tiny: Path, varied: Path, tmp_path: Path):
+    result = evaluated(tiny, varied, tmp_path / "results.json")
+    chosen = settings(("solver.evaluate=true", f"pretrain={varied}"))
+    status, text = command("train_vision.py", "--config", tiny, "--output", tmp_path / "run", *chosen)
+    shown = "top-1 {top1:.2f} top-5 {top5:.2f} mean class {mean_class:.2f} over 11 videos".format(**result)
+    assert status == 0 and text.rstrip().endswith(f"validation: {shown}")
+    assert len({label for _, label in result["predicted"]}) > 2
+
+
+@pytest.mark.parametrize("key", ["pretrain", "resume"])
+def test_evaluate_only_evaluates(tiny: Path, varied: Path, trained: Path, tmp_path: Path, key: str):
+    """The weights it is given, which score otherwise than those of the start, and changes nothing."""
+    before = files(trained)
+    chosen = settings(("solver.evaluate=true", f"{key}={varied}", "solver.epochs=1"))
+    status, text = command("train_vision.py", "--config", tiny, "--output", tmp_path / "run", *chosen)
+    tested = evaluated(tiny, varied, tmp_path / "results.json")
+    assert status == 0 and f"validation: top-1 {tested['top1']:.2f} top-5 {tested['top5']:.2f}" in text
+    assert f"mean class {tested['mean_class']:.2f} " in text
+    assert len(set(dict(tested["predicted"]).values())) > 2
+    assert not (tmp_path / "run").exists() and files(trained) == before
+
+
+def test_weights_in_the_authors_layout(tiny: Path, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    shapes = authors_shapes(widths=(16, 32), D=32, patch=8, T=8, K=4)
+    theirs = {
+        f"module.{name}": torch.rand(shape, generator=generator) if shape else torch.zeros((), dtype=torch.int64)
+        for name, shape in shapes.items()
+    }
+    torch.save({"epoch": 29, "model_state_dict": theirs}, tmp_path / "theirs.pt")
+    result = evaluated(tiny, tmp_path / "theirs.pt", tmp_path / "results.json")
+    assert (result["videos"], result["epoch"]) == (VIDEOS, 29)
+    theirs["module.fc_proj.weight"].zero_()
+    theirs["module.fc_proj.bias"][2] = 2  # above the others: the classifier that counts is theirs
+    torch.save({"state_dict": theirs}, tmp_path / "theirs.pt")
+    result = evaluated(tiny, tmp_path / "theirs.pt", tmp_path / "results.json")
+    assert {label for _, label in result["predicted"]} == {2}
+
+
+def test_two_processes_test_every_video_once(tiny: Path, varied: Path, tmp_path: Path, bench: Bench):
+    folder = tmp_path / "run"
+    words = ("--output", folder, "--device", "cpu", *settings(("solver.epochs=1", "network.sync_bn=true")))
+    done = script("bash", "scripts/run_train_vision.sh", tiny, *words, processes=2)
+    assert done.returncode == 0, done.stderr
+    saved = content(folder / "last_model.pt")
+    assert (saved["step"], len(saved["rng"]), saved["meta"]["world_size"]) == (4, 2, 2)
+    assert not any(name.startswith("module.") for name in saved["model_state_dict"])
+    (row,) = metrics(folder)
+    ours = evaluated(tiny, folder / "last_model.pt", tmp_path / "ours.json")
+    assert [row[name] for name in ("top1", "top5", "mean_class")] == [ours[n] for n in ("top1", "top5", "mean_class")]
+
+    results, place = tmp_path / "two.json", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    call = ("test_vision.py", "--config", tiny, "--weights", varied, "--device", "cpu", "--json", results)
+    ranks = [
+        bench.script(
+            *call, "--test_crops", "3", "--test_clips", "2", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **place
+        )
+        for rank in "01"
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    two, one = json.loads(results.read_text()), evaluated(tiny, varied, tmp_path / "one.json", views=(3, 2))
+    assert two["meta"]["world_size"] == 2 and one["meta"]["world_size"] == 1
+    for name in ("top1", "top5", "mean_class", "videos", "confusion", "predicted"):
+        assert two[name] == one[name]
+    assert two["videos"] == VIDEOS and len({label for _, label in two["predicted"]}) > 2

@@ -1,0 +1,118 @@
+"""What training leaves and takes: files of a run, settings, weights to begin with, on made data and a tiny model.
+
+Lives here: runs of train_vision.py that work at once. Does not live here: going on with one (test_entry_resuming.py),
+testing one (test_entry_testing.py), what is refused (test_entry_errors.py), and the harness (entry_bench.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from scripts import export
+from tests.helpers.cli_harness import command, content, evaluated, metrics, settings, train, training_refusal
+
+MODELS = ("td4v_side", "td4v_finetune", "aim")
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
+    folder = train(tiny, tmp_path / "run", f"network.model={method}", "solver.epochs=1")
+    names = {path.name for path in folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1 and (folder / events.pop()).stat().st_size > 1000
+    assert names - {name for name in names if name.startswith("events")} == {
+        "last_model.pt", "model_best.pt", "step_00000008.pt", "config.yaml", "run.json", "metrics.jsonl", "log.txt",
+        ".lock",
+    }  # fmt: skip
+    (row,) = metrics(folder)
+    assert (row["epoch"], row["step"], row["skipped"]) == (0, 8, 0) and row["top1"] is not None
+    saved = content(folder / "last_model.pt")
+    assert set(saved) == {
+        "epoch", "place", "step", "best", "stale", "pending", "history", "health", "model_state_dict",
+        "ema_state_dict", "backbone", "full", "optimizer_state_dict", "scheduler", "scaler", "rng", "meters", "config",
+        "meta",
+    }  # fmt: skip
+    assert (saved["epoch"], saved["place"], saved["step"], saved["best"]) == (1, 0, 8, row["top1"])
+    assert saved["history"] == [row] and saved["backbone"]["weights"] == "random weights of seed 5"
+    assert set(content(folder / "model_best.pt")) == {
+        "epoch", "step", "best", "model_state_dict", "backbone", "full", "config", "meta",
+    }  # fmt: skip
+    tower = {name.rsplit(".", 1)[0] for name in saved["model_state_dict"] if name.startswith("tower.")}
+    assert tower == (
+        {"tower.visual.ln_post"} if method == "aim" else set()
+    )  # what is frozen is not kept, and AIM tunes the last norm
+    assert not any(name.startswith("module.") for name in saved["model_state_dict"])
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written == saved["config"] and written["network"]["model"] == method
+    (start,) = json.loads((folder / "run.json").read_text())
+    assert torch.__version__.startswith(start["versions"]["torch"]) and "train_vision.py" in start["command"][1]
+    assert start["lists"]["train_list"]["rows"] == 32 and start["finished"] and start["seed"] == 5
+    log = (folder / "log.txt").read_text()
+    assert "32 training and 11 validation videos, 4 classes, T = 8" in log and "finished: best top-1" in log
+    assert "tuned" in log
+
+
+def test_a_dry_run_tells_and_keeps_nothing(tiny: Path, tmp_path: Path):
+    chosen = settings((f"logging.output_dir={tmp_path / 'exp'}",))
+    status, text = command("train_vision.py", "--config", tiny, *chosen, "--dry-run")
+    assert status == 0, text
+    assert re.search(
+        r"dry run: [\d.]+ s a step, .* a checkpoint, peak memory [\d.]+ GiB; the whole run takes 0:00:", text
+    )
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("solver.mixup=true",),
+        ("data.num_sample=2",),
+        ("solver.grad_accumulation_steps=3",),
+        ("data.shot=2",),
+        ("solver.precision=bf16",),
+        ("solver.precision=bf16", "network.model=td4v_finetune"),
+        ("solver.mixup=true", "data.num_sample=2", "data.rand_aug=true", "data.rand_erase=true"),
+        ("solver.optim=sgd", "solver.clip_grad=1.0", "solver.clip_ratio=0.1", "data.dense=true"),
+        ("network.sample_mode=FC", "network.sync_bn=true", "data.flip=true", "data.flip_pairs=[[0, 3], [1, 2]]"),
+    ],
+    ids=lambda overrides: ",".join(overrides),
+)
+def test_settings_train_an_epoch(tiny: Path, tmp_path: Path, overrides: tuple[str, ...]):
+    (row,) = metrics(train(tiny, tmp_path / "run", "solver.epochs=1", *overrides))
+    assert row["step"] == (3 if "solver.grad_accumulation_steps=3" in overrides else 8)
+    assert 0 < row["train_loss"] < 10 and row["skipped"] == row["left_out"] == 0
+
+
+def test_another_number_of_classes_needs_a_new_classifier(tiny: Path, trained: Path, tmp_path: Path):
+    # A learning rate of nothing keeps the weights as the pretraining left them.
+    chosen = (f"pretrain={trained / 'last_model.pt'}", "data.num_classes=5", "data.label_list=", "solver.epochs=1",
+              "solver.lr=1e-15", "solver.weight_decay=0")  # fmt: skip
+    sentence = training_refusal(tiny, tmp_path / "run", *chosen)
+    assert str(trained / "last_model.pt") in sentence and "pretrain_head: drop" in sentence
+    assert "4 classes" in sentence and "5" in sentence and not (tmp_path / "run").exists()
+    folder = train(tiny, tmp_path / "run", *chosen, "pretrain_head=drop")
+    before, after = (content(place / "last_model.pt")["model_state_dict"] for place in (trained, folder))
+    assert after["head.weight"].shape == (5, 32)
+    for name, value in before.items():
+        if not name.startswith("head.") and "running" not in name and "num_batches" not in name:
+            assert torch.allclose(after[name], value, rtol=0, atol=1e-9), name
+
+
+def test_frozen_weights_that_only_the_file_has_stay_with_the_run(tiny: Path, trained: Path, tmp_path: Path):
+    """Begun from a full checkpoint on another tower, a run must not need what nothing else can give."""
+    other, full = train(tiny, tmp_path / "other", "seed=9", "solver.epochs=1"), tmp_path / "full.pt"
+    assert export.main([str(other / "model_best.pt"), "--full", "--out", str(full)]) == 0
+    chosen = (f"pretrain={full}", "solver.epochs=1")
+    folder = train(tiny, tmp_path / "run", *chosen)
+    train(tiny, folder, *chosen)
+    saved = content(folder / "last_model.pt")
+    tower = {name for name in saved["model_state_dict"] if name.startswith("tower.")}
+    assert saved["full"] and saved["backbone"]["weights"] == f"those in {full}" and tower
+    (row,) = metrics(folder)
+    assert evaluated(tiny, folder / "model_best.pt", tmp_path / "results.json")["top1"] == row["top1"]
