@@ -184,7 +184,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(frame_order, "write_labels", interrupt)
+    monkeypatch.setattr(synthetic, "write_labels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         synthetic.make(tmp_path / "data", train=4, val=4)
     assert list(tmp_path.iterdir()) == []
