@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained, tested TD4V on a CPU: environment, data, four experiments, a table and a picture.
+# Makes videos, trains and tests TD4V on a CPU, and leaves a table and a picture.
+# Installs nothing, unless --install is among the arguments (environment.sh).
 #
-#   bash scripts/quickstart.sh [--seeds 0 1 2] [--output quickstart] [--short]
+#   bash scripts/quickstart.sh [--install] [--seeds 0 1 2] [--output quickstart] [--short]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them; arguments go to pytest, e.g. bash scripts/run_tests.sh -k golden
+# Runs the linter and the tests; arguments go to pytest: bash scripts/run_tests.sh -k golden
+# Installs nothing, unless --install is among the arguments (environment.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
