@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
@@ -25,6 +25,7 @@ from datasets.pack.format import is_pack
 from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, VideoReader
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
+from datasets.sampling import ClipSampling
 from datasets.transforms import EvalTransform, TrainTransform
 from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
@@ -36,26 +37,30 @@ def train_loader(
 
     Args:
         seed: the same in every process; processes differ by `rank`.
-        frames_per_segment: what the method reads at each of its T places; only 1 for now.
+        frames_per_segment: f, the neighbouring frames that the model reads at each of the T sampled ones.
     Raises:
         ConfigError: a list or root is not set or not there. AnnotationError: a list with a bad row.
-        ValueError: frames_per_segment above 1, or fewer videos than one batch in each process.
+        ValueError: fewer videos than one batch in each process.
     """
-    if frames_per_segment != 1:
-        raise ValueError(f"the method reads {frames_per_segment} frames a segment; the loaders here read 1")
-    dataset = _training(data, seed)
+    dataset = _training(data, seed, frames_per_segment)
     sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
-    return _loader(data, dataset, sampler, data.batch_size, data.num_sample, seed)
+    return _loader(data, dataset, sampler, data.batch_size, views=data.num_sample, seed=seed)
 
 
-def listed_loader(data: DataConfig, seed: int, rank: int = 0, world_size: int = 1) -> VideoLoader:
+def listed_loader(
+    data: DataConfig, seed: int, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+) -> VideoLoader:
     """Every video that `train_loader` draws from, once over all processes, in order and as validation sees videos."""
-    return _eval_loader(data, _training_source(data, seed), seed, rank, world_size, 1, None, data.dense)
+    dataset = _evaluation(data, _training_source(data, seed), data.dense, frames_per_segment)
+    return _eval_loader(data, dataset, seed, rank, world_size)
 
 
-def val_loader(data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1) -> VideoLoader:
+def val_loader(
+    data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
-    return _eval_loader(data, _source(data, "val"), seed, rank, world_size, 1, None, data.dense)
+    dataset = _evaluation(data, _source(data, "val"), data.dense, frames_per_segment)
+    return _eval_loader(data, dataset, seed, rank, world_size)
 
 
 def test_loader(
@@ -66,6 +71,7 @@ def test_loader(
     crops: int = 1,
     clips: int = 1,
     dense: bool = False,
+    frames_per_segment: int = 1,
 ) -> VideoLoader:
     """Every video of data.test_list (else data.val_list) once over all processes, as clips * crops views.
 
@@ -76,7 +82,8 @@ def test_loader(
     """
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
-    return _eval_loader(data, _source(data, "test"), seed, rank, world_size, crops, clips, dense)
+    dataset = _evaluation(data, _source(data, "test"), dense, frames_per_segment, crops, clips)
+    return _eval_loader(data, dataset, seed, rank, world_size)
 
 
 test_loader.__test__ = False  # not a test, whatever pytest makes of its name
@@ -87,11 +94,11 @@ def class_names(data: DataConfig) -> tuple[str, ...] | None:
     return None if data.label_list is None else read_labels(data.label_list, data.num_classes)
 
 
-def _training(data: DataConfig, seed: int) -> TrainDataset | PlainTrainDataset:
+def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainDataset | PlainTrainDataset:
     source, traits = _training_source(data, seed), dataset_traits(data)
-    reading = (source, data.num_segments, data.sampling_style, data.dense)
+    sampling = _sampling(data, data.dense, frames_per_segment)
     if not data.augment:
-        return PlainTrainDataset(*reading, EvalTransform(data.input_size, traits.scale_size, crops=1))
+        return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
     transform = TrainTransform(
         data.input_size,
         traits.scale_size,
@@ -104,7 +111,7 @@ def _training(data: DataConfig, seed: int) -> TrainDataset | PlainTrainDataset:
         mean=data.mean,
         std=data.std,
     )
-    return TrainDataset(*reading, transform, seed, num_sample=data.num_sample, random_frames=data.random_shift)
+    return TrainDataset(source, sampling, transform, seed, num_sample=data.num_sample, random_frames=data.random_shift)
 
 
 def _training_source(data: DataConfig, seed: int) -> VideoSource:
@@ -112,22 +119,31 @@ def _training_source(data: DataConfig, seed: int) -> VideoSource:
     return source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
 
 
-def _eval_loader(
+def _evaluation(
     data: DataConfig,
     source: VideoSource,
-    seed: int,
-    rank: int,
-    world_size: int,
-    crops: int,
-    clips: int | None,
     dense: bool,
-) -> VideoLoader:
-    scale_size = dataset_traits(data).scale_size
-    transform = EvalTransform(data.input_size, scale_size, crops)
-    dataset = EvalDataset(source, data.num_segments, data.sampling_style, dense, transform, clips)
-    views = crops * (clips or 1)
-    batch_size = max(1, data.batch_size // views)
-    return _loader(data, dataset, StridedSampler(len(dataset), rank, world_size), batch_size, views, seed)
+    frames_per_segment: int,
+    crops: int = 1,
+    clips: int | None = None,
+) -> EvalDataset:
+    transform = EvalTransform(data.input_size, dataset_traits(data).scale_size, crops)
+    return EvalDataset(source, _sampling(data, dense, frames_per_segment), transform, clips)
+
+
+def _sampling(data: DataConfig, dense: bool, frames_per_segment: int) -> ClipSampling:
+    return ClipSampling(
+        num_segments=data.num_segments,
+        style=data.sampling_style,
+        dense=dense,
+        frames_per_segment=frames_per_segment,
+    )
+
+
+def _eval_loader(data: DataConfig, dataset: EvalDataset, seed: int, rank: int, world_size: int) -> VideoLoader:
+    views = dataset.transform.crops * (dataset.clips or 1)
+    sampler = StridedSampler(len(dataset), rank, world_size)
+    return _loader(data, dataset, sampler, max(1, data.batch_size // views), views=views, seed=seed)
 
 
 def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
@@ -166,16 +182,21 @@ def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tup
 
 
 def _loader(
-    data: DataConfig, dataset: Dataset, sampler: Sampler[tuple[int, int]], batch_size: int, views: int, seed: int
+    data: DataConfig,
+    dataset: TrainDataset | EvalDataset,
+    sampler: Sampler[tuple[int, int]],
+    batch_size: int,
+    views: int,
+    seed: int,
 ) -> VideoLoader:
-    """`views` of each video are clips of their own; with erasing, pixels are float32."""
-    pixels = data.num_segments * 3 * data.input_size**2
-    bytes_each = 4 if data.rand_erase and isinstance(dataset, TrainDataset) else 1
+    clip_bytes = dataset.sampling.clip_frames * 3 * data.input_size**2
+    if data.rand_erase and isinstance(dataset, TrainDataset):
+        clip_bytes *= 4  # erasing gives float32
     return VideoLoader(
         dataset,
         sampler,
         batch_size,
-        item_bytes=views * pixels * bytes_each,
+        item_bytes=views * clip_bytes,
         collate=collate,
         workers=data.workers,
         pin_memory=torch.cuda.is_available(),

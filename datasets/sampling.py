@@ -1,19 +1,19 @@
-"""Number of frames -> which frames make a clip: pure functions, nothing is read.
+"""Which frames of a video make a clip: functions of the number of frames; nothing is read.
 
-Lives here: the two families of frame sampling of the field and the dense sampling that both share. All indices count
-from 0, all results are int64 arrays, all lengths L >= 1 and T >= 1 are allowed.
-Does not live here: how frames are stored or numbered on disk (readers.py).
+All indices count from 0, all results are int64 arrays, all lengths L >= 1 and T >= 1 are allowed.
 
 - "kinetics": HMDB51, UCF101, Kinetics. Source: HJYao00/Side4Video, Recognition/datasets/kinetics.py, Video_dataset.
 - "something": Something-Something. Source: the same repository, Recognition/datasets/sth.py, Video_dataset.
   Its training frames are TSN's (Wang et al. 2016, section 3), its test frames ATM's.
 - dense: T frames at equal distance inside a window of 128 frames (I3D's protocol).
 
-L is the number of frames of a video, T of a clip. Videos shorter than a clip repeat frames.
+L is the number of frames of a video, T the number of frames sampled for a clip, f the number of neighbouring frames
+that the model reads at each of them. Videos shorter than a clip repeat frames.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,49 @@ import numpy as np
 Style = Literal["kinetics", "something"]
 
 DENSE_SPAN = 128  # frames that a dense clip covers
+
+
+@dataclass(frozen=True)
+class ClipSampling:
+    """How clips of `num_segments` * `frames_per_segment` frames (T * f) are taken from videos."""
+
+    num_segments: int
+    style: Style
+    dense: bool = False
+    frames_per_segment: int = 1
+
+    @property
+    def clip_frames(self) -> int:
+        """T * f, the frames of one clip."""
+        return self.num_segments * self.frames_per_segment
+
+    def train(self, num_frames: int, rng: np.random.Generator) -> np.ndarray:
+        """The random frames of one training clip: (T * f,)."""
+        indices = train_indices(num_frames, self.num_segments, self.style, self.dense, rng)
+        return with_neighbours(indices, num_frames, self.frames_per_segment)
+
+    def val(self, num_frames: int) -> np.ndarray:
+        """The frames of validation's one clip: (T * f,)."""
+        indices = val_indices(num_frames, self.num_segments, self.style, self.dense)
+        return with_neighbours(indices, num_frames, self.frames_per_segment)
+
+    def test(self, num_frames: int, clips: int) -> np.ndarray:
+        """The frames of the clips of testing: (clips, T * f)."""
+        indices = test_indices(num_frames, self.num_segments, clips, self.style, self.dense)
+        return with_neighbours(indices, num_frames, self.frames_per_segment)
+
+
+def with_neighbours(indices: np.ndarray, num_frames: int, frames_per_segment: int) -> np.ndarray:
+    """Replace each index i by i, i + 1, ..., i + f - 1, none beyond the last frame of the video, which repeats.
+
+    Args:
+        indices: (..., T), from 0.
+
+    Returns:
+        (..., T * f) int64, segment after segment.
+    """
+    neighbours = np.minimum(indices[..., None] + np.arange(frames_per_segment), num_frames - 1)  # (..., T, f)
+    return neighbours.reshape(*indices.shape[:-1], -1)  # (..., T * f)
 
 
 def train_indices(num_frames: int, T: int, style: Style, dense: bool, rng: np.random.Generator) -> np.ndarray:
@@ -99,5 +142,5 @@ def _last_start(num_frames: int) -> int:
 
 
 def _dense(num_frames: int, T: int, start: int) -> np.ndarray:
-    """T frames, 128 // T apart (0 apart if T > 128, as published), going on at the first frame after the last."""
+    """T frames, 128 // T apart (0 apart if T > 128, as published), continuing at the first frame after the last."""
     return (start + np.arange(T) * (DENSE_SPAN // T)) % num_frames

@@ -27,7 +27,7 @@ from datasets.annotation import VideoRecord
 from datasets.box import Box
 from datasets.loader import SharedBuffers, Slot, too_many_files
 from datasets.readers import Frames, Reader, ReadError
-from datasets.sampling import Style, test_indices, train_indices, val_indices
+from datasets.sampling import ClipSampling
 from datasets.seeding import seeded
 from datasets.transforms import EvalTransform, TrainTransform
 
@@ -79,8 +79,8 @@ class _VideoDataset(Dataset):
     Items are addressed by (epoch, index), or by index alone, which means epoch 0.
     """
 
-    def __init__(self, source: VideoSource, T: int, style: Style, dense: bool):
-        self.source, self.T, self.style, self.dense = source, T, style, dense
+    def __init__(self, source: VideoSource, sampling: ClipSampling):
+        self.source, self.sampling = source, sampling
 
     def __len__(self) -> int:
         return len(self.source.records)
@@ -94,7 +94,7 @@ class _VideoDataset(Dataset):
         record = self.source.records[index]
         try:
             clip = self.source.reader.open(os.path.join(self.source.root, record.path), record.num_frames)
-            frames = clip.fetch(self._indices(clip.num_frames, epoch, index))
+            frames = clip.fetch(self.frame_indices(clip.num_frames, epoch, index).reshape(-1))
             views = self._views(frames, record.label, epoch, index)
         except ReadError as error:
             if (sentence := _no_more_files()) is not None:  # the video may be sound: not to be skipped
@@ -107,7 +107,8 @@ class _VideoDataset(Dataset):
         """The items of a batch; what comes before the keys is passed on to `collate`."""
         return [key if isinstance(key, Slot) else self[key] for key in keys]
 
-    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+        """The frames, from 0, that item (epoch, index) shows of a video of `num_frames`: (clips, T * f) int64."""
         raise NotImplementedError
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
@@ -129,23 +130,21 @@ class TrainDataset(_VideoDataset):
     def __init__(
         self,
         source: VideoSource,
-        T: int,
-        style: Style,
-        dense: bool,
+        sampling: ClipSampling,
         transform: TrainTransform,
         seed: int,
         num_sample: int = 1,
         random_frames: bool = True,
     ):
-        super().__init__(source, T, style, dense)
+        super().__init__(source, sampling)
         self.transform, self.seed = transform, seed
         self.num_sample, self.random_frames = num_sample, random_frames
 
-    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         if not self.random_frames:
-            return val_indices(num_frames, self.T, self.style, self.dense)
+            return self.sampling.val(num_frames)[None]
         rng = np.random.default_rng([self.seed, epoch, index])
-        return train_indices(num_frames, self.T, self.style, self.dense, rng)
+        return self.sampling.train(num_frames, rng)[None]
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         frames, draws = self.transform.shrink(frames), []
@@ -172,23 +171,22 @@ class EvalDataset(_VideoDataset):
     def __init__(
         self,
         source: VideoSource,
-        T: int,
-        style: Style,
-        dense: bool,
+        sampling: ClipSampling,
         transform: EvalTransform,
         clips: int | None = None,
     ):
-        super().__init__(source, T, style, dense)
+        super().__init__(source, sampling)
         self.transform, self.clips = transform, clips
 
-    def _indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         if self.clips is None:
-            return val_indices(num_frames, self.T, self.style, self.dense)
-        return test_indices(num_frames, self.T, self.clips, self.style, self.dense).reshape(-1)  # (clips * T,)
+            return self.sampling.val(num_frames)[None]
+        return self.sampling.test(num_frames, self.clips)
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        video = self.transform(frames)  # (crops, clips * T, S, S, 3)
-        video = video.unflatten(1, (-1, self.T)).transpose(0, 1).flatten(0, 1)  # (clips * crops, T, S, S, 3)
+        video = self.transform(frames)  # (crops, clips * T * f, S, S, 3)
+        video = video.unflatten(1, (-1, self.sampling.clip_frames))  # (crops, clips, T * f, S, S, 3)
+        video = video.transpose(0, 1).flatten(0, 1)  # (clips * crops, T * f, S, S, 3)
         return {"video": _colours_third(video), "label": torch.tensor(label), "index": torch.tensor(index)}
 
 

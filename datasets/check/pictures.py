@@ -138,7 +138,7 @@ def frame_numbers(dataset: Dataset, index: int) -> list[tuple[int, ...]]:
     source = dataset.source
     record = source.records[index]
     num_frames = source.reader.open(os.path.join(source.root, record.path), record.num_frames).num_frames
-    clips = dataset._indices(num_frames, 0, index).reshape(-1, dataset.T)  # (clips, T)
+    clips = dataset.frame_indices(num_frames, 0, index)  # (clips, T)
     return [tuple((clip + 1).tolist()) for clip in clips]
 
 

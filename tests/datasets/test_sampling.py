@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datasets.sampling import ClipSampling, train_indices, val_indices, with_neighbours
 from datasets.sampling import test_indices as clips_of_test
-from datasets.sampling import train_indices, val_indices
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden")) / "sampling.json"
+SHARED = Path(__file__).parents[3] / "shared"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHARED / "golden")) / "sampling.json"
+GOLDEN_TDN = SHARED / "golden_tadn/sampling_tdn.json"
 STYLES = ("kinetics", "something")
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 127, 128, 129, 130, 300, 1001)
 SIZES = (1, 2, 3, 5, 8, 16, 32, 128, 200)
@@ -105,3 +107,43 @@ def test_dense_training_start_is_uniform():
 def test_same_generator_same_frames():
     first = train_indices(100, 8, "kinetics", False, np.random.default_rng(5))
     assert (first == train_indices(100, 8, "kinetics", False, np.random.default_rng(5))).all()
+
+
+def test_neighbours_follow_their_index_and_stop_at_the_last_frame():
+    assert with_neighbours(np.array([0, 4, 7, 9]), 10, 3).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 9, 9, 9]
+    clips = with_neighbours(np.array([[0, 4], [1, 5]]), 6, 2)
+    assert clips.tolist() == [[0, 1, 4, 5], [1, 2, 5, 5]] and clips.dtype == np.int64
+
+
+@pytest.mark.skipif(not GOLDEN_TDN.is_file(), reason="the golden vectors of TDN are not here")
+def test_neighbours_are_tdns():
+    cases = json.loads(GOLDEN_TDN.read_text())
+    assert cases
+    for case in cases:
+        starts = np.array(case["starts"]) - 1
+        assert (with_neighbours(starts, case["num_frames"], 5) + 1).tolist() == case["indices"], case
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_split_reads_neighbours(style, dense):
+    """One frame a segment is today's clip; with f frames, every f-th frame is that clip's, then its neighbours."""
+    for length in LENGTHS:
+        for T in (2, 8, 16):
+            one, five = (ClipSampling(T, style, dense, frames_per_segment=f) for f in (1, 5))
+            assert (one.clip_frames, five.clip_frames) == (T, 5 * T)
+            found = [
+                (sampling.train(length, np.random.default_rng(7)), sampling.val(length), *sampling.test(length, 3))
+                for sampling in (one, five)
+            ]
+            expected = (
+                train_indices(length, T, style, dense, np.random.default_rng(7)),
+                val_indices(length, T, style, dense),
+                *clips_of_test(length, T, 3, style, dense),
+            )
+            for single, several, clip in zip(*found, expected, strict=True):
+                assert (single == clip).all()
+                segments = several.reshape(T, 5)
+                assert (segments[:, 0] == clip).all() and segments.max() < length
+                for step in range(1, 5):
+                    assert (segments[:, step] == np.minimum(clip + step, length - 1)).all()

@@ -19,9 +19,12 @@ from datasets.build import test_loader as loader_of_test
 from datasets.readers import Clip, DecodedFrames
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
+from datasets.sampling import ClipSampling, train_indices, val_indices
+from datasets.sampling import test_indices as indices_of_test
 from datasets.seeding import seeded
 from datasets.transforms import TrainTransform
 from datasets.video_dataset import BadVideo, TrainDataset, VideoSource, collate
+from tests.helpers.video_files import write_avi
 
 SAMPLES = Path(__file__).parents[3] / "shared/data/samples"
 
@@ -129,7 +132,7 @@ def test_repeated_augmentation_reads_once_and_keeps_frames(data):
 
     source = VideoSource((VideoRecord("a", 60, 1, 1),), "root", Reader(), "list")
     transform = TrainTransform(16, 20, mean=data.mean, std=data.std)
-    dataset = TrainDataset(source, 4, "kinetics", False, transform, 0, 3)
+    dataset = TrainDataset(source, ClipSampling(4, "kinetics"), transform, seed=0, num_sample=3)
     item = dataset[0]
     assert len(Reader.fetched) == 1 and item["video"].shape == (3, 4, 3, 16, 16)
     assert len({draw.numpy().tobytes() for draw in item["video"]}) == 3
@@ -270,8 +273,6 @@ def test_testing_falls_back_to_validation(data):
 
 
 def test_other_refusals(data, tmp_path):
-    with pytest.raises(ValueError, match="5 frames a segment"):
-        train_loader(data, seed=0, frames_per_segment=5)
     with pytest.raises(AnnotationError, match="line 2: label 1 is outside"):
         train_loader(replace(data, num_classes=1), seed=0)
     with pytest.raises(ValueError, match="fewer than one batch"):
@@ -347,3 +348,85 @@ def test_the_list_of_training_in_order(data):
     assert {p for b in listed_loader(few, 5) for p in b["path"]} == {p for b in batches(few) for p in b["path"]}
     parts = [[i for b in listed_loader(data, 5, rank, 2) for i in b["index"].tolist()] for rank in range(2)]
     assert parts == [[0, 2, 4, 6], [1, 3, 5]]
+
+
+# ---- several frames a segment
+
+LENGTHS = (3, 9, 12)
+F = 3
+
+
+def grey_of(number: int) -> int:
+    return 20 * number
+
+
+@pytest.fixture(params=["folders", "video files"])
+def numbered(request, data, tmp_path) -> DataConfig:
+    """Three videos of 3, 9 and 12 frames; frame i is of one grey, 20 * i, which no crop or flip changes."""
+    root = tmp_path / "numbered"
+    for length in LENGTHS:
+        if request.param == "video files":
+            write_avi(root / f"v{length}", length)
+            continue
+        (root / f"v{length}").mkdir(parents=True)
+        for i in range(length):
+            Image.new("RGB", (42, 30), (grey_of(i),) * 3).save(root / f"v{length}/{i + 1:06d}.jpg")
+    (tmp_path / "numbered.txt").write_text("".join(f"v{length} {length} 0\n" for length in LENGTHS))
+    roots = dict.fromkeys(("train_root", "val_root"), str(root))
+    lists = dict.fromkeys(("train_list", "val_list"), str(tmp_path / "numbered.txt"))
+    modality = "RGB" if request.param == "folders" else "video"
+    return replace(data, modality=modality, batch_size=3, gray_prob=0.0, **roots, **lists)
+
+
+def frame_numbers(videos: torch.Tensor) -> list[list[int]]:
+    """(N, T * f, 3, S, S) uint8 -> the number of each frame."""
+    return (videos.float().mean((2, 3, 4)) / 20).round().long().tolist()
+
+
+def neighbours(indices, length: int) -> list[int]:
+    return [min(index + step, length - 1) for index in indices for step in range(F)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("dense", [False, True])
+def test_evaluation_reads_neighbouring_frames(numbered, dense, workers):
+    numbered = replace(numbered, dense=dense, workers=workers)
+    for loader in (val_loader, listed_loader):
+        arguments = {"seed": 0, "frames_per_segment": F}
+        (batch,) = loader(numbered, **arguments)
+        assert batch["video"].shape == (3, 1, 4 * F, 3, 16, 16)
+        for found, length in zip(frame_numbers(batch["video"][:, 0]), LENGTHS, strict=True):
+            assert found == neighbours(val_indices(length, 4, "kinetics", dense).tolist(), length)
+    views = {"crops": 3, "clips": 2, "dense": dense}
+    for batch in loader_of_test(replace(numbered, batch_size=18), frames_per_segment=F, **views):
+        assert batch["video"].shape == (3, 6, 4 * F, 3, 16, 16)
+        for video, length in zip(batch["video"], LENGTHS, strict=True):
+            clips = indices_of_test(length, 4, 2, "kinetics", dense).tolist()
+            assert frame_numbers(video) == [neighbours(clip, length) for clip in clips for _ in range(3)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rand_erase": True}, {"random_shift": False}, {"augment": False}])
+@pytest.mark.parametrize("dense", [False, True])
+def test_training_reads_neighbouring_frames(numbered, dense, changes):
+    """Whatever is drawn is alike for all T * f frames, and buffers hold them all."""
+    if changes.get("augment", True):
+        changes = {"num_sample": 2, **changes}
+    numbered = replace(numbered, dense=dense, **changes)
+    loaders = [train_loader(replace(numbered, workers=n), seed=5, frames_per_segment=F) for n in (0, 1)]
+    for loader in loaders:
+        loader.set_epoch(2)
+    (batch,), (same_batch,) = map(list, loaders)
+    assert same([batch], [same_batch])
+    draws = numbered.num_sample
+    assert batch["video"].shape == (3 * draws, 4 * F, 3, 16, 16)
+    size = batch["video"].numel() * batch["video"].element_size()
+    assert loaders[1].ring.memory.shape[1] == size
+    if numbered.rand_erase:
+        return  # whose noise hides the numbers
+    for found, index in zip(frame_numbers(batch["video"]), batch["index"].tolist(), strict=True):
+        length = LENGTHS[index]
+        if numbered.augment and numbered.random_shift:
+            indices = train_indices(length, 4, "kinetics", dense, np.random.default_rng([5, 2, index]))
+        else:
+            indices = val_indices(length, 4, "kinetics", dense)
+        assert found == neighbours(indices.tolist(), length)

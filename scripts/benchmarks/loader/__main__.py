@@ -171,7 +171,7 @@ def _our_stages(dataset: TrainDataset, order: Sequence[Key]) -> dict[str, float]
         record = dataset.source.records[index]
         with stage("read and decode"):
             clip = dataset.source.reader.open(os.path.join(dataset.source.root, record.path), record.num_frames)
-            frames = clip.fetch(dataset._indices(clip.num_frames, epoch, index))
+            frames = clip.fetch(dataset.frame_indices(clip.num_frames, epoch, index)[0])
         draws = []
         for number in range(dataset.num_sample):
             with stage("draw"), seeded(dataset.seed, epoch, index, number):
@@ -200,7 +200,7 @@ def _decoding(dataset: TrainDataset, order: Sequence[Key]) -> float:
         record = dataset.source.records[index]
         start = time.perf_counter()
         clip = dataset.source.reader.open(os.path.join(dataset.source.root, record.path), record.num_frames)
-        wanted = dataset._indices(clip.num_frames, epoch, index)
+        wanted = dataset.frame_indices(clip.num_frames, epoch, index)[0]
         if hasattr(clip, "load"):
             files = [clip.load(frame)[1] for frame in wanted.tolist()]
             start = time.perf_counter()

@@ -114,9 +114,11 @@ class Reference(Dataset):
             import decord  # not before it is needed: its libraries get in the way of PyAV's if they are loaded first
 
             video = decord.VideoReader(path, num_threads=1)
-            frames = video.get_batch(self.dataset._indices(record.num_frames or len(video), epoch, index)).asnumpy()
+            frames = video.get_batch(
+                self.dataset.frame_indices(record.num_frames or len(video), epoch, index)[0]
+            ).asnumpy()
             return [Image.fromarray(frame) for frame in frames]
-        wanted = self.dataset._indices(record.num_frames, epoch, index)
+        wanted = self.dataset.frame_indices(record.num_frames, epoch, index)[0]
         files = [os.path.join(path, self.data.image_tmpl.format(frame + 1)) for frame in wanted]
         return [Image.open(file).convert("RGB") for file in files]
 
