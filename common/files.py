@@ -41,7 +41,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def locked(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
     """Lock a file for as long as it is open in this process; False where another process has it.
 
     The lock is not passed on to copies of the process, such as workers that outlive a killed run for some seconds.

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.files import locked, write_atomic
+from common.files import try_lock, write_atomic
 from configs.schema import Config
 from engine.distributed import EngineError, Process, gather
 from engine.evaluation import PASS_CLIPS, check_batch, in_passes, watched
@@ -276,7 +276,7 @@ class FeatureCache:
         lock = self._on_main(lambda: _lock_file(folder))
         try:
             for attempt in itertools.count():
-                if self._on_main(lambda: locked(lock)):
+                if self._on_main(lambda: try_lock(lock)):
                     break
                 if attempt == 0:
                     logger.info("waiting for another run that computes the same features (%s)", folder)

@@ -25,7 +25,7 @@ import yaml
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from common.files import locked, write_atomic
+from common.files import try_lock, write_atomic
 from engine.checkpoint_file import CheckpointError, load, newest
 from engine.distributed import EngineError, Process, gather
 from engine.log import setup_logging
@@ -187,7 +187,7 @@ def _user(folder: Path) -> str | None:
     """
     until, told = time.monotonic() + PATIENCE_S, False
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        while not locked(lock):
+        while not try_lock(lock):
             lock.seek(0)
             user = lock.read().strip() or "unknown"
             if time.monotonic() > until:
@@ -255,7 +255,7 @@ class RunDir:
     def _take(self) -> str | None:
         """Lock the folder until this process ends, however it ends; or who has it."""
         self._lock = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115, held for as long as the run
-        if not locked(self._lock):
+        if not try_lock(self._lock):
             self._lock.seek(0)
             return self._lock.read().strip() or "unknown"
         self._lock.truncate(0)
