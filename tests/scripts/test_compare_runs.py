@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from configs.schema import config_from_dict
-from scripts.compare_runs import different_places, different_settings, main, over_seeds, overview
+from scripts.compare_runs import different_environments, different_settings, main, over_seeds, overview
 from scripts.run_reader import find_runs
 from tests.helpers.cli_harness import evaluated, train
 
@@ -58,8 +58,8 @@ def test_what_each_run_reached(tmp_path: Path) -> None:
     side = rows["1 side"]
     assert (side["epochs"], side["seed"], side["revision"]) == ("3 of 3", 4, "0123456*")
     assert side["best top-1"] == "30.00 / 90.00 / – (epoch 2)" and side["last"] == "20.00 / 90.00 / – (epoch 3)"  # noqa: RUF001
-    assert (side["loss"], side["clips/s"], side["steps left out"]) == ("1.0000", "11.0", "3")
-    assert (side["tuned"], side["tests"]) == ("12,345", "model_best 3x4: 31.25")
+    assert (side["loss"], side["clips/s"], side["skipped steps"]) == ("1.0000", "11.0", "3")
+    assert (side["trainable"], side["tests"]) == ("12,345", "model_best 3x4: 31.25")
     assert rows["3 young"]["best top-1"] is None and rows["3 young"]["loss"] == "3.0000"
     assert rows["2 unborn"]["epochs"] == "0 of 3" and rows["2 unborn"]["loss"] is None
 
@@ -80,13 +80,13 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
     }
 
 
-def test_a_configuration_of_another_version_is_compared_as_it_stands(tmp_path: Path, caplog) -> None:
+def test_a_configuration_of_another_version_is_compared_without_defaults(tmp_path: Path, caplog) -> None:
     make_run(tmp_path / "a", [1.0])
     make_run(tmp_path / "b", [1.0])
     values = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     (tmp_path / "b" / "config.yaml").write_text(yaml.safe_dump({**values, "novelty": 1}))
     assert different_settings(find_runs([tmp_path])) == {"novelty": ["–", 1]}  # noqa: RUF001
-    assert "compared as it stands" in caplog.text and "novelty" in caplog.text
+    assert "compared without defaults" in caplog.text and "novelty" in caplog.text
 
 
 def test_versions_machines_and_data_that_differ(tmp_path: Path) -> None:
@@ -96,13 +96,13 @@ def test_versions_machines_and_data_that_differ(tmp_path: Path) -> None:
 
     make_run(tmp_path / "a", [1.0], starts=[start("2.11", "a", "here")])
     make_run(tmp_path / "b", [1.0], starts=[start("2.11", "b", "there"), start("2.15", "b", "there")])
-    make_run(tmp_path / "c", [1.0], starts=[{"versions": {"numpy": "2.0"}}])  # noted less: no difference
-    assert different_places(find_runs([tmp_path])) == {
+    make_run(tmp_path / "c", [1.0], starts=[{"versions": {"numpy": "2.0"}}])  # recorded less: no difference
+    assert different_environments(find_runs([tmp_path])) == {
         "lists.train_list.sha256": ["a" * 12, "b" * 12, "–"],  # noqa: RUF001
         "lists.train_list.rows": ["5", "5", "–"],  # noqa: RUF001
         "versions.torch": ["2.11", "2.11 then 2.15", "–"],  # noqa: RUF001
     }
-    assert different_places(find_runs([tmp_path / "a", tmp_path / "c"])) == {}
+    assert different_environments(find_runs([tmp_path / "a", tmp_path / "c"])) == {}
 
 
 def test_mean_over_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_mean_over_runs_that_differ_in_the_seed_alone(tmp_path: Path) -> None:
     assert (row["runs"], row["seeds"], row["not finished"]) == ("1, 2, 3", "0, 1, 2", "4")
     assert row["last top-1"] == "24.93 ± 6.18" and row["best top-1"] == "50.00 ± 0.00"
     assert statistics.stdev([29.5, 27.4, 17.9]) == pytest.approx(6.18, abs=0.005)
-    assert "last mean class" not in row  # nobody noted it
+    assert "last mean class" not in row  # nobody recorded it
 
 
 def test_early_stop_does_not_make_a_killed_run_a_finished_one(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     for name, (seed, day, score) in days.items():
         make_run(tmp_path / name, [score] * 3, starts=[{"started": f"2026-01-{day}T00:00:00+01:00"}], seed=seed)
     (row,) = over_seeds(find_runs([tmp_path]), "top1")
-    assert (row["runs"], row["seeds"], row["seed again, left out"]) == ("2, 4", "0, 1", "1, 3")
+    assert (row["runs"], row["seeds"], row["same seed, not counted"]) == ("2, 4", "0, 1", "1, 3")
     assert row["last top-1"] == "4.00 ± 1.41"
     assert over_seeds(find_runs([tmp_path / name for name in "abc"]), "top1") == []  # one seed has no deviation
 
@@ -153,8 +153,8 @@ def test_lists_that_moved_are_the_same_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [1, 12])
 def test_files_and_picture(tmp_path: Path, capsys, number: int) -> None:
     long = "a_very_long_name_of_a_run_that_tells_every_setting_it_was_given_" * 3
-    for place in range(number):
-        make_run(tmp_path / "runs" / f"{place:02d}_${long}", [float(place)] * (place % 4) or [None], seed=place)
+    for index in range(number):
+        make_run(tmp_path / "runs" / f"{index:02d}_${long}", [float(index)] * (index % 4) or [None], seed=index)
     assert compare(tmp_path / "runs", "--out", tmp_path / "new" / "lr0.1", "--metric", "top5") == 0
     printed = capsys.readouterr().out
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"lr0.1.md", "lr0.1.json", "lr0.1.png"}
@@ -166,13 +166,13 @@ def test_files_and_picture(tmp_path: Path, capsys, number: int) -> None:
     assert compare(tmp_path / "runs", "--out", tmp_path) == 0 and (tmp_path / "compare.png").is_file()
 
 
-def test_a_cut_last_line_is_left_out_and_not_a_number_is_unknown(tmp_path: Path, caplog) -> None:
+def test_a_cut_last_line_is_skipped_and_not_a_number_is_unknown(tmp_path: Path, caplog) -> None:
     lines = make_run(tmp_path / "run", [1.0, 2.0]) / "metrics.jsonl"
     with open(lines, "a") as file:
         file.write('{"epoch": 2, "train_loss": NaN, "top1": null}\n{"epoch": 3, "tra')
     (run,) = find_runs([tmp_path / "run"])
-    assert [row["epoch"] for row in run.rows] == [0, 1, 2] and run.rows[2]["train_loss"] is None
-    assert "metrics.jsonl, line 4: left out" in caplog.text
+    assert [row["epoch"] for row in run.epochs] == [0, 1, 2] and run.epochs[2]["train_loss"] is None
+    assert "metrics.jsonl, line 4: skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_no_folder_and_no_run(tmp_path: Path, caplog) -> None:
     ]
 
 
-def test_results_of_a_test_that_cannot_be_read_are_left_out(tmp_path: Path, caplog) -> None:
+def test_results_of_a_test_that_cannot_be_read_are_skipped(tmp_path: Path, caplog) -> None:
     (make_run(tmp_path / "run", [1.0]) / "model_best_1crops_1clips.json").write_text('{"top1": ')
     (run,) = find_runs([tmp_path])
-    assert run.tests == {} and "model_best_1crops_1clips.json: left out" in caplog.text
+    assert run.tests == {} and "model_best_1crops_1clips.json: skipped" in caplog.text
 
 
 def test_a_run_of_train_vision(tiny: Path, tmp_path: Path, capsys) -> None:
@@ -212,6 +212,6 @@ def test_a_run_of_train_vision(tiny: Path, tmp_path: Path, capsys) -> None:
     top1 = evaluated(tiny, folder / "last_model.pt", folder / "results.json")["top1"]
     (run,) = find_runs([folder])
     (row,) = overview([run], "top1")
-    assert row["run"] == "1 run" and row["epochs"] == "1 of 1" and row["seed"] == 5 and row["tuned"]
+    assert row["run"] == "1 run" and row["epochs"] == "1 of 1" and row["seed"] == 5 and row["trainable"]
     assert row["tests"] == f"last_model 1x1: {top1:.2f}" and row["last"].startswith(f"{top1:.2f} / 100.00 /")
     assert compare(folder, "--out", tmp_path / "out") == 0 and row["last"] in capsys.readouterr().out
