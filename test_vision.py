@@ -23,7 +23,7 @@ from engine.normalize import Normalizer
 from engine.optim import resolve_precision
 from engine.run_info import run_info
 from models.loading import load_weights
-from models.registry import build_model, check_untrained, parameter_report
+from models.registry import build_model, check_untrained, parameter_report, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -74,6 +74,7 @@ def main() -> None:
     else:
         model = build_model(config, class_names=names)
         check_untrained(model)
+    config = with_pixel_statistics(config, model)
     place(model, process, config.solver.compile).eval()
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}

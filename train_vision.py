@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import logging
 
-from configs.schema import load_config
+from configs.schema import check_same_run, load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint_file, optim
 from engine.distributed import EngineError, place, run, seed_everything, start, unwrap, wrap
@@ -28,7 +28,7 @@ from engine.run_info import run_info
 from engine.trainer import Trainer, TrainerSettings, TrainingState, steps_per_epoch
 from models.loading import load_weights
 from models.parameters import parameter_groups
-from models.registry import build_model, check_trainable, frozen_identity, parameter_report
+from models.registry import build_model, check_trainable, frozen_identity, parameter_report, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -58,7 +58,6 @@ def main() -> None:
     config = load_config(arguments.config, overrides)
     data, solver, saving = config.data, config.solver, config.checkpoint
     precision = optim.resolve_precision(solver.precision, process.device, solver.tf32)
-    normalizer = Normalizer(data.mean, data.std)
     names = class_names(data)  # a label list that does not fit should not be found out at the end
     ours = (process.rank, process.world_size)
     validation = val_loader(data, config.seed, *ours)
@@ -74,6 +73,11 @@ def main() -> None:
     needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # a text head is made of CLIP
     caches = config.network.cache_features if not arguments.dry_run else "off"
     model = build_model(config, needs_clip, None if whole else names)
+    config = with_pixel_statistics(config, model)
+    data = config.data
+    normalizer = Normalizer(data.mean, data.std)
+    if whole:  # again, now that null values are filled in
+        check_same_run(content["config"], config, path)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
         identity = content["backbone"] if lean else None

@@ -11,15 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import re
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NewType, Optional
 
 import yaml
+
+# Pixels' mean and standard deviation as CLIP was trained with: what a model reads that names none of its own.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# A RandAugment policy in timm's words: rand, then letters with a number each.
+RAND_AUGMENT_POLICY = re.compile(r"rand(-[a-z]+\d+(\.\d+)?)+")
 
 Ratio = NewType("Ratio", float)  # a positive number, written as a float or as a fraction string such as "1/6"
 
@@ -57,7 +67,7 @@ class DataConfig:
     num_classes: int
     modality: Literal["RGB", "video"] = "RGB"
     num_segments: int = 8  # T, frames a clip
-    seg_length: int = 1
+    seg_length: Optional[int] = None  # frames read at each of the T segments; null: as many as the model reads
     batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips
     workers: int = 4
     image_tmpl: str = "{:06d}.jpg"
@@ -74,6 +84,7 @@ class DataConfig:
     augment: bool = True  # false: training takes the validation's frames and crop, the same in every epoch
     num_sample: int = 1  # repeated augmentation: draws of each video in a batch
     rand_aug: bool = False
+    rand_aug_policy: str = "rand-m7-n4-mstd0.5-inc1"  # with rand_aug, in timm's words
     rand_erase: bool = False
     dense: bool = False
     shot: Optional[int] = None  # few-shot: training videos a class
@@ -81,33 +92,43 @@ class DataConfig:
     flip: Optional[bool] = None
     flip_pairs: Optional[tuple[tuple[int, int], ...]] = None  # labels that a horizontal flip exchanges
     gray_prob: Optional[float] = None
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area that a training crop covers
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    crop: Literal["random_resized", "multi_scale", "random_short_side"] = "random_resized"  # of training clips
+    crop_scale: tuple[float, float] = (0.08, 1.0)  # random_resized: share of the area that a crop covers
+    crop_scales: tuple[float, ...] = (
+        1.0,
+        0.875,
+        0.75,
+        0.66,
+    )  # multi_scale: a crop's sides, as shares of the short side
+    short_side: tuple[int, int] = (256, 320)  # random_short_side: its range in pixels, both ends included
+    mean: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
+    std: Optional[tuple[float, float, float]] = None  # null: the model's own
     on_error: Literal["raise", "skip"] = "raise"
-    decoder: Literal["decord", "pyav"] = "decord"  # of video files; pyav is twice as fast on .avi, the frames the same
+    decoder: Literal["pyav", "decord"] = "pyav"  # of video files; both give the same frames
 
     def check(self) -> None:
-        _positive(self, "data", "num_classes", "batch_size", "input_size", "scale_size", "num_sample", "shot")
+        _positive(
+            self, "data", "num_classes", "batch_size", "input_size", "scale_size", "num_sample", "shot", "seg_length"
+        )
         _within(self, "data", 0, 1, "gray_prob")
         _require(
             self.num_segments >= 2,
             "data.num_segments",
             f"must be at least 2, not {self.num_segments}: TD4V takes differences of neighbouring frames",
         )
-        _require(
-            self.seg_length == 1,
-            "data.seg_length",
-            f"must be 1, not {self.seg_length}: no method here reads several frames a segment",
-        )
         _require(self.workers >= 0, "data.workers", f"must not be negative, not {self.workers}")
-        low, high = self.crop_scale
+        self._check_crop()
         _require(
-            0 < low <= high <= 1,
-            "data.crop_scale",
-            f"must be [low, high] with 0 < low <= high <= 1, not [{low}, {high}]",
+            self.rand_aug or self.rand_aug_policy == DataConfig.rand_aug_policy,
+            "data.rand_aug_policy",
+            "is given, but data.rand_aug is false, so it would not be read",
         )
-        _require(all(value > 0 for value in self.std), "data.std", "must hold three positive numbers")
+        _require(
+            RAND_AUGMENT_POLICY.fullmatch(self.rand_aug_policy) is not None,
+            "data.rand_aug_policy",
+            f"{self.rand_aug_policy!r} is not a RandAugment policy such as {DataConfig.rand_aug_policy}",
+        )
+        _require(all(value > 0 for value in self.std or ()), "data.std", "must hold three positive numbers")
         if self.scale_size is not None:
             _require(
                 self.scale_size >= self.input_size,
@@ -126,6 +147,9 @@ class DataConfig:
                 tuple(self.crop_scale) == DataConfig.crop_scale,
                 "data.crop_scale",
                 "asks for what data.augment: false leaves out",
+            )
+            _require(
+                self.crop == DataConfig.crop, "data.crop", f"{self.crop} asks for what data.augment: false leaves out"
             )
         for pair in self.flip_pairs or ():
             _require(
@@ -150,6 +174,48 @@ class DataConfig:
             raise ConfigError(
                 f"data.dataset: {self.dataset!r} is not a known dataset{_hint(self.dataset, known)}; for your own data set data.style to kinetics or something"
             )
+
+    def _check_crop(self) -> None:
+        """What the training crops need; a setting of another crop is refused."""
+        for key, crop in (
+            ("crop_scale", "random_resized"),
+            ("crop_scales", "multi_scale"),
+            ("short_side", "random_short_side"),
+        ):
+            _require(
+                self.crop == crop or tuple(getattr(self, key)) == getattr(DataConfig, key),
+                f"data.{key}",
+                f"is of data.crop: {crop}, but data.crop is {self.crop}",
+            )
+        low, high = self.crop_scale
+        _require(
+            0 < low <= high <= 1,
+            "data.crop_scale",
+            f"must be [low, high] with 0 < low <= high <= 1, not [{low}, {high}]",
+        )
+        scales = self.crop_scales
+        _require(
+            bool(scales)
+            and 1 >= scales[0]
+            and scales[-1] > 0
+            and all(one > next_one for one, next_one in itertools.pairwise(scales)),
+            "data.crop_scales",
+            f"must descend from at most 1 and stay above 0, not {list(scales)}",
+        )
+        low, high = self.short_side
+        _require(low <= high, "data.short_side", f"must be [low, high] with low <= high, not [{low}, {high}]")
+        _require(
+            self.crop != "random_short_side" or low >= self.input_size,
+            "data.short_side",
+            f"{low} is smaller than data.input_size {self.input_size}",
+        )
+
+    def with_pixel_statistics(
+        self, mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None
+    ) -> DataConfig:
+        """Fill `mean` and `std` where they are null: with a model's own, else with CLIP's."""
+        own_mean, own_std = tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)
+        return dataclasses.replace(self, mean=self.mean or own_mean, std=self.std or own_std)
 
     @property
     def sampling_style(self) -> str:
@@ -285,18 +351,24 @@ class NetworkConfig:
 class SolverConfig:
     """How it is trained. Learning rates are for one step as given, unless `lr_base_batch` scales them."""
 
-    type: Literal["cosine"] = "cosine"
+    type: Literal["cosine", "step"] = "cosine"  # how the learning rate falls
     epochs: int = 30
     start_epoch: int = 0
     optim: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     lr_base_batch: Optional[int] = None  # clips a step that lr is meant for: lr grows in proportion to the real ones
-    lr_warmup_step: float = 4.0  # epochs of linear warm-up from 0
+    lr_warmup_step: float = 4.0  # epochs of linear warm-up from lr_warmup_start
+    lr_warmup_start: float = 0.0  # the learning rate at step 0
+    lr_final: float = 0.0  # cosine: the learning rate after the last step
+    cosine_after_warmup: bool = True  # false: the cosine spans all epochs, and the warm-up rises to its value there
+    milestones: tuple[float, ...] = ()  # step: epochs after which the learning rate is multiplied by gamma
+    gamma: float = 0.1
     weight_decay: float = 0.15
     decay_norms: bool = True  # false: no weight decay for norms, biases and scalars; the paper decays all alike
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9  # sgd only
+    nesterov: bool = False  # sgd only
     loss_type: Literal["CE"] = "CE"
     evaluate: bool = False  # only validate what pretrain or resume holds
     clip_ratio: float = 1.0  # learning-rate factor of everything tuned but the classifier
@@ -318,7 +390,7 @@ class SolverConfig:
         _positive(self, "solver", "epochs", "grad_accumulation_steps", "lr", "clip_ratio", "clip_grad", "eps",
                   "lr_base_batch", "early_stop", "max_bad_steps")  # fmt: skip
         _within(self, "solver", 0, 1, "smoothing", "momentum")
-        for key in ("lr_warmup_step", "weight_decay", "mixup_alpha", "cutmix_alpha"):
+        for key in ("lr_warmup_step", "lr_warmup_start", "lr_final", "weight_decay", "mixup_alpha", "cutmix_alpha"):
             _require(getattr(self, key) >= 0, f"solver.{key}", f"must not be negative, not {getattr(self, key)}")
         _require(
             all(0 <= beta < 1 for beta in self.betas), "solver.betas", f"must lie in [0, 1), not {list(self.betas)}"
@@ -335,11 +407,42 @@ class SolverConfig:
             f"must lie between 0 and 1, not {self.ema_decay}",
         )
         _require(self.smoothing < 1, "solver.smoothing", "must be below 1")
+        self._check_schedule()
+        _require(
+            not self.nesterov or (self.optim == "sgd" and self.momentum > 0),
+            "solver.nesterov",
+            "needs solver.optim: sgd and solver.momentum above 0",
+        )
         _require(
             not self.mixup or self.mixup_alpha > 0 or self.cutmix_alpha > 0,
             "solver.mixup",
             "needs mixup_alpha or cutmix_alpha above 0",
         )
+
+    def _check_schedule(self) -> None:
+        """What the learning rate's course needs; a setting of another course is refused."""
+        for key, course in (
+            ("milestones", "step"),
+            ("gamma", "step"),
+            ("lr_final", "cosine"),
+            ("cosine_after_warmup", "cosine"),
+        ):
+            _require(
+                self.type == course or getattr(self, key) == getattr(SolverConfig, key),
+                f"solver.{key}",
+                f"is of solver.type: {course}, but solver.type is {self.type}",
+            )
+        epochs = list(self.milestones)
+        _require(self.type != "step" or bool(epochs), "solver.milestones", "is needed by solver.type: step")
+        _require(
+            all(one < next_one for one, next_one in itertools.pairwise([0, *epochs, self.epochs])),
+            "solver.milestones",
+            f"must ascend above 0 and below solver.epochs {self.epochs}, not {epochs}",
+        )
+        _require(0 < self.gamma <= 1, "solver.gamma", f"must lie above 0 and up to 1, not {self.gamma}")
+        for key in ("lr_warmup_start", "lr_final"):
+            value = getattr(self, key)
+            _require(value <= self.lr, f"solver.{key}", f"{value} is above solver.lr {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -494,49 +597,64 @@ _FREE_ON_RESUME = ("resume", "pretrain", "logging.", "checkpoint.", "data.worker
                    "solver.max_bad_steps", "solver.early_stop")  # fmt: skip
 
 
-def check_same_run(former: dict[str, Any], config: Config, path: str | Path) -> None:
-    """Make sure that a resumed run is the one it was.
+# Settings that are null until the model is built.
+_FILLED_BY_MODEL = ("data.mean", "data.std", "data.seg_length")
+
+
+def check_same_run(previous: dict[str, Any], config: Config, path: str | Path) -> None:
+    """Make sure that a resumed run has the settings it began with. More epochs only warn.
 
     Args:
-        former: the configuration in the checkpoint, as `Config.to_dict` wrote it. path: the checkpoint, for messages.
+        previous: the configuration in the checkpoint, as `Config.to_dict` wrote it.
+        path: the checkpoint, for messages.
 
     Raises:
-        ConfigError: a setting that makes another run of it, with both values. More epochs only warn.
+        ConfigError: a setting that makes another run of it, with both values.
     """
     try:
-        old = _flat(config_from_dict(former).to_dict())  # keys that it lacks had their defaults
+        changed = _changed_settings(previous, config, _FREE_ON_RESUME)
     except ConfigError as error:
         raise ConfigError(f"{path}: was written by another version of this code ({error})") from None
-    new = _flat(config.to_dict())
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key) or key.startswith(_FREE_ON_RESUME):
-            continue
-        if key != "solver.epochs":
-            raise ConfigError(
-                f"{path}: {key} was {old.get(key)!r} in this run and is now {new.get(key)!r}; "
-                "to start another run from its weights, name it in pretrain instead of resume"
-            )
-        warnings.warn(f"solver.epochs was {old[key]} and is now {new[key]}: the learning rate follows", stacklevel=2)
+    epochs = changed.pop("solver.epochs", None)
+    for key, (old, new) in changed.items():
+        raise ConfigError(
+            f"{path}: {key} was {old!r} in this run and is now {new!r}; "
+            "to start another run from its weights, name it in pretrain instead of resume"
+        )
+    if epochs is not None:
+        old, new = epochs
+        warnings.warn(f"solver.epochs was {old} and is now {new}: the learning rate follows", stacklevel=2)
 
 
-def difference(former: dict[str, Any], config: Config, more_epochs: bool, begun_alike: bool) -> str | None:
-    """Why a run with the configuration `former` (as `Config.to_dict` wrote it) is another run, in words; or None.
+def difference(previous: dict[str, Any], config: Config, more_epochs: bool, same_start: bool) -> str | None:
+    """Why a run with the configuration `previous` (as `Config.to_dict` wrote it) is another run, in words; or None.
 
     Args:
         more_epochs: another number of epochs does not make another run.
-        begun_alike: another checkpoint to begin with (`resume`, `pretrain`) does.
+        same_start: another checkpoint to start from (`resume`, `pretrain`) does.
     """
-    free = tuple(key for key in _FREE_ON_RESUME if not begun_alike or key not in ("resume", "pretrain"))
+    free = tuple(key for key in _FREE_ON_RESUME if not same_start or key not in ("resume", "pretrain"))
     free += ("solver.epochs",) if more_epochs else ()
     try:
-        old = _flat(config_from_dict(former).to_dict())  # keys that it lacks had their defaults
+        changed = _changed_settings(previous, config, free)
     except ConfigError as error:
         return f"its configuration is of another version of this code ({error})"
-    new = _flat(config.to_dict())
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(free):
-            return f"{key} was {old.get(key)!r} and is now {new.get(key)!r}"
-    return None
+    return next((f"{key} was {old!r} and is now {new!r}" for key, (old, new) in changed.items()), None)
+
+
+def _changed_settings(previous: dict[str, Any], config: Config, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, with both values, but those whose dotted key begins with one of `free`.
+
+    A null value of _FILLED_BY_MODEL is the model's own, so it equals what the other configuration has there. A key
+    that `previous` does not have is at its default.
+    """
+    old, new = _flat(config_from_dict(previous).to_dict()), _flat(config.to_dict())
+    changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if not key.startswith(free)}
+    return {
+        key: (was, now)
+        for key, (was, now) in changed.items()
+        if was != now and not (key in _FILLED_BY_MODEL and None in (was, now))
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -99,6 +99,7 @@ def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainData
     sampling = _sampling(data, data.dense, frames_per_segment)
     if not data.augment:
         return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
+    pixels = data.with_pixel_statistics()
     transform = TrainTransform(
         data.input_size,
         traits.scale_size,
@@ -108,8 +109,8 @@ def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainData
         flip_pairs=traits.flip_pairs,
         gray_prob=traits.gray_prob,
         crop_scale=data.crop_scale,
-        mean=data.mean,
-        std=data.std,
+        mean=pixels.mean,
+        std=pixels.std,
     )
     return TrainDataset(source, sampling, transform, seed, num_sample=data.num_sample, random_frames=data.random_shift)
 

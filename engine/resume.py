@@ -52,7 +52,7 @@ def find_run(
     )
 
     def differs(former: dict[str, Any], began: dict[str, Any]) -> str | None:
-        reason = difference(former, config, more_epochs=explicit is not None, begun_alike=not own)
+        reason = difference(former, config, more_epochs=explicit is not None, same_start=not own)
         if reason is None and began.get("world_size") != process.world_size:
             reason = f"it began with {began.get('world_size')} processes, here are {process.world_size}"
         if reason is None:

@@ -112,6 +112,22 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
     return freeze_all_but_trainable(model)
 
 
+def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
+    """Fill data.mean and data.std, where they are null, with the model's own, and CLIP's where it has none.
+
+    Raises ConfigError where data.seg_length is not what the model reads.
+    """
+    frames = getattr(model, "frames_per_segment", 1)
+    if config.data.seg_length not in (None, frames):
+        raise ConfigError(
+            f"data.seg_length: {config.data.seg_length} is given, but network.model {config.network.model_name} "
+            f"reads {frames} frames a segment"
+        )
+    pixels = model if hasattr(model, "mean") else getattr(model, "tower", None)
+    mean, std = getattr(pixels, "mean", None), getattr(pixels, "std", None)
+    return dataclasses.replace(config, data=config.data.with_pixel_statistics(mean, std))
+
+
 def _text_head(
     config: Config, model: nn.Module, source: str | None, pretrained: bool, class_names: Sequence[str] | None
 ) -> TextHead:
@@ -197,7 +213,8 @@ def _tower_and_source(config: Config, pretrained: bool) -> tuple[Tower, str | No
     tower.weights = source or f"random weights of seed {config.seed}"
     if pretrained and not load:
         logger.warning("network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name)
-    pairs = [(own, given) for own, given in ((tower.mean, data.mean), (tower.std, data.std)) if own is not None]
+    pairs = ((tower.mean, data.mean), (tower.std, data.std))
+    pairs = [(own, given) for own, given in pairs if own is not None and given is not None]
     if source is not None and not all(np.allclose(own, given, atol=1e-3) for own, given in pairs):
         _warn_of_pixels(tower, source, data.mean, data.std)
     return tower, source

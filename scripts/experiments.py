@@ -75,7 +75,7 @@ class Experiment:
         written = self.folder / "config.yaml"
         if not written.is_file():
             return None
-        reason = difference(yaml.safe_load(written.read_text()), self.config, more_epochs=False, begun_alike=True)
+        reason = difference(yaml.safe_load(written.read_text()), self.config, more_epochs=False, same_start=True)
         if reason is not None:
             raise ExperimentError(f"{self.folder}: holds another run: {reason}; remove it or choose another --output")
         if not self.results.is_file():

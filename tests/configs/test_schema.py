@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from configs.schema import Config, ConfigError, check_same_run, config_from_dict, load_config, parse_ratio
+from configs.schema import (
+    CLIP_STD,
+    Config,
+    ConfigError,
+    check_same_run,
+    config_from_dict,
+    difference,
+    load_config,
+    parse_ratio,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +81,7 @@ def test_shipped_files_load(path):
 def test_shipped_files_are_the_published_recipe(write, stem):
     with pytest.warns(UserWarning, match="no effect"):
         published = load_config(write({"hmdb51": HMDB51, "ssv2": SSV2}[stem]), ["logging.print_freq=10"])
-    assert load_config(ROOT / f"configs/{stem}.yaml", ["logging.print_freq=10"]) == published
+    assert load_config(ROOT / f"configs/{stem}.yaml", ["logging.print_freq=10", "data.seg_length=1"]) == published
 
 
 @pytest.mark.parametrize(
@@ -208,3 +218,75 @@ def test_config_is_frozen():
     assert isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.seed = 3
+
+
+SGD = ["solver.optim=sgd"]
+STEP = ["solver.type=step", "solver.milestones=[10, 20.5]"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*STEP, "solver.gamma=0.5", "solver.lr_warmup_start=1e-5"],
+        ["solver.lr_final=1e-6", "solver.cosine_after_warmup=false"],
+        [*SGD, "solver.nesterov=true"],
+        ["data.rand_aug=true", "data.rand_aug_policy=rand-m9-n3-mstd0.5-inc1"],
+        ["data.crop=multi_scale", "data.crop_scales=[1, 0.8]"],
+        ["data.crop=random_short_side", "data.short_side=[224, 224]"],
+        ["data.mean=[0.5, 0.5, 0.5]", "data.std=[0.5, 0.5, 0.5]", "data.seg_length=5"],
+    ],
+)
+def test_recipes_of_other_models(write, overrides):
+    config = load_config(write(SMALL), overrides)
+    assert config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["solver.type=step"], "solver.milestones: is needed by solver.type: step"),
+        (["solver.milestones=[3]"], "solver.milestones: is of solver.type: step, but solver.type is cosine"),
+        (["solver.gamma=0.5"], "solver.gamma: is of solver.type: step"),
+        ([*STEP, "solver.lr_final=1e-6"], "solver.lr_final: is of solver.type: cosine"),
+        ([*STEP, "solver.cosine_after_warmup=false"], "solver.cosine_after_warmup: is of solver.type: cosine"),
+        ([*STEP, "solver.milestones=[20, 10]"], "solver.milestones: must ascend above 0 and below solver.epochs 30"),
+        ([*STEP, "solver.milestones=[10, 30]"], "solver.milestones: must ascend above 0 and below solver.epochs 30"),
+        ([*STEP, "solver.milestones=[0, 10]"], "solver.milestones: must ascend above 0"),
+        ([*STEP, "solver.gamma=1.5"], "solver.gamma: must lie above 0 and up to 1, not 1.5"),
+        (["solver.lr_final=0.1"], "solver.lr_final: 0.1 is above solver.lr 0.001"),
+        (["solver.lr_warmup_start=0.1"], "solver.lr_warmup_start: 0.1 is above solver.lr 0.001"),
+        (["solver.lr_warmup_start=-1"], "solver.lr_warmup_start: must not be negative"),
+        (["solver.nesterov=true"], "solver.nesterov: needs solver.optim: sgd and solver.momentum above 0"),
+        ([*SGD, "solver.nesterov=true", "solver.momentum=0"], "solver.nesterov: needs solver.optim: sgd"),
+        (["data.rand_aug_policy=rand-m9-n2"], "data.rand_aug_policy: is given, but data.rand_aug is false"),
+        (["data.rand_aug=true", "data.rand_aug_policy=m9"], "data.rand_aug_policy: 'm9' is not a RandAugment policy"),
+        (["data.crop=multiscale"], "data.crop: must be one of .*; did you mean multi_scale?"),
+        (["data.crop=multi_scale", "data.crop_scale=[0.5, 1]"], "data.crop_scale: is of data.crop: random_resized"),
+        (["data.crop_scales=[1]"], "data.crop_scales: is of data.crop: multi_scale, but data.crop is random_resized"),
+        (["data.short_side=[224, 300]"], "data.short_side: is of data.crop: random_short_side"),
+        (["data.crop=multi_scale", "data.crop_scales=[0.8, 1]"], "data.crop_scales: must descend from at most 1"),
+        (["data.crop=multi_scale", "data.crop_scales=[]"], "data.crop_scales: must descend from at most 1"),
+        (["data.crop=random_short_side", "data.short_side=[300, 256]"], "data.short_side: must be .low, high."),
+        (["data.crop=random_short_side", "data.short_side=[200, 256]"], "data.short_side: 200 is smaller than data.in"),
+        (["data.crop=multi_scale", "data.augment=false", "data.flip=false"], "data.crop: multi_scale asks for what"),
+        (["data.seg_length=0"], "data.seg_length: must be above 0, not 0"),
+        (["data.std=[0, 1, 1]"], "data.std: must hold three positive numbers"),
+    ],
+)
+def test_what_other_recipes_refuse(write, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(SMALL), overrides)
+
+
+def test_values_that_the_model_fills_in_make_no_other_run(write):
+    config = load_config(write(SMALL))
+    filled = dataclasses.replace(config, data=config.data.with_pixel_statistics((0.5, 0.5, 0.5)))
+    assert (filled.data.mean, filled.data.std) == ((0.5, 0.5, 0.5), CLIP_STD)
+    assert filled.data.with_pixel_statistics() == filled.data
+    check_same_run(filled.to_dict(), config, "a.pt")
+    check_same_run(config.to_dict(), filled, "a.pt")
+    assert difference(filled.to_dict(), config, more_epochs=False, same_start=True) is None
+    other = load_config(write(SMALL), ["data.mean=[0.4, 0.4, 0.4]"])
+    with pytest.raises(ConfigError, match=r"data\.mean was \[0\.5, 0\.5, 0\.5\] in this run and is now \[0\.4"):
+        check_same_run(filled.to_dict(), other, "a.pt")
+    assert "data.mean was" in difference(filled.to_dict(), other, more_epochs=False, same_start=True)

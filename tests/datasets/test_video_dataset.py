@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import ConfigError, DataConfig
+from configs.schema import CLIP_MEAN, CLIP_STD, ConfigError, DataConfig
 from datasets.annotation import AnnotationError, VideoRecord
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from datasets.build import test_loader as loader_of_test
@@ -131,7 +131,7 @@ def test_repeated_augmentation_reads_once_and_keeps_frames(data):
             return DecodedFrames(pixels[indices])
 
     source = VideoSource((VideoRecord("a", 60, 1, 1),), "root", Reader(), "list")
-    transform = TrainTransform(16, 20, mean=data.mean, std=data.std)
+    transform = TrainTransform(16, 20, mean=CLIP_MEAN, std=CLIP_STD)
     dataset = TrainDataset(source, ClipSampling(4, "kinetics"), transform, seed=0, num_sample=3)
     item = dataset[0]
     assert len(Reader.fetched) == 1 and item["video"].shape == (3, 4, 3, 16, 16)

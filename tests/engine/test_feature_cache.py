@@ -34,7 +34,7 @@ from engine.feature_cache import FeatureCache, FeatureError, FeatureLoader, Feat
 from engine.normalize import Normalizer
 from engine.optim import resolve_precision
 from engine.run_info import run_info
-from models.registry import build_model, frozen_identity
+from models.registry import build_model, frozen_identity, with_pixel_statistics
 from tests.helpers.cli_harness import assert_same, command, content, metrics, settings, train, training_refusal
 from tests.helpers.processes import run_in_two
 
@@ -76,7 +76,9 @@ def config(path: Path, tmp_path: Path) -> Config:
 
 
 def cache_of(config: Config, process: Process | None = None) -> FeatureCache:
-    model, data = build_model(config), config.data
+    model = build_model(config)
+    config = with_pixel_statistics(config, model)
+    data = config.data
     lists = run_info({f"{split}_list": getattr(data, f"{split}_list") for split in ("train", "val")})["lists"]
     precision = resolve_precision(config.solver.precision, CPU)
     frozen = frozen_identity(model)["sha256"]
@@ -345,7 +347,7 @@ def test_what_they_depend_on_and_what_not(config: Config, tmp_path: Path) -> Non
         key("val"), key(data={"num_segments": 5}), key(data={"train_list": str(shorter)}), key(data={"shot": 2}),
         key(data={"shot": 2}, seed=6), key(data={"train_root": str(tmp_path)}), key(data={"scale_size": 40}),
         key(data={"style": "something"}), key(data={"dense": True}), key(data={"std": [1, 1, 1]}), key(seed=6),
-        key(data={"decoder": "pyav"}), key(solver={"precision": "bf16"}), key(solver={"tf32": True}),
+        key(data={"decoder": "decord"}), key(solver={"precision": "bf16"}), key(solver={"tf32": True}),
         key(network={"options": {"feature": "mean_tokens"}}),
     ]  # fmt: skip
     assert len({usual, *others}) == len(others) + 1

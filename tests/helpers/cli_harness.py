@@ -28,7 +28,7 @@ from datasets.build import val_loader
 from datasets.prepare.synthetic import make
 from engine.log import close_logging
 from engine.normalize import Normalizer
-from models.registry import build_model
+from models.registry import build_model, with_pixel_statistics
 
 ROOT = Path(__file__).parents[2]
 VIDEOS = 11  # to test on: not a multiple of two processes
@@ -82,7 +82,8 @@ def varied(tiny: Path, trained: Path) -> Path:
     model = build_model(chosen).eval()
     model.load_state_dict(saved["model_state_dict"], strict=False)  # the frozen tower follows from the seed
     with torch.inference_mode():
-        normalizer = Normalizer(chosen.data.mean, chosen.data.std)
+        pixels = with_pixel_statistics(chosen, model).data
+        normalizer = Normalizer(pixels.mean, pixels.std)
         videos = [normalizer(batch["video"]).flatten(0, 1) for batch in val_loader(chosen.data)]
         features = torch.cat([model.features(video) for video in videos])
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(1)) / features.std()

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from clip.text_head import TextSizes, tokenize
-from configs.schema import load_config
+from configs.schema import CLIP_MEAN, CLIP_STD, load_config
 from datasets.build import class_names, val_loader
 from engine.normalize import Normalizer
 from engine.results import load_scores
@@ -64,7 +64,7 @@ def test_clip_as_it_is(zero: Path, clip) -> None:
     assert (result["videos"], result["epoch"]) == (VIDEOS, None)
     assert result["weights"] == f"custom, {config.network.weights}" and result["parameters"]["tuned"] == 0
     texts = [f"a video of a person {name.replace('_', ' ')}." for name in class_names(config.data)]
-    normalizer = Normalizer(config.data.mean, config.data.std)
+    normalizer = Normalizer(CLIP_MEAN, CLIP_STD)
     with torch.no_grad():
         videos = [normalizer(batch["video"]).flatten(0, 1) for batch in val_loader(config.data)]
         wanted = torch.cat([of_open_clip(clip, video, texts) for video in videos]).softmax(1)

@@ -56,8 +56,8 @@ class Reference(Dataset):
     """
 
     def __init__(self, dataset: TrainDataset, data: DataConfig, augments_whole: bool = False):
-        self.dataset, self.data, self.augments_whole = dataset, data, augments_whole
-        fill = tuple(round(255 * value) for value in data.mean)
+        self.dataset, self.data, self.augments_whole = dataset, data.with_pixel_statistics(), augments_whole
+        fill = tuple(round(255 * value) for value in self.data.mean)
         hparams = {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
         self.augment = rand_augment_transform(RAND_AUGMENT, hparams) if data.rand_aug else None
 

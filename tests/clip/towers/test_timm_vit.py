@@ -15,7 +15,7 @@ from torch import nn
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import timm_trunk
 from clip.towers.timm_vit import build_timm_tower, find_timm_weights, timm_names
-from configs.schema import config_from_dict
+from configs.schema import CLIP_MEAN, CLIP_STD, config_from_dict
 from models.loading import load_weights
 from models.parameters import parameter_groups
 from models.registry import MODELS, build_model, freeze_all_but_trainable, frozen_identity
@@ -69,12 +69,20 @@ def tower_of(name: str):
     return shake(build_timm_tower(name, KINDS[name][2])).to(exactness(name)[0])
 
 
-def config(arch: str, method: str = "linear_probe", init: bool = False, data=None, **network):
+def config(arch: str, method: str = "linear_probe", init: bool = False, given=None, **network):
     prefix, has_class, size = KINDS.get(arch, (1, True, 32))
     if not has_class and "options" not in network:
         network["options"] = {"token" if method == "td4v_side" else "feature": "mean_tokens"}
     network = {"arch": arch, "init": init, "model": method, "pyramid": {"n_embs": [16, 16]}, **network}
-    data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 2, "input_size": size, **(data or {})}
+    data = {
+        "dataset": "hmdb51",
+        "num_classes": 3,
+        "num_segments": 2,
+        "input_size": size,
+        "mean": CLIP_MEAN,
+        "std": CLIP_STD,
+    }
+    data |= given or {}
     return config_from_dict({"data": data, "network": network})
 
 
