@@ -1,35 +1,23 @@
-"""Frame sampling: every golden case to the index, and what must hold for any number of frames."""
+"""Frame sampling: every golden index, and what must hold for any number of frames."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datasets.sampling import ClipSampling, train_indices, val_indices, with_neighbours
 from datasets.sampling import test_indices as clips_of_test
+from tests.helpers.golden import FOLDERS, GOLDEN, check_sampling
 
-SHARED = Path(__file__).parents[3] / "shared"
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHARED / "golden")) / "sampling.json"
-GOLDEN_TDN = SHARED / "golden_tadn/sampling_tdn.json"
+SAMPLING = [folder / "sampling.json" for folder in FOLDERS if (folder / "sampling.json").is_file()]
 STYLES = ("kinetics", "something")
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 127, 128, 129, 130, 300, 1001)
 SIZES = (1, 2, 3, 5, 8, 16, 32, 128, 200)
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"{GOLDEN} is not here (set GOLDEN_DIR)")
-def test_golden_indices():
-    cases = json.loads(GOLDEN.read_text())
-    assert cases
-    for case in cases:
-        style = case["style"].split("-")[0]
-        length, T, dense = case["num_frames"], case["T"], case["dense"]
-        if case["split"] == "val":
-            ours = val_indices(length, T, style, dense)
-        else:
-            ours = clips_of_test(length, T, case["clips"], style, dense).reshape(-1)
-        assert (ours + 1).tolist() == case["indices"], case
+@pytest.mark.parametrize("path", SAMPLING, ids=lambda path: path.stem)
+def test_golden_indices(path):
+    check_sampling(json.loads(path.read_text()))
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -115,9 +103,8 @@ def test_neighbours_follow_their_index_and_stop_at_the_last_frame():
     assert clips.tolist() == [[0, 1, 4, 5], [1, 2, 5, 5]] and clips.dtype == np.int64
 
 
-@pytest.mark.skipif(not GOLDEN_TDN.is_file(), reason="the golden vectors of TDN are not here")
 def test_neighbours_are_tdns():
-    cases = json.loads(GOLDEN_TDN.read_text())
+    cases = json.loads((GOLDEN / "tdn" / "neighbours.json").read_text())
     assert cases
     for case in cases:
         starts = np.array(case["starts"]) - 1

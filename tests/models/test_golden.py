@@ -1,104 +1,70 @@
-"""Every golden vector of the folder GOLDEN_DIR (default ../shared/golden and ../shared/golden_aim) holds for our modules.
+"""The golden vectors hold for our modules: the numbers of tests/golden, and those of the folder GOLDEN_DIR if it is set.
 
-The vectors are numbers from the authors' own modules; the folder's README and fill.py say how they are made. A family
-of cases that is not known here fails, and so do a GOLDEN_DIR without vectors and vectors without a fill.py; only where
-no folder is named and the default ones are not there, nothing is tested.
+A case from a module that is not known here fails, and so does a GOLDEN_DIR without vectors.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from clip.adapter import TD4V
 from clip.published import from_authors
 from clip.side_network import SideBlock
+from clip.towers.base import Tower
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import parse_ratio
-from datasets.sampling import test_indices as clip_indices
-from datasets.sampling import val_indices
 from models import aim
 from models.aim import AIM, Adapter
 from models.registry import freeze_all_but_trainable
 from models.td4v_side import TD4VSide
-
-SHARED = Path(__file__).parents[3] / "shared"
-NAMED = os.environ.get("GOLDEN_DIR")
-FOLDERS = [SHARED / "golden", SHARED / "golden_aim"] if NAMED is None else [Path(NAMED)]
-CASES = [path for folder in FOLDERS for path in sorted(folder.glob("*.json"))]
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+from tests.helpers.golden import ADDED, CASES, FOLDERS, TOLERANCE, check_sampling, fill_file, load_fill, tensor
 
 
-def fill_file(folders: list[Path], shared: Path) -> Path:
-    """The fill rule: beside the vectors, in the folder `golden` beside theirs, or in the shared one."""
-    places = [*folders, *(folder.resolve().parent / "golden" for folder in folders), shared / "golden"]
-    found = [place / "fill.py" for place in places if (place / "fill.py").is_file()]
-    assert found, f"there is no fill.py in {', '.join(map(str, places))}"
-    return found[0]
+def test_every_folder_has_vectors() -> None:
+    for folder in FOLDERS:
+        name = "GOLDEN_DIR" if str(folder) == ADDED else "tests/golden"
+        assert any(folder.glob("*.json")), f"{name}: there are no golden vectors (*.json) in {folder}"
 
 
-def test_a_folder_that_is_named_has_vectors():
-    assert CASES or NAMED is None, f"GOLDEN_DIR: there are no golden vectors (*.json) in {NAMED}"
-
-
-def test_where_the_fill_rule_is_looked_for(tmp_path):
-    vectors, shared = tmp_path / "one" / "golden_new", tmp_path / "shared"
+def test_where_the_fill_rule_is_looked_for(tmp_path: Path) -> None:
+    vectors, default = tmp_path / "one" / "golden_new", tmp_path / "default"
     vectors.mkdir(parents=True)
     with pytest.raises(AssertionError, match="there is no fill.py in "):
-        fill_file([vectors], shared)
-    for place in (shared / "golden", tmp_path / "one" / "golden", vectors):  # the last comes first
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "fill.py").touch()
-        assert fill_file([vectors], shared) == place / "fill.py"
+        fill_file(vectors, default)
+    for folder in (default, tmp_path / "one" / "golden", vectors):  # the last comes first
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fill.py").touch()
+        assert fill_file(vectors, default) == folder / "fill.py"
 
 
-@pytest.fixture(scope="module")
-def fill():
-    """The fill rule, loaded."""
-    path = fill_file(FOLDERS, SHARED)
-    spec = importlib.util.spec_from_file_location("golden_fill", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    normal = functools.cache(module._normal)  # the large cases have the same names and shapes
-    module._normal = lambda key, shape: normal(key, tuple(shape))
-    return module
-
-
-@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDERS[0]}")
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden(path, fill):
+def test_golden(path: Path) -> None:
     case = json.loads(path.read_text())
     if isinstance(case, list):
         check_sampling(case)
         return
-    families = {"adapter.py:TD4V": run_td4v, "AttnCBlock": run_side_block, "frozen CLIP part": run_trunk,
-                "VisualTransformer": run_side_network, "vit_clip.py:ViT_CLIP": run_aim,
-                "vit_clip.py:Adapter": run_aim_adapter}  # fmt: skip
-    run = next((run for name, run in families.items() if name in case["official_source"]), None)
+    checks = {
+        "adapter.py:TD4V": check_td4v,
+        "AttnCBlock": check_side_block,
+        "frozen CLIP part": check_tower,
+        "VisualTransformer": check_side_network,
+        "vit_clip.py:ViT_CLIP": check_aim,
+        "vit_clip.py:Adapter": check_aim_adapter,
+    }
+    run = next((run for name, run in checks.items() if name in case["official_source"]), None)
     assert run is not None, f"{path.name}: no test for {case['official_source']}"
-    run(case, fill)
+    run(case, load_fill(fill_file(path.parent)))
 
 
-def check_sampling(cases):
-    assert cases
-    for case in cases:
-        style = case["style"].split("-")[0]
-        length, frames = case["num_frames"], case["T"]
-        if case["split"] == "val":
-            indices = val_indices(length, frames, style, case["dense"])
-        else:
-            indices = clip_indices(length, frames, case["clips"], style, case["dense"]).reshape(-1)
-        assert (np.asarray(indices) + 1).tolist() == case["indices"], case
-
-
-def run_td4v(case, fill):
+def check_td4v(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
     module = TD4V(arguments["dim"], parse_ratio(arguments["scale"]), arguments["sample_mode"])
     load(module, case, fill)
@@ -107,7 +73,7 @@ def run_td4v(case, fill):
     check(case, fill, module, y, x)
 
 
-def run_side_block(case, fill):
+def check_side_block(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
     heads = arguments.get("heads") or max(1, arguments["dim"] // 64)
     block = SideBlock(
@@ -125,7 +91,7 @@ def run_side_block(case, fill):
         assert np.abs(found - expected).max() / rms(expected) < TOLERANCE[case["dtype"]], key
 
 
-def run_trunk(case, fill):
+def check_tower(case: dict, fill: ModuleType) -> None:
     tower = golden_tower(case["constructor_args"])
     values = {key.removeprefix("tower."): value for key, value in weights(case, fill).items()}
     keep = {f"visual.{key}": value for key, value in tower.visual.state_dict().items() if key.startswith("ln_post.")}
@@ -136,7 +102,7 @@ def run_trunk(case, fill):
     check(case, fill, tower, y, x)
 
 
-def run_side_network(case, fill):
+def check_side_network(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
     model = TD4VSide(golden_tower(arguments), 5, arguments["T"], arguments["n_embs"], arguments["mlp_ratio"],
                      parse_ratio(arguments["DA_ratio"]), arguments["sample_mode"])  # fmt: skip
@@ -153,7 +119,7 @@ def run_side_network(case, fill):
     check(case, fill, model, y, None)
 
 
-def run_aim_adapter(case, fill):
+def check_aim_adapter(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
     adapter = Adapter(arguments["D_features"], arguments.get("mlp_ratio", 0.25), arguments.get("skip_connect", True))
     load(adapter, case, fill)
@@ -161,7 +127,7 @@ def run_aim_adapter(case, fill):
     check(case, fill, adapter, adapter(x), x)
 
 
-def run_aim(case, fill):
+def check_aim(case: dict, fill: ModuleType) -> None:
     """As it is trained, and with gradients of all weights, for which the tower runs as open_clip wrote it."""
     arguments = case["constructor_args"]
     drop_path = arguments.get("drop_path_rate", 0.2)
@@ -179,30 +145,30 @@ def run_aim(case, fill):
         check(case, fill, model, y, x)
 
 
-def golden_tower(arguments):
+def golden_tower(arguments: dict) -> Tower:
     return build_custom_tower(arguments["width"], arguments["layers"], arguments["heads"], arguments["patch_size"],
                               arguments["input_resolution"])  # fmt: skip
 
 
-def weights(case, fill):
+def weights(case: dict, fill: ModuleType) -> dict[str, Tensor]:
     """The authors' state_dict of the case, through the project's public loader."""
-    return ours({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()}, case)
+    return renamed({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()}, case)
 
 
-def ours(values, case):
+def renamed(values: Mapping[str, Tensor], case: dict) -> dict[str, Tensor]:
     if "vit_clip.py:Adapter" in case["official_source"]:
-        place, renamed = "transformer.resblocks.0.S_Adapter.", "adapters.0.spatial."
-        whole = aim.from_published({place + key: value for key, value in values.items()})
-        return {key.removeprefix(renamed): value for key, value in whole.items()}
+        theirs, ours = "transformer.resblocks.0.S_Adapter.", "adapters.0.spatial."
+        values = aim.from_published({theirs + key: value for key, value in values.items()})
+        return {key.removeprefix(ours): value for key, value in values.items()}
     return aim.from_published(values) if "vit_clip.py" in case["official_source"] else from_authors(values)
 
 
-def load(module, case, fill):
+def load(module: nn.Module, case: dict, fill: ModuleType) -> None:
     module.load_state_dict(weights(case, fill))
     module.to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
 
 
-def check(case, fill, module, output, inputs):
+def check(case: dict, fill: ModuleType, module: nn.Module, output: Tensor, inputs: Tensor | None) -> None:
     """Output, input gradient, parameter gradients and buffers against the case."""
     tolerance = TOLERANCE[case["dtype"]]
     output.pow(2).mean().backward()
@@ -227,27 +193,23 @@ def check(case, fill, module, output, inputs):
         assert abs(found - norm) <= tolerance * max(norm, 1e-3), (key, found, norm)
 
 
-def official_names(case):
+def official_names(case: dict) -> dict[str, str]:
     """Their key -> ours; the loader keeps the order."""
     keys = [key for key in case["state_dict"] if key != "proj"]
     shapes = {key: torch.empty(case["state_dict"][key]) for key in keys}
-    return dict(zip(keys, ours(shapes, case), strict=True))
+    return dict(zip(keys, renamed(shapes, case), strict=True))
 
 
-def tensor(values, case):
-    return torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, case["dtype"]))
-
-
-def rms(values):
+def rms(values: np.ndarray) -> float:
     return max(float(np.sqrt((values**2).mean())), 1e-300)
 
 
-def to_volume(x, frames):
+def to_volume(x: Tensor, frames: int) -> Tensor:
     """(N, B*T, D) -> (B, T, H, W, D), square grid."""
     side = round(len(x) ** 0.5)
     return x.unflatten(1, (-1, frames)).unflatten(0, (side, side)).permute(2, 3, 0, 1, 4)
 
 
-def to_tokens(x):
+def to_tokens(x: Tensor) -> Tensor:
     """(B, T, H, W, D) -> (N, B*T, D)."""
     return x.permute(2, 3, 0, 1, 4).flatten(2, 3).flatten(0, 1)

@@ -28,9 +28,8 @@ from scripts.benchmarks.model.reference import (
     PlainTrunk,
     TrunkSizes,
 )
-from tests.models.test_golden import CASES, FOLDERS, TOLERANCE, fill, tensor
+from tests.helpers.golden import CASES, TOLERANCE, fill_file, load_fill, tensor
 
-__all__ = ["fill"]  # a fixture of test_golden.py
 pytestmark = pytest.mark.usefixtures("quick_collection")
 SIZES = TrunkSizes(width=64, layers=3, heads=2, patch_size=4, grid=(3, 3), hidden=256)
 TRAIN = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -144,12 +143,11 @@ def tower():
     return build_custom_tower(SIZES.width, SIZES.layers, SIZES.heads, SIZES.patch_size, 12)
 
 
-@pytest.mark.skipif(not CASES, reason=f"no golden vectors in {FOLDERS[0]}")
 @pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith(("td4v", "side_block", "side_network_small"))],
                          ids=lambda path: path.stem)  # fmt: skip
-def test_golden(path, fill):
+def test_golden(path):
     """The authors' numbers for the plain modules; the names are the authors' own, so nothing is renamed."""
-    case = json.loads(path.read_text())
+    case, fill = json.loads(path.read_text()), load_fill(fill_file(path.parent))
     arguments, dtype = case["constructor_args"], getattr(torch, case["dtype"])
     frames, ratio, mode = (
         arguments["T"],
