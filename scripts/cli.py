@@ -1,9 +1,10 @@
-"""What the command lines share: types of options, the device, and JSON and text files written atomically."""
+"""What the command lines share: types and defaults of options, the device, and files written atomically."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,14 @@ from common.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def default_jobs() -> int:
+    """Runs at a time, one process each."""
+    return max(1, min(4, os.cpu_count() or 1))
 
 
 def positive_int(text: str) -> int:

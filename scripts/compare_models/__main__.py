@@ -31,8 +31,9 @@ from engine.distributed import EngineError
 from engine.run_info import hardware, run_info, source_revision
 from engine.signals import ending_in_order
 from models.registry import MODELS, build_model
+from scripts.cli import default_jobs
 from scripts.compare_models.report import Accuracy, Scores, about, accuracy_table, costs_caption, draw, markdown
-from scripts.experiments import USUAL_JOBS, Experiment, ExperimentError, run_experiments
+from scripts.experiments import Experiment, ExperimentError, run_experiments
 from scripts.profile import __main__ as profile
 from scripts.profile.report import Row, summary
 from scripts.quickstart import make_data
@@ -91,7 +92,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override in all configurations"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--jobs", type=profile.positive_number, default=USUAL_JOBS, metavar="N",
+    parser.add_argument("--jobs", type=profile.positive_number, default=default_jobs(), metavar="N",
                         help="runs at a time (default: %(default)s)")  # fmt: skip
     parser.add_argument("--skip", choices=["costs", "accuracy"],
                         help="do nothing for one half: the report has of it what earlier calls left in FOLDER, where "
@@ -306,7 +307,7 @@ def kept_accuracies(options: argparse.Namespace, methods: Sequence[str], paths: 
     for name, path in paths.items():
         try:
             plan = plan_of(options, methods, path)
-            results = {trial: trial.kept() for trial in plan.trials.values()}
+            results = {trial: trial.finished_results() for trial in plan.trials.values()}
             if None not in results.values():
                 found.append(accuracy_of(name, plan, results))
         except (ExperimentError, ValueError, OSError) as error:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
-from scripts.quickstart import CHANCE, FAR_ABOVE_CHANCE, VARIANTS, QuickstartError, check, make_table
+from datasets.prepare.synthetic import make
+from scripts.quickstart import CHANCE, EXPECTED, VARIANTS, QuickstartError, check, make_table
+from scripts.quickstart_figure import draw
 
 SEEDS = [0, 3]
 GOOD = {"side": 97.5, "finetune": 90.0, "blind": CHANCE, "no_td4v": 60.0}
@@ -22,7 +25,7 @@ def test_good_results_pass():
     check([variant for variant in VARIANTS if variant.key in ("side", "blind")], [0], results())
 
 
-@pytest.mark.parametrize("score", [CHANCE, FAR_ABOVE_CHANCE - 0.1])
+@pytest.mark.parametrize("score", [CHANCE, EXPECTED - 0.1])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_td4v_that_learns_nothing_in_any_seed_fails(seed, score):
     with pytest.raises(QuickstartError, match=rf"TD4V side-tuning reached only {score:.1f} % with seed {seed}"):
@@ -32,7 +35,7 @@ def test_td4v_that_learns_nothing_in_any_seed_fails(seed, score):
 @pytest.mark.parametrize("score", [CHANCE - 100 / 128, CHANCE + 100 / 128, 90.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_blind_network_must_be_exactly_at_chance(seed, score):
-    with pytest.raises(QuickstartError, match=rf"temporal part off reached {score:.1f} % with seed {seed}; .*exactly"):
+    with pytest.raises(QuickstartError, match=rf"temporal part reached {score:.1f} % with seed {seed}; .*exactly"):
         check(list(VARIANTS), SEEDS, results(**{f"blind_{seed}": score}))
 
 
@@ -42,9 +45,19 @@ def test_the_other_variants_are_shown_not_judged():
 
 def test_table():
     lines = make_table(list(VARIANTS), SEEDS, results()).splitlines()
-    assert lines[0] == "| variant | top-1, mean of 2 seeds | lowest to highest | tuned parameters |"
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2 : 2 + len(VARIANTS)]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["variant", "top-1, mean of 2 seeds", "lowest to highest", "trainable parameters"]
+    rows = rows[2 : 2 + len(VARIANTS)]
     assert [row[0] for row in rows] == [variant.title for variant in VARIANTS]
     assert rows[0][1:] == ["97.5 %", "97.5 to 97.5 %", "12,345"]
     assert rows[1][1:] == ["91.5 %", "90.0 to 93.0 %", "12,345"]
     assert "Seeds 0, 3" in lines[-1] and "Chance is 25 %" in lines[-1] and "random weights" in lines[-1]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figure(tmp_path, seeds):
+    make(tmp_path / "data", train=4, val=4, seed=0, size=64)
+    scores = {variant.title: [90.0 + seed - 20 * row for seed in range(seeds)] for row, variant in enumerate(VARIANTS)}
+    draw(tmp_path / "data", scores, tmp_path / "quickstart.png")
+    with Image.open(tmp_path / "quickstart.png") as image:
+        assert image.width > 1500 and len(image.convert("RGB").getcolors(2**20)) > 1000
