@@ -16,7 +16,9 @@ from clip.towers.weights import OPENAI, find_weights
 from configs.schema import Config, ConfigError, load_config
 from datasets.build import class_names, test_loader
 from engine import checkpoint_file, results
-from engine.distributed import EngineError, place, run, start
+from engine.distributed import move_to_device, start
+from engine.entry import run
+from engine.errors import EngineError
 from engine.evaluation import evaluate, log_accuracy
 from engine.log import setup_logging
 from engine.normalize import Normalizer
@@ -75,7 +77,7 @@ def main() -> None:
         model = build_model(config, class_names=names)
         check_untrained(model)
     config = with_pixel_statistics(config, model)
-    place(model, process, config.solver.compile).eval()
+    move_to_device(model, process, config.solver.compile).eval()
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
     loader = test_loader(config.data, config.seed, process.rank, process.world_size, **views)

@@ -15,17 +15,21 @@ import logging
 from configs.schema import check_same_run, load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint_file, optim
-from engine.distributed import EngineError, place, run, seed_everything, start, unwrap, wrap
+from engine.distributed import move_to_device, start, unwrap, wrap
 from engine.dry_run import dry_run
 from engine.ema import ModelEma
+from engine.entry import run
+from engine.errors import EngineError
 from engine.evaluation import evaluate, log_accuracy
 from engine.feature_cache import FeatureCache
 from engine.log import setup_logging
 from engine.normalize import Normalizer
 from engine.resume import find_run, restarted, starting_point
+from engine.rng import seed_everything
 from engine.run_dir import RunDir
 from engine.run_info import run_info
-from engine.trainer import Trainer, TrainerSettings, TrainingState, steps_per_epoch
+from engine.train_step import TrainingState
+from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
 from models.loading import load_weights
 from models.parameters import parameter_groups
 from models.registry import build_model, check_trainable, frozen_identity, parameter_report, with_pixel_statistics
@@ -92,7 +96,7 @@ def main() -> None:
         validation = cache.loader("val", validation, validation)
     if solver.evaluate:
         logger.info("%s", report)
-        place(model, process, solver.compile)
+        move_to_device(model, process, solver.compile)
         expected, every = len(validation.dataset), config.logging.print_freq
         log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
         return

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from common.files import write_atomic
-from engine.distributed import EngineError
+from engine.errors import EngineError
 
 logger = logging.getLogger("td4v")
 

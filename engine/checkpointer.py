@@ -1,124 +1,298 @@
-"""Saves a run while it is made, and takes it up again: which files, when, and that all processes do it together.
+"""Saves a run and restores it: which files, when, what is in them, and that all processes do it together.
 
-Lives here: when a checkpoint is due, last_model.pt, model_best.pt and failed_model.pt, and what must fit for a run to go
-on. Does not live here: what a run consists of (state.py), how a file is written (checkpoint.py), when an epoch ends
-(loop.py).
+The keys of a checkpoint of a run:
+    epoch, step_in_epoch, step  finished epochs, optimizer steps in the unfinished one, optimizer steps in all
+    best, evaluations_since_best, history  best top-1 in percent, validations since then, one row an epoch
+    unevaluated_epoch  the row of an epoch that was trained but not evaluated yet, or None
+    loss_monitor       skipped steps, loss spikes and the usual loss
+    model_state_dict   names as in the model alone, without DistributedDataParallel's "module."; the trainable
+                       parameters and all buffers, with `full` the frozen parameters too
+    ema_state_dict     the averaged weights under the same names, or None
+    backbone           name, weights and sha256 of the frozen parameters, or None if nothing is frozen
+    optimizer_state_dict, scheduler, scaler
+    rng, meters        one entry a process: the states of its random generators; its sums over the epoch
+    config, meta       the resolved configuration; versions, git revision and data lists
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
 from engine import checkpoint_file
-from engine.distributed import Process, barrier
-from engine.meter import Meter
+from engine.checkpoint_file import CheckpointError, lacks_backbone
+from engine.distributed import Process, barrier, gather, unwrap
+from engine.ema import EmaError
+from engine.meter import LossMonitor, Meter
+from engine.rng import rng_state, set_rng_state
 from engine.run_dir import RunDir
-from engine.state import Parts, Progress, bare, collect, restore
+from engine.train_step import TrainingState
 
 logger = logging.getLogger("td4v")
+
+
+@dataclass
+class Progress:
+    """How far training is; the names are keys of a checkpoint. `best` is -1 before the first validation."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    evaluations_since_best: int = 0
+    unevaluated_epoch: dict[str, Any] | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    loss_monitor: LossMonitor = field(default_factory=LossMonitor)
+
+    @classmethod
+    def from_checkpoint(cls, content: dict[str, Any]) -> Progress:
+        values = {name: content[name] for name in cls.__dataclass_fields__}
+        monitor = LossMonitor(**values["loss_monitor"])
+        return cls(**{**values, "history": list(values["history"]), "loss_monitor": monitor})
+
+
+_REQUIRED = {  # besides the fields of Progress
+    "history": list, "loss_monitor": dict, "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler": dict,
+    "scaler": dict, "rng": list, "meters": list, "config": dict, "meta": dict,
+}  # fmt: skip
+
+
+def is_resumable(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds a complete run, and not weights alone."""
+    return not _missing_keys(content)
+
+
+def _missing_keys(content: dict[str, Any]) -> list[str]:
+    keys = dict.fromkeys((*Progress.__dataclass_fields__, *_REQUIRED))
+    return [key for key in keys if key not in content or not isinstance(content[key], _REQUIRED.get(key, object))]
 
 
 class Checkpointer:
     """Saves into the folder of a run.
 
     Args:
-        steps, minutes: a checkpoint is due each so many steps, or minutes by the main process's clock; None: never.
-        keep, full: see checkpoint_file.save_last and state.weights.
+        every_steps, every_minutes: how often a checkpoint is due, minutes by the main process's clock; None: never.
+        keep: how many checkpoints of the run stay, see checkpoint_file.save_last.
+        full: save the frozen weights too.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        state: TrainingState,
         process: Process,
         run: RunDir,
-        steps: int | None = None,
-        minutes: float | None = None,
+        every_steps: int | None = None,
+        every_minutes: float | None = None,
         keep: int = 2,
         full: bool = False,
     ) -> None:
-        self.parts, self.process, self.run = parts, process, run
-        self.steps, self.minutes, self.keep, self.full = steps, minutes, keep, full
+        self.state, self.process, self.run = state, process, run
+        self.every_steps, self.every_minutes, self.keep, self.full = every_steps, every_minutes, keep, full
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after this step (counted from 1), as this process sees it."""
-        if self.steps is not None and step % self.steps == 0:
+        """Whether this process wants a checkpoint after this step (counted from 1)."""
+        if self.every_steps is not None and step % self.every_steps == 0:
             return True
-        if self.minutes is None or not self.process.is_main:
+        if self.every_minutes is None or not self.process.is_main:
             return False
-        return time.monotonic() - self.saved_at > 60 * self.minutes
+        return time.monotonic() - self.saved_at > 60 * self.every_minutes
 
-    def save(self, state: Progress, meter: Meter, sound: bool = False) -> None:
+    def save(self, progress: Progress, meter: Meter, evaluated: bool = False) -> None:
         """Write last_model.pt; every process must call it.
 
-        Not while steps are being left out, unless the model is known to be `sound`: what was saved before then is worth
-        more, and a run that goes on from it makes the same steps again.
+        While steps are being skipped the previous file is worth more: a run that resumes from it makes the same steps
+        again. So nothing is written then, unless the model was just `evaluated`.
         """
-        if state.health.in_a_row and not sound:
+        if progress.loss_monitor.skipped_in_a_row and not evaluated:
             return
-        content = self._content(state, meter)
+        content = self._content(progress, meter)
         if self.process.is_main:
             self.run.flush()  # curves up to here must not be lost with the process
             checkpoint_file.save_last(self.run.path, content, self.keep, self.saved_step)
-        self.saved_step, self.saved_at = state.step, time.monotonic()
+        self.saved_step, self.saved_at = progress.step, time.monotonic()
 
-    def save_best(self, state: Progress) -> None:
+    def save_best(self, progress: Progress) -> None:
         """Write model_best.pt, the weights that were validated, on the main process."""
         if self.process.is_main:
-            content = {"epoch": state.epoch, "step": state.step, "best": state.best, **bare(self.parts, self.full)}
-            checkpoint_file.save(self.run.path / checkpoint_file.BEST, content | self._origin())
+            content = {"epoch": progress.epoch, "step": progress.step, "best": progress.best}
+            content |= weights_content(self.state, self.full) | self._origin()
+            checkpoint_file.save(self.run.path / checkpoint_file.BEST, content)
 
-    def save_failed(self, state: Progress, meter: Meter, failed: dict[str, Any]) -> Path:
+    def save_failed(self, progress: Progress, meter: Meter, failed: dict[str, Any]) -> Path:
         """Write failed_model.pt with what is known of the failure; every process must call it."""
-        content, path = self._content(state, meter) | {"failed": failed}, self.run.path / checkpoint_file.FAILED
+        content, path = self._content(progress, meter) | {"failed": failed}, self.run.path / checkpoint_file.FAILED
         if self.process.is_main:
             checkpoint_file.save(path, content)
         barrier()
         return path
 
-    def restore(self, path: Path, content: dict[str, Any], steps: int, epochs: int) -> tuple[Progress, Meter]:
-        """Put everything back as it was, and empty `content`.
+    def restore(self, path: Path, content: dict[str, Any], steps_per_epoch: int, epochs: int) -> tuple[Progress, Meter]:
+        """Restore everything from the content of a checkpoint, which is emptied.
 
         Args:
-            path: the checkpoint. content: what is in it. steps: in an epoch, now. epochs: that the run shall have.
+            path: the checkpoint. steps_per_epoch: of this run. epochs: of this run, solver.epochs.
 
         Raises:
             CheckpointError: it does not fit this run.
         """
-        state, meter = restore(content, path, self.parts, self.process)
+        progress, meter = restore_run(content, path, self.state, self.process)
         content.clear()  # the tensors were copied
-        if state.step != state.epoch * steps + state.place:
-            raise checkpoint_file.CheckpointError(
-                f"{path}: made {state.step} steps in {state.epoch} epochs and {state.place} steps, where an epoch now has "
-                f"{steps}: resume with the same list, batch size and accumulation"
+        if progress.step != progress.epoch * steps_per_epoch + progress.step_in_epoch:
+            raise CheckpointError(
+                f"{path}: made {progress.step} steps in {progress.epoch} epochs and {progress.step_in_epoch} steps, "
+                f"but an epoch now has {steps_per_epoch}: resume with the same list, batch size and accumulation"
             )
-        if state.epoch > epochs:
-            raise checkpoint_file.CheckpointError(
-                f"{path}: {state.epoch} epochs were trained already, solver.epochs is {epochs}"
-            )
+        if progress.epoch > epochs:
+            raise CheckpointError(f"{path}: {progress.epoch} epochs were trained already, solver.epochs is {epochs}")
         if path.parent.resolve() == self.run.path.resolve():
-            self.saved_step = state.step if path.name == checkpoint_file.LAST else None
-        if state.best >= 0 and self.process.is_main:
-            self._check_best(path.parent / checkpoint_file.BEST, state.best)
-        return state, Meter.of(meter)
+            self.saved_step = progress.step if path.name == checkpoint_file.LAST else None
+        if progress.best >= 0 and self.process.is_main:
+            self._check_best(path.parent / checkpoint_file.BEST, progress.best)
+        return progress, Meter.from_state(meter)
 
     def _check_best(self, source: Path, top1: float) -> None:
-        """Take the best model so far along into another folder; warn where it is not whole, or not there."""
+        """Copy the best model so far into another folder; warn if it is damaged or missing."""
         try:
             best = checkpoint_file.load(source)
             if best.get("best") != top1:
-                raise checkpoint_file.CheckpointError(f"{source}: is not the best model up to this checkpoint")
+                raise CheckpointError(f"{source}: is not the best model up to this checkpoint")
             if source.parent.resolve() != self.run.path.resolve():
                 checkpoint_file.save(self.run.path / checkpoint_file.BEST, best)
-        except checkpoint_file.CheckpointError as error:
-            logger.warning("%s; it had top-1 %.2f, and only a better one takes its place", error, top1)
+        except CheckpointError as error:
+            logger.warning("%s; it had top-1 %.2f, and only a better model replaces it", error, top1)
 
     def _origin(self) -> dict[str, Any]:
         return {"config": self.run.config, "meta": self.run.meta}
 
-    def _content(self, state: Progress, meter: Meter) -> dict[str, Any]:
-        return collect(self.parts, state, meter.state(), self.process, self.full) | self._origin()
+    def _content(self, progress: Progress, meter: Meter) -> dict[str, Any]:
+        return run_content(self.state, progress, meter.state(), self.process, self.full) | self._origin()
+
+
+def weights_to_save(model: nn.Module, full: bool) -> dict[str, Tensor]:
+    """The state dict of a model, without its frozen parameters unless `full`."""
+    model = unwrap(model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if full or name not in frozen}
+
+
+def weights_content(state: TrainingState, full: bool) -> dict[str, Any]:
+    """The content of a checkpoint for testing: the weights that are validated, and their frozen weights' identity."""
+    values = weights_to_save(state.model, full) | (state.ema.state_dict() if state.ema is not None else {})
+    return {"model_state_dict": values, "backbone": state.backbone, "full": full}
+
+
+def run_content(
+    state: TrainingState, progress: Progress, meter: dict[str, Any], process: Process, full: bool
+) -> dict[str, Any]:
+    """The content of a checkpoint of a run but for config and meta; every process must call it."""
+    of_processes = gather((rng_state(process.device), meter))
+    return {
+        **asdict(progress),
+        **weights_content(state, full),
+        "model_state_dict": weights_to_save(state.model, full),
+        "ema_state_dict": state.ema.state_dict() if state.ema is not None else None,
+        "optimizer_state_dict": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "rng": [rng for rng, _ in of_processes],
+        "meters": [meter for _, meter in of_processes],
+    }
+
+
+def restore_run(
+    content: dict[str, Any], path: str | Path, state: TrainingState, process: Process
+) -> tuple[Progress, dict[str, Any]]:
+    """Restore `state` and this process's random generators as `run_content` found them.
+
+    Returns:
+        how far training was, and the state of this process's Meter.
+
+    Raises:
+        CheckpointError: weights only, another model or optimizer, or another number of processes.
+    """
+    if missing := _missing_keys(content):
+        raise CheckpointError(f"{path}: holds no run to resume: {', '.join(missing)} missing")
+    if len(content["rng"]) != process.world_size:
+        raise CheckpointError(
+            f"{path}: was written by {len(content['rng'])} processes and cannot be resumed with {process.world_size}"
+        )
+    if bool(content["scaler"]) != state.scaler.is_enabled():
+        raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
+    if (content["ema_state_dict"] is None) != (state.ema is None):
+        raise CheckpointError(f"{path}: was written with another solver.ema_decay, and cannot be resumed with this one")
+    load_saved_weights(state.model, content, state.backbone, path)
+    part = "optimizer"
+    try:
+        state.optimizer.load_state_dict(_with_kernels_of(state.optimizer, content["optimizer_state_dict"]))
+        part = "run"
+        state.scheduler.load_state_dict(content["scheduler"])
+        state.scaler.load_state_dict(content["scaler"])
+        if state.ema is not None:
+            state.ema.load_state_dict(content["ema_state_dict"])
+        set_rng_state(content["rng"][process.rank], process.device)
+        progress = Progress.from_checkpoint(content)
+    except EmaError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {(str(error) or 'nothing').splitlines()[0]}"
+        raise CheckpointError(f"{path}: does not fit this {part} ({reason})") from None
+    if isinstance(state.scheduler, LambdaLR):
+        # The learning rate follows from the step alone: the schedule may reach over more epochs now.
+        state.scheduler.last_epoch = progress.step
+        rates = zip(state.optimizer.param_groups, state.scheduler.base_lrs, state.scheduler.lr_lambdas, strict=True)
+        for group, base_lr, factor in rates:
+            group["lr"] = base_lr * factor(progress.step)
+    steps = f" and {progress.step_in_epoch} steps" if progress.step_in_epoch else ""
+    logger.info("resumed from %s after %s epochs%s, best top-1 %.2f", path, progress.epoch, steps, progress.best)
+    return progress, content["meters"][process.rank]
+
+
+def load_saved_weights(
+    model: nn.Module, content: dict[str, Any], backbone: dict[str, str] | None, path: str | Path
+) -> None:
+    """Load the weights of a checkpoint of a run; the frozen ones may be missing if they are the same here.
+
+    Args:
+        backbone: the identity of the model's frozen weights.
+
+    Raises:
+        CheckpointError: names, shapes or the frozen weights differ.
+    """
+    target, saved = unwrap(model), content["model_state_dict"]
+    expected = target.state_dict()
+    may_be_missing: set[str] = set()
+    if lacks_backbone(content):
+        may_be_missing = expected.keys() - weights_to_save(target, full=False).keys()
+        saved_backbone, backbone = content["backbone"], backbone or {}
+        if saved_backbone["sha256"] != backbone.get("sha256"):
+            raise CheckpointError(
+                f"{path}: was trained on the frozen weights {saved_backbone['name']}, {saved_backbone['weights']} "
+                f"({saved_backbone['sha256'][:12]}), and here are {backbone.get('name')}, {backbone.get('weights')} "
+                f"({str(backbone.get('sha256'))[:12]})"
+            )
+    missing = [name for name in expected if name not in saved and name not in may_be_missing]
+    unexpected = [name for name in saved if name not in expected]
+    unlike = [name for name in expected if name in saved and expected[name].shape != saved[name].shape]
+    faults = [f"{len(missing)} weights missing ({missing[0]}, ...)"] if missing else []
+    faults += [f"{len(unexpected)} unexpected ({unexpected[0]}, ...)"] if unexpected else []
+    faults += [
+        f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(expected[name].shape)}" for name in unlike[:1]
+    ]
+    if faults:
+        raise CheckpointError(f"{path}: does not fit this model: {'; '.join(faults)}")
+    target.load_state_dict(saved, strict=not may_be_missing)
+
+
+def _with_kernels_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved state with the kernels (fused, foreach) of this optimizer, which load_state_dict would replace."""
+    kernels = {key: optimizer.param_groups[0].get(key) for key in ("fused", "foreach")}
+    return {**saved, "param_groups": [{**group, **kernels} for group in saved["param_groups"]]}

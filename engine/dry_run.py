@@ -23,7 +23,8 @@ from engine.evaluation import PASS_CLIPS, evaluate
 from engine.log import setup_logging
 from engine.run_dir import RunDir
 from engine.signals import ending_in_order
-from engine.trainer import Trainer, TrainerSettings, TrainingState
+from engine.train_step import TrainingState
+from engine.trainer import Trainer, TrainerSettings
 
 logger = logging.getLogger("td4v")
 
@@ -101,7 +102,7 @@ def dry_run(
     passes = math.ceil(len(val_loader) * validated / PASS_CLIPS)
     whole = step * trainer.steps * settings.epochs + seconds * passes * evaluations + save * saves
     estimate = Estimate(step, seconds, save, whole, memory, size, clips / step)
-    logger.info("%d videos validated, loss finite: %s", accuracy.videos, not trainer.state.health.left_out)
+    logger.info("%d videos validated, loss finite: %s", accuracy.videos, not trainer.state.loss_monitor.skipped_steps)
     logger.info("%s", estimate)
     return estimate
 

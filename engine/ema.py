@@ -18,7 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import EngineError, sync_buffers, unwrap
+from engine.distributed import sync_buffers, unwrap
+from engine.errors import EngineError
 
 
 class EmaError(EngineError):

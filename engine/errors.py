@@ -1,8 +1,6 @@
-"""What to change, in one sentence, where a machine or a library gives up and says so in a page.
+"""Errors that a user can cause and fix, and one sentence for what a machine or a library reports in a page.
 
-Lives here: `explain`, which knows errors by their types and texts, and what a user of this project can turn. The texts
-are those of torch 2.11 to 2.15, gloo, NCCL and the kernel; one that is not known stays a traceback.
-Does not live here: who asks (distributed.py), and what a user wrote wrongly, which errors of ours say.
+Errors that are not known stay tracebacks.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +19,11 @@ import torch
 
 GIB = 1 << 30
 SHARED_MEMORY = Path("/dev/shm")
-ANOTHER_ENDED = "this process ends because another one has, whose own message says why"
+ANOTHER_ENDED = "this process ends because another one has ended; its own message says why"
+
+
+class EngineError(RuntimeError):
+    """Something that a user can cause and fix; the message is one sentence. All errors of this package derive from it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,18 @@ def explain(error: BaseException, situation: RunContext | None = None) -> str | 
         if (sentence := known(error, str(error), situation)) is not None:
             return sentence
     return None
+
+
+@contextlib.contextmanager
+def explain_errors(context: Callable[[], RunContext]) -> Iterator[None]:
+    """Turn errors inside that `explain` knows into an EngineError of one sentence, with the numbers of `context()`."""
+    try:
+        yield
+    except Exception as error:
+        sentence = None if another_ended(error) else explain(error, context())
+        if sentence is None:
+            raise
+        raise EngineError(sentence) from error
 
 
 def another_ended(error: BaseException) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engine.distributed import EngineError, Process, unwrap
+from engine.distributed import Process, unwrap
+from engine.errors import EngineError
 from engine.log import Eta
 from engine.metrics import Accuracy, Scores
 from engine.normalize import Normalizer

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader
 
 from common.files import try_lock, write_atomic
 from configs.schema import Config
-from engine.distributed import EngineError, Process, gather
+from engine.distributed import Process, gather
+from engine.errors import EngineError
 from engine.evaluation import PASS_CLIPS, check_batch, in_passes, watched
 from engine.normalize import Normalizer
 from engine.optim import Precision

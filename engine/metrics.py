@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.distributed import EngineError, gather
+from engine.distributed import gather
+from engine.errors import EngineError
 
 
 class MetricsError(EngineError):

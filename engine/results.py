@@ -33,7 +33,7 @@ import numpy
 import torch
 
 from common.files import write_atomic
-from engine.distributed import EngineError
+from engine.errors import EngineError
 from engine.metrics import Accuracy, Table
 
 logger = logging.getLogger("td4v")

@@ -27,7 +27,8 @@ from torchvision.utils import make_grid
 
 from common.files import try_lock, write_atomic
 from engine.checkpoint_file import CheckpointError, load, newest
-from engine.distributed import EngineError, Process, gather
+from engine.distributed import Process, gather
+from engine.errors import EngineError
 from engine.log import setup_logging
 from engine.normalize import Normalizer
 

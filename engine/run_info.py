@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from engine.distributed import EngineError
+from engine.errors import EngineError
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")  # said to be absent where they are

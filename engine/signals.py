@@ -12,12 +12,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 logger = logging.getLogger("td4v")
 
@@ -93,19 +90,3 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._since = int(number), time.monotonic()
-
-
-class Consensus:
-    """Small whole numbers that all processes agree on, exchanged on the CPU so that no GPU is waited for."""
-
-    def __init__(self) -> None:
-        own = dist.is_initialized() and dist.get_backend() != "gloo"
-        self.group = dist.new_group(backend="gloo") if own else None
-
-    def most(self, values: Sequence[int]) -> list[int]:
-        """The greatest of each of `values` over all processes; every process must call it."""
-        if not dist.is_initialized():
-            return [int(value) for value in values]
-        tensor = torch.tensor([int(value) for value in values])
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
-        return tensor.tolist()

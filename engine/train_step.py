@@ -18,18 +18,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.distributed import EngineError, Process, gradient_sync, unwrap
+from engine.distributed import Process, gradient_sync, unwrap
+from engine.ema import ModelEma
+from engine.errors import EngineError
 from engine.normalize import Normalizer, to_device
 from engine.optim import Precision
-from engine.state import Parts
 
 
 @dataclass(frozen=True)
-class TrainingState(Parts):
+class TrainingState:
     """A model (as wrapped for the processes), all that changes it, and what its input goes through on the device.
 
     `mixup` maps (video, label) to (video, target). The optimizer is a fused one (optim.build_optimizer).
     """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEma | None = None
+    backbone: dict[str, str] | None = None
 
     criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
     precision: Precision = field(default_factory=lambda: Precision("fp32", None, scaled=False))
@@ -37,7 +45,7 @@ class TrainingState(Parts):
     normalizer: Normalizer = field(default_factory=Normalizer)
 
 
-class Figures(NamedTuple):
+class StepResult(NamedTuple):
     """What came of a step: this process's loss, the norm of the gradients before clipping, whether the step was left
     out on all processes, and the loss scale after it (1 without scaling)."""
 
@@ -66,12 +74,12 @@ class PendingStep:
         arrived.record()
         return cls(host, arrived)
 
-    def read(self) -> Figures:
+    def read(self) -> StepResult:
         """Wait until the step is done; the only place where the host waits for a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
         loss, norm, left_out, scale = self.figures.tolist()
-        return Figures(loss, norm, bool(left_out), scale)
+        return StepResult(loss, norm, bool(left_out), scale)
 
 
 class TrainStep:

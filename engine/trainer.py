@@ -32,18 +32,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine import checkpoint_file
-from engine.checkpointer import Checkpointer
-from engine.distributed import EngineError, Process, barrier, explained, gather, sync_buffers, unwrap
-from engine.errors import RunContext
+from engine.checkpointer import Checkpointer, Progress
+from engine.distributed import Process, all_reduce_max, barrier, cpu_group, gather, sync_buffers, unwrap
+from engine.errors import EngineError, RunContext, explain_errors
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
 from engine.log import Eta, progress_line
-from engine.meter import Meter, Window
+from engine.meter import Meter, StepSums
 from engine.metrics import DivergedError
 from engine.optim import learning_rate
+from engine.rng import rng_state, set_rng_state
 from engine.run_dir import RunDir
-from engine.signals import Consensus, Stopped, StopSignals
-from engine.state import Progress, rng_state, set_rng_state
-from engine.train_step import Figures, PendingStep, TrainingState, TrainStep, clips_of
+from engine.signals import Stopped, StopSignals
+from engine.train_step import PendingStep, StepResult, TrainingState, TrainStep, clips_of
 
 logger = logging.getLogger("td4v")
 
@@ -123,7 +123,7 @@ class Trainer:
         self.train_loader, self.val_loader, self.expected = train_loader, val_loader, expected
         self.steps = steps_per_epoch(len(train_loader), settings.accumulation)
         self.state, self.meter = Progress(), Meter()
-        self.consensus, self.signals = Consensus(), StopSignals()
+        self.cpu_group, self.signals = cpu_group(), StopSignals()
         self.stepper, self.awaited = TrainStep(trainee, process, settings.clip_grad), None
         saving = (settings.save_steps, settings.save_minutes, settings.keep, settings.full)
         self.keeper = Checkpointer(trainee, process, run, *saving)
@@ -157,8 +157,8 @@ class Trainer:
         if self.process.is_main and self.trainee.ema is not None and 2 / (1 - self.trainee.ema.decay) > self.eta.total:
             reach = round(1 / (1 - self.trainee.ema.decay))
             logger.warning("solver.ema_decay averages over %d steps, much for a run of %d", reach, self.eta.total)
-        with self.signals, explained(lambda: self.situation):
-            if self.state.pending is not None:
+        with self.signals, explain_errors(lambda: self.situation):
+            if self.state.unevaluated_epoch is not None:
                 self._finish_epoch()
             while self.state.epoch < self.settings.epochs and not self._stale():
                 self.train_epoch()
@@ -170,15 +170,19 @@ class Trainer:
     def _stale(self) -> bool:
         """Whether validation has not improved for so long that the run ends early."""
         limit = self.settings.early_stop
-        if limit is None or self.state.stale < limit:
+        if limit is None or self.state.evaluations_since_best < limit:
             return False
-        logger.info("stopping early: no better top-1 than %.2f in %d validations", self.state.best, self.state.stale)
+        logger.info(
+            "stopping early: no better top-1 than %.2f in %d validations",
+            self.state.best,
+            self.state.evaluations_since_best,
+        )
         return True
 
     def train_epoch(self) -> None:
         """What is left of an epoch, which may have been begun before the run was resumed."""
         state, settings, trainee = self.state, self.settings, self.trainee
-        skip = _place(self.train_loader, state.epoch, state.place * settings.accumulation)
+        skip = _place(self.train_loader, state.epoch, state.step_in_epoch * settings.accumulation)
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         trainee.model.train()
@@ -191,13 +195,13 @@ class Trainer:
                     self.run.show_clips(group[0]["video"])
                 lr = learning_rate(trainee.optimizer)
                 asked, due = self.step(group)
-                if state.place < self.steps and (asked or due):
+                if state.step_in_epoch < self.steps and (asked or due):
                     self.settle()
                     self.keeper.save(state, self.meter)
                     self._stop_if(asked)
         sync_buffers(trainee.model)
         row = {"epoch": state.epoch, "step": state.step, "lr": lr, **self.meter.summary(self.process.device)}
-        state.epoch, state.place, state.pending = state.epoch + 1, 0, row
+        state.epoch, state.step_in_epoch, state.unevaluated_epoch = state.epoch + 1, 0, row
         self.meter = Meter()
         if asked or settings.evaluates(row["epoch"]):
             self.keeper.save(state, self.meter)  # an evaluation that fails or is interrupted must not cost the epoch
@@ -206,7 +210,7 @@ class Trainer:
     def _stop_if(self, asked: int) -> None:
         if asked:
             barrier()  # whoever exits first has the others ended
-            place = f" and {self.state.place} steps of {self.steps}" if self.state.place else ""
+            place = f" and {self.state.step_in_epoch} steps of {self.steps}" if self.state.step_in_epoch else ""
             saved = "saved" if self.keeper.saved_step == self.state.step else "steps are being left out, so not saved"
             raise Stopped(asked, f"after {self.state.epoch} epochs{place}, {saved}")
 
@@ -214,17 +218,17 @@ class Trainer:
         """The checked batches of one optimizer step at a time, with the time spent waiting for them."""
         size = self.settings.accumulation
         batches = itertools.islice(self.train_loader, skip, None)
-        for place in range(self.state.place, self.steps):
+        for place in range(self.state.step_in_epoch, self.steps):
             group = []
             asked = time.perf_counter()
             for batch in itertools.islice(batches, size):
-                self.meter.skipped += check_batch(batch)
+                self.meter.skipped_videos += check_batch(batch)
                 if batch["video"] is None:
                     raise DataError(
                         f"none of the videos of training batch {place * size + len(group) + 1} could be read"
                     )
                 group.append(batch)
-            self.meter.waited += time.perf_counter() - asked
+            self.meter.data_wait += time.perf_counter() - asked
             if not group:
                 raise DataError(f"the training loader ended before step {place + 1} of {self.steps}")
             yield group
@@ -240,11 +244,11 @@ class Trainer:
         names = [name for batch in group for name in dict.fromkeys(batch.get("path", ()))]
         issued = self.stepper(group)
         self.settle()  # which cannot end the run here: while steps are left out, none is open
-        self.awaited = Awaited(state.epoch, state.place + 1, state.step + 1, lr, clips, names, issued)
-        asked, due = self.consensus.most([self.signals.asked, self.keeper.is_due(state.step + 1)])
+        self.awaited = Awaited(state.epoch, state.step_in_epoch + 1, state.step + 1, lr, clips, names, issued)
+        asked, due = all_reduce_max([self.signals.asked, self.keeper.is_due(state.step + 1)], self.cpu_group)
         state.step += 1  # as the scheduler has: they agree in every file, failed_model.pt too
-        state.place += 1
-        if state.health.in_a_row or self.settings.max_bad_steps == 1:
+        state.step_in_epoch += 1
+        if state.loss_monitor.skipped_in_a_row or self.settings.max_bad_steps == 1:
             self.settle()
         return asked, due
 
@@ -253,15 +257,15 @@ class Trainer:
         awaited, self.awaited = self.awaited, None
         if awaited is None:
             return
-        figures, health = awaited.issued.read(), self.state.health
+        figures, monitor = awaited.issued.read(), self.state.loss_monitor
         if figures.left_out:
             self._leave_out(awaited, figures)
         else:
             self.meter.add(figures.loss, figures.norm, awaited.clips)
-            health.in_a_row = 0
-            if self.process.is_main and health.note(figures.loss):  # of its own clips, as the curves
+            monitor.skipped_in_a_row = 0
+            if self.process.is_main and monitor.add(figures.loss):  # of its own clips, as the curves
                 where = f"epoch {awaited.epoch}, step {awaited.place}"
-                usual = f"usual are {health.mean:.4g} +- {health.variance**0.5:.2g}"
+                usual = f"usual are {monitor.mean:.4g} +- {monitor.variance**0.5:.2g}"
                 logger.warning("loss spike at %s: %.4g (%s)", where, figures.loss, usual)
         self._progress(awaited)
 
@@ -276,26 +280,31 @@ class Trainer:
             raise
         self.settle()
 
-    def _leave_out(self, awaited: Awaited, figures: Figures) -> None:
+    def _leave_out(self, awaited: Awaited, figures: StepResult) -> None:
         """Count a step that was not finite; TrainingError, with the state saved, if that does not end."""
-        health = self.state.health
-        health.left_out += 1
-        health.in_a_row += 1
-        self.meter.left_out += 1
+        monitor = self.state.loss_monitor
+        monitor.skipped_steps += 1
+        monitor.skipped_in_a_row += 1
+        self.meter.skipped_steps += 1
         what = f"the loss is {figures.loss:g}, the norm of the gradients {figures.norm:g}"
         where = f"epoch {awaited.epoch}, step {awaited.place} of {self.steps}"
         hint = f"; the loss scale is now {figures.scale:g}" if self.trainee.scaler.is_enabled() else ""
         logger.warning(
-            "%s: %s: step left out (%d in a row, %d in all%s)", where, what, health.in_a_row, health.left_out, hint
+            "%s: %s: step left out (%d in a row, %d in all%s)",
+            where,
+            what,
+            monitor.skipped_in_a_row,
+            monitor.skipped_steps,
+            hint,
         )
-        if health.in_a_row < self.settings.max_bad_steps:
+        if monitor.skipped_in_a_row < self.settings.max_bad_steps:
             return
         # gradients are not finite on any process, losses where it began
         parts = gather((math.isfinite(figures.loss), awaited.names))
         found = [name for finite, part in parts if not finite for name in part] or [
             n for _, part in parts for n in part
         ]
-        in_a_row, health.in_a_row = health.in_a_row, 0  # who goes on from there may try again
+        in_a_row, monitor.skipped_in_a_row = monitor.skipped_in_a_row, 0  # who goes on from there may try again
         failed = {"epoch": awaited.epoch, "step": awaited.place, "videos": found}
         path = self.keeper.save_failed(self.state, self.meter, failed)
         shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
@@ -313,12 +322,15 @@ class Trainer:
         settings, place, step = self.settings, awaited.place, awaited.step
         if place % settings.print_freq and place != self.steps:
             return
-        curves, self.meter.window = self.meter.window.curves(), Window()
-        rate = self.meter.rate() * self.process.world_size
+        curves, self.meter.since_log = self.meter.since_log.curves(), StepSums()
+        rate = self.meter.clips_per_second() * self.process.world_size
         left = self.eta.seconds(step)
         shown = curves.get("train/loss", math.nan)
         logger.info(progress_line(awaited.epoch, settings.epochs, place, self.steps, shown, awaited.lr, rate, left))
-        health = {"health/left_out": self.state.health.left_out, "health/loss_spikes": self.state.health.spikes}
+        health = {
+            "health/left_out": self.state.loss_monitor.skipped_steps,
+            "health/loss_spikes": self.state.loss_monitor.spikes,
+        }
         self.run.scalars({**curves, "train/lr": awaited.lr, "train/clips_per_s": rate, **health}, step)
 
     def rehearse(self, video: Tensor) -> None:
@@ -349,9 +361,9 @@ class Trainer:
             logger.warning("%s", what)
 
     def _finish_epoch(self) -> None:
-        """Evaluate the epoch in `state.pending` if it is due, save, and write the epoch down."""
+        """Evaluate the epoch in `state.unevaluated_epoch` if it is due, save, and write the epoch down."""
         state = self.state
-        row, accuracy = state.pending, None
+        row, accuracy = state.unevaluated_epoch, None
         if self.settings.evaluates(row["epoch"]):
             try:
                 accuracy = self.evaluate()
@@ -359,12 +371,14 @@ class Trainer:
                 raise TrainingError(f"{error} after epoch {row['epoch']}: {self._advice()}") from error
             log_accuracy(f"epoch {row['epoch']}", accuracy)
             improved = accuracy.top1 > state.best
-            state.best, state.stale = (accuracy.top1, 0) if improved else (state.best, state.stale + 1)
+            state.best, state.evaluations_since_best = (
+                (accuracy.top1, 0) if improved else (state.best, state.evaluations_since_best + 1)
+            )
             if improved:
                 self.keeper.save_best(state)
         row = row | {name: getattr(accuracy, name, None) for name in ("top1", "top5", "mean_class")}
-        state.history, state.pending = [*state.history, row], None
-        self.keeper.save(state, self.meter, sound=accuracy is not None)
+        state.history, state.unevaluated_epoch = [*state.history, row], None
+        self.keeper.save(state, self.meter, evaluated=accuracy is not None)
         self.run.record_epoch(row)
 
     def evaluate(self) -> Any:

@@ -38,9 +38,9 @@ def overview(runs: list[Run], metric: str) -> list[Row]:
             "loss": f"{losses[-1]:.4f}" if (losses := run.values("train_loss")) else None,
             "clips/s": f"{statistics.median(rates):.1f}" if (rates := run.values("clips_per_s")) else None,
             "GiB": f"{max(memory):.1f}" if (memory := run.values("memory_gib")) else None,
-            "skipped videos": f"{videos:.0f}" if (videos := sum(run.values("skipped"))) else None,
+            "skipped videos": f"{videos:.0f}" if (videos := sum(run.values("skipped_videos"))) else None,
             "skipped steps": f"{steps:.0f}"
-            if (steps := sum(run.values("left_out") + run.values("overflows")))
+            if (steps := sum(run.values("skipped_steps") + run.values("overflows")))
             else None,
             "trainable": f"{count:,}" if (count := trainable_parameters(run)) else None,
             "revision": listed(revisions(run)) or None,

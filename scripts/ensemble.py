@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.distributed import EngineError
+from engine.errors import EngineError
 from engine.metrics import Accuracy, Table, compute_accuracy
 from engine.results import SavedScores, check_target, class_name, files_of, load_scores, write
 from engine.run_info import run_info

@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from configs.schema import Config, ConfigError, config_from_dict, load_config
-from engine import checkpoint_file, state
-from engine.distributed import EngineError
+from engine import checkpoint_file, checkpointer
+from engine.errors import EngineError
 from models.loading import load_weights
 from models.registry import build_model, frozen_identity
 
@@ -85,7 +85,7 @@ def export(former: dict[str, Any], path: Path, full: bool, config: Config | None
         config: instead of the checkpoint's own.
 
     Returns:
-        epoch, best (None where not known), config, meta, backbone (see state.py), full and model_state_dict.
+        epoch, best (None where not known), config, meta, backbone (see engine/checkpointer.py), full and model_state_dict.
 
     Raises:
         ExportError: no configuration, or the frozen weights are not those that a file without them would be given.
@@ -143,7 +143,7 @@ def fit(
     if other:
         known = backbone is not None and backbone["sha256"] == found["sha256"]
         found["weights"] = backbone["weights"] if known else path.name
-    return state.weights(model, full), found
+    return checkpointer.weights_to_save(model, full), found
 
 
 def table(files: dict[Path, dict[str, Any]]) -> str:
@@ -159,7 +159,7 @@ def table(files: dict[Path, dict[str, Any]]) -> str:
 
 def _holds(content: dict[str, Any]) -> str:
     epoch, best, backbone = content.get("epoch"), content.get("best"), content.get("backbone")
-    text = "a whole run: " if state.is_resumable(content) else ""
+    text = "a whole run: " if checkpointer.is_resumable(content) else ""
     text += "the tuned weights" if checkpoint_file.lacks_backbone(content) else "all weights"
     text += " and their averages" if content.get("ema_state_dict") else ""
     text += f" after {epoch} epochs" if isinstance(epoch, int) else ""

@@ -27,7 +27,7 @@ from common.files import write_atomic
 from configs.schema import Config, DataConfig, load_config
 from datasets.build import class_names, train_loader, val_loader
 from engine import profiling
-from engine.distributed import EngineError
+from engine.errors import EngineError
 from engine.run_info import hardware, run_info, source_revision
 from engine.signals import ending_in_order
 from models.registry import MODELS, build_model

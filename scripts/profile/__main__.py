@@ -28,7 +28,8 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from configs.schema import Config, ConfigError, load_config
 from engine import profiling
-from engine.distributed import EngineError, Process, place
+from engine.distributed import Process, move_to_device
+from engine.errors import EngineError
 from engine.optim import resolve_precision, set_tf32
 from engine.run_info import run_info
 from engine.signals import ending_in_order
@@ -190,7 +191,7 @@ def _training(row: Row, config: Config, device: torch.device, repeats: int, name
 def _inference(row: Row, config: Config, device: torch.device, repeats: int, name: str) -> None:
     """Time of forward passes in evaluation, into `row`."""
     logger.info("%s: time of inference", name)
-    model = place(build_model(config, pretrained=False), Process(device=device), config.solver.compile).eval()
+    model = move_to_device(build_model(config, pretrained=False), Process(device=device), config.solver.compile).eval()
     precision = resolve_precision(config.solver.precision, device)
     video, _ = random_batch(config, row.batch, device)
 

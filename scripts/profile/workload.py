@@ -15,7 +15,8 @@ from torch import nn
 
 from configs.schema import Config
 from engine import profiling
-from engine.distributed import Process, barrier, leave, start, unwrap, wrap
+from engine.distributed import Process, barrier, start, unwrap, wrap
+from engine.entry import leave
 from engine.optim import build_criterion, build_optimizer, resolve_precision, set_tf32, warmup_cosine
 from engine.train_step import TrainingState, TrainStep
 from models.parameters import parameter_groups

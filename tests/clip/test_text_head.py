@@ -18,9 +18,9 @@ from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, sizes_of,
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import Config, ConfigError, config_from_dict
+from engine.checkpointer import load_saved_weights, weights_to_save
 from engine.ema import ModelEma
 from engine.optim import check_groups
-from engine.state import put_weights, weights
 from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups
 from models.registry import build_model, check_trainable, check_untrained, frozen_identity, parameter_report
@@ -269,7 +269,7 @@ def test_a_checkpoint_needs_neither_names_nor_the_text_tower(file: str, method: 
         for parameter in source.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
-    saved = weights(source, full)
+    saved = weights_to_save(source, full)
     assert any(name.startswith("tower.") for name in saved) == (full or method == "full_finetune")
     identity = None if full or method == "full_finetune" else frozen_identity(source)
     target = build_model(config(file, method, tuned), pretrained=identity is not None).eval()
@@ -333,10 +333,10 @@ def test_a_run_that_goes_on_has_the_checkpoints_head(file: str, tuned: str) -> N
     with torch.no_grad():
         for value in source.head.state_dict().values():
             value.add_(1)
-    content = {"model_state_dict": weights(source, full=False), "backbone": None}
+    content = {"model_state_dict": weights_to_save(source, full=False), "backbone": None}
     for names in (NAMES, None):
         target = build(file, "full_finetune", tuned, names=names)
-        put_weights(target, content, None, "a.pt")
+        load_saved_weights(target, content, None, "a.pt")
         own = target.state_dict()
         assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
 

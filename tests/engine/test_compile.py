@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
 from configs.schema import config_from_dict
-from engine.distributed import Process, place, start, unwrap, wrap
+from engine.distributed import Process, move_to_device, start, unwrap, wrap
 from engine.ema import ModelEma
 from models.registry import MODELS, build_model
 from tests.helpers.processes import run_in_two
@@ -100,7 +100,7 @@ def test_it_stays_the_same_module_and_gives_the_same(graphs: list[Any]) -> None:
 
 
 def test_averaged_weights_visit_a_compiled_model(graphs: list[Any]) -> None:
-    model = place(make(), Process(), compile=True).eval()
+    model = move_to_device(make(), Process(), compile=True).eval()
     ema = ModelEma(model, 0.5)
     with torch.no_grad():
         before = model(inputs())
@@ -149,7 +149,7 @@ def test_every_method_can_be_compiled(graphs: list[Any], method: str, recompute:
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 16}
     torch.manual_seed(0)
     plain = build_model(config_from_dict({"data": data, "network": network}))
-    model = place(copy.deepcopy(plain), Process(), compile=True)
+    model = move_to_device(copy.deepcopy(plain), Process(), compile=True)
     video = torch.randn(2, 4, 3, 16, 16)
     close(gradients(model, video), gradients(plain, video), rtol=1e-4, atol=1e-6)
     with torch.inference_mode():

@@ -15,19 +15,20 @@ from torch import nn
 from engine.distributed import (
     DistributedError,
     Process,
-    SyncBatchNorm,
-    convert_sync_batchnorm,
+    all_reduce_max,
+    cpu_group,
     gather,
     gradient_sync,
-    seed_everything,
     start,
     sync_buffers,
     unwrap,
     wrap,
 )
+from engine.rng import seed_everything
+from engine.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 from tests.helpers.processes import run_in_two
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Tiny(nn.Module):
@@ -136,7 +137,8 @@ def test_broken_environment_and_devices_are_refused(monkeypatch: pytest.MonkeyPa
 
 
 _FAILING = """
-from engine.distributed import barrier, run, start
+from engine.distributed import barrier, start
+from engine.entry import run
 
 def main():
     process = start("cpu")
@@ -162,3 +164,16 @@ def test_a_fault_of_the_code_keeps_its_traceback() -> None:
     command = [sys.executable, "-c", _FAILING.format(error="KeyError('bug')")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and "Traceback" in ended.stderr and "KeyError: 'bug'" in ended.stderr
+
+
+def test_the_maximum_over_one_process() -> None:
+    assert all_reduce_max([True, 0, 15], cpu_group()) == [1, 0, 15]
+
+
+def _maximum(rank: int) -> None:
+    start("cpu")
+    assert all_reduce_max([rank == 1, 15 * (rank == 0), 0], cpu_group()) == [1, 15, 0]
+
+
+def test_the_maximum_over_two_processes() -> None:
+    run_in_two(_maximum)

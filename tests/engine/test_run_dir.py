@@ -23,7 +23,8 @@ from engine import run_dir
 from engine.checkpoint_file import save
 from engine.distributed import Process
 from engine.log import close_logging
-from engine.run_dir import RunDir, RunDirError, choose_folder
+from engine.resume import choose_folder
+from engine.run_dir import RunDir, RunDirError
 
 CONFIG = {"solver": {"lr": 0.001, "betas": [0.9, 0.999]}, "resume": None, "pretrain": "a.pt"}
 META = {"seed": 5, "world_size": 1}

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine import signals as stop
-from engine.distributed import start
-from engine.signals import Consensus, Stopped, StopSignals
-from tests.helpers.processes import run_in_two
+from engine.signals import Stopped, StopSignals
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -56,22 +54,9 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     assert seen == [before]
 
 
-def test_alone_one_agrees_with_oneself() -> None:
-    assert Consensus().most([True, 0, 15]) == [1, 0, 15]
-
-
-def _agree(rank: int) -> None:
-    start("cpu")
-    assert Consensus().most([rank == 1, 15 * (rank == 0), 0]) == [1, 15, 0]
-
-
-def test_two_processes_agree_on_the_greatest() -> None:
-    run_in_two(_agree)
-
-
 def test_the_shell_around_main_exits_with_the_status() -> None:
     code = (
-        "import signal\nfrom engine.distributed import run\nfrom engine.signals import Stopped\n"
+        "import signal\nfrom engine.entry import run\nfrom engine.signals import Stopped\n"
         "def main():\n    raise Stopped(signal.SIGTERM, 'after step 3, saved')\n"
         "run(main, ())"
     )

@@ -17,15 +17,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.checkpoint_file import load
-from engine.distributed import EngineError, Process, start, unwrap, wrap
+from engine.distributed import Process, start, unwrap, wrap
 from engine.ema import ModelEma
+from engine.errors import EngineError
 from engine.evaluation import DataError
 from engine.log import close_logging
 from engine.normalize import Normalizer
 from engine.optim import ClipMixup, build_criterion, build_optimizer, resolve_precision
 from engine.run_dir import RunDir
-from engine.train_step import PendingStep
-from engine.trainer import Trainer, TrainerSettings, TrainingState
+from engine.train_step import PendingStep, TrainingState
+from engine.trainer import Trainer, TrainerSettings
 from tests.helpers.processes import run_in_two
 
 CLASSES = 4
@@ -166,8 +167,8 @@ def test_a_run_ends_with_the_last_bad_step_that_it_may_make(tmp_path: Path, allo
         trainer.train_epoch()
     content = load(tmp_path / "failed_model.pt")
     assert content["failed"] == {"epoch": 0, "step": 1 + allowed, "videos": [f"{allowed}.avi"]}
-    assert content["step"] == content["place"] == content["scheduler"]["last_epoch"] == 1 + allowed
-    assert content["health"]["left_out"] == allowed
+    assert content["step"] == content["step_in_epoch"] == content["scheduler"]["last_epoch"] == 1 + allowed
+    assert content["loss_monitor"]["skipped_steps"] == allowed
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
     assert {int(state["step"]) for state in content["optimizer_state_dict"]["state"].values()} == {1}
 
@@ -193,7 +194,9 @@ def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> N
         trainer.state, trainer.meter = trainer.keeper.restore(path, load(path), trainer.steps, 1)
         trainer.train_epoch()
         assert trainer.state.step == trainer.trainee.scheduler.last_epoch == 4 and trainer.state.epoch == 1
-        assert trainer.state.pending["left_out"] == 1 and math.isfinite(trainer.state.pending["train_loss"])
+        assert trainer.state.unevaluated_epoch["skipped_steps"] == 1 and math.isfinite(
+            trainer.state.unevaluated_epoch["train_loss"]
+        )
 
 
 def test_an_optimizer_that_cannot_leave_out_a_step_is_refused(tmp_path: Path) -> None:
@@ -218,7 +221,7 @@ def _two_processes(rank: int, folder: str) -> None:
             same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
             assert same == (number == 2), (rank, number)
         trainer.settle()
-    assert trainer.state.health.left_out == 1 and trainer.meter.epoch.steps == 3
+    assert trainer.state.loss_monitor.skipped_steps == 1 and trainer.meter.epoch.steps == 3
     assert math.isfinite(trainer.meter.epoch.loss)
 
 

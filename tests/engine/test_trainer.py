@@ -16,15 +16,19 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from engine.checkpoint_file import CheckpointError, load, weights_of
-from engine.distributed import EngineError, Process, gather, seed_everything, start, unwrap, wrap
+from engine.checkpointer import Progress
+from engine.distributed import Process, gather, start, unwrap, wrap
 from engine.ema import ModelEma
+from engine.errors import EngineError
 from engine.evaluation import DataError, evaluate
 from engine.log import close_logging
+from engine.meter import LossMonitor
 from engine.metrics import Accuracy, MetricsError
 from engine.optim import ClipMixup, build_criterion, build_optimizer, resolve_precision, warmup_cosine
+from engine.rng import rng_state, seed_everything
 from engine.run_dir import RunDir
-from engine.state import LossMonitor, Progress, rng_state
-from engine.trainer import Trainer, TrainerSettings, TrainingError, TrainingState, steps_per_epoch
+from engine.train_step import TrainingState
+from engine.trainer import Trainer, TrainerSettings, TrainingError, steps_per_epoch
 from tests.helpers.processes import run_in_two
 
 CPU = torch.device("cpu")
@@ -210,8 +214,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path: Path) -> None
             "top1",
             "top5",
             "mean_class",
-            "skipped",
-            "left_out",
+            "skipped_videos",
+            "skipped_steps",
             "grad_norm",
         ):
             assert one[name] == other[name], name
@@ -264,7 +268,7 @@ def _epoch(model: nn.Module, data: list[dict[str, Any]], tmp_path: Path, **setti
     with RunDir(tmp_path, {}, {}, Process(), resume=True, clips=0) as run:
         trainer = _trainer(trainee, data, run, TrainerSettings(epochs=1, **settings))
         trainer.train_epoch()
-    return trainee, trainer.state.pending
+    return trainee, trainer.state.unevaluated_epoch
 
 
 def _batches(*sizes: int) -> list[dict[str, Any]]:
@@ -333,9 +337,12 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
         results.append((states, trainer.state))
         assert scheduler.last_epoch == len(batches)
     assert _same(results[0][0], results[1][0])
-    assert results[1][1].step == 5 and results[1][1].health.left_out == results[1][1].pending["left_out"] == 2
-    assert results[0][1].pending["train_loss"] == results[1][1].pending["train_loss"]
-    assert results[0][1].pending["grad_norm"] == results[1][1].pending["grad_norm"]
+    assert (
+        results[1][1].step == 5
+        and results[1][1].loss_monitor.skipped_steps == results[1][1].unevaluated_epoch["skipped_steps"] == 2
+    )
+    assert results[0][1].unevaluated_epoch["train_loss"] == results[1][1].unevaluated_epoch["train_loss"]
+    assert results[0][1].unevaluated_epoch["grad_norm"] == results[1][1].unevaluated_epoch["grad_norm"]
     for place in (1, 3):
         assert f"epoch 0, step {place} of 5: the loss is nan" in caplog.text
     assert "step left out (1 in a row, 2 in all)" in caplog.text
@@ -353,7 +360,7 @@ def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) ->
         _epoch(Net().double(), data, tmp_path, max_bad_steps=3)
     content = load(tmp_path / "failed_model.pt")
     assert content["failed"] == {"epoch": 0, "step": 5, "videos": ["4_0.avi", "4_1.avi"]}
-    assert content["health"]["left_out"] == 3 and content["health"]["in_a_row"] == 0
+    assert content["loss_monitor"]["skipped_steps"] == 3 and content["loss_monitor"]["skipped_in_a_row"] == 0
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 
@@ -408,24 +415,24 @@ def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Pat
         groups = trainer.groups(0)
         trainer.step(next(groups))
         trainer.settle()
-        assert trainer.state.health.left_out == 1 and torch.equal(before, model.head.bias)
+        assert trainer.state.loss_monitor.skipped_steps == 1 and torch.equal(before, model.head.bias)
         assert trainee.scheduler.last_epoch == trainer.state.step == 1 and scaler.get_scale() == 2.0**67
         for group in groups:
             trainer.step(group)
         trainer.settle()
-    assert trainer.state.health.left_out == 1 and trainee.scheduler.last_epoch == 4
+    assert trainer.state.loss_monitor.skipped_steps == 1 and trainee.scheduler.last_epoch == 4
     assert not torch.equal(before, model.head.bias)
     assert "the loss scale is now 1.47574e+20" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_loss_that_stands_out_is_told() -> None:
-    health = LossMonitor()
+    monitor = LossMonitor()
     generator = torch.Generator().manual_seed(0)
     losses = (2 + 0.1 * torch.randn(200, generator=generator)).tolist()
-    assert not any(health.note(loss) for loss in losses)
-    assert health.note(4.0) and health.spikes == 1
-    assert health.mean == pytest.approx(2, abs=0.1) and health.variance**0.5 < 0.4
-    assert not health.note(2.1)
+    assert not any(monitor.add(loss) for loss in losses)
+    assert monitor.add(4.0) and monitor.spikes == 1
+    assert monitor.mean == pytest.approx(2, abs=0.1) and monitor.variance**0.5 < 0.4
+    assert not monitor.add(2.1)
 
 
 class Idle(Net):
@@ -472,7 +479,7 @@ def test_early_stop_ends_after_validations_without_a_better_one(tmp_path: Path) 
     settings = TrainerSettings(50, early_stop=3)
     with RunDir(tmp_path, {}, {}, Process()) as run:
         state = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit()
-    assert state.epoch == 4 and state.stale == 3 and len(state.history) == 4
+    assert state.epoch == 4 and state.evaluations_since_best == 3 and len(state.history) == 4
     with RunDir(tmp_path, {}, {}, Process(), resume=True) as run:  # it stays ended
         again = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit(tmp_path / "last_model.pt")
     assert again.epoch == 4
@@ -505,7 +512,7 @@ def test_what_the_loader_reports(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         _epoch(Net().double(), [data[0], {**data[1], "video": None, "skipped": ["a", "b"]}], tmp_path)
     with caplog.at_level(logging.WARNING, "td4v"):
         _, row = _epoch(Net().double(), [{**_batches(2)[0], "skipped": ["b.avi"]}], tmp_path)
-    assert row["skipped"] == 1 and "skipped: b.avi" in caplog.text
+    assert row["skipped_videos"] == 1 and "skipped: b.avi" in caplog.text
     with pytest.raises(DataError, match="gives no full batch"):
         steps_per_epoch(0, 1)
 
@@ -515,7 +522,7 @@ def test_a_run_is_not_resumed_with_another_batch_size(tmp_path: Path) -> None:
     trainee = _trainee(Net(), mixing=True)
     with (
         RunDir(tmp_path, {}, {}, Process(), resume=True) as run,
-        pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs and 0 steps, where an epoch now has 8"),
+        pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs and 0 steps, but an epoch now has 8"),
     ):
         _trainer(trainee, _loader(Clips(16), 2), run, TrainerSettings(epochs=8)).fit(tmp_path / "last_model.pt")
 

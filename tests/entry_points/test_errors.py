@@ -98,7 +98,7 @@ def test_a_truncated_image(tiny: Path, tiny_data: Path, tmp_path: Path):
     assert training_refusal(tiny, tmp_path / "raised", *chosen) == broken[0][1]
     folder = train(tiny, tmp_path / "skipped", *chosen, "data.on_error=skip")
     (row,) = metrics(folder)
-    assert (row["skipped"], row["step"]) == (1, 8)
+    assert (row["skipped_videos"], row["step"]) == (1, 8)
     log = (folder / "log.txt").read_text()
     assert log.count(f"skipped: {broken[0][1]}") == 1 and log.count(f"skipped: {broken[1][1]}") == 1
     assert "over 10 videos, 1 more skipped" in log

@@ -209,7 +209,7 @@ def test_a_poisoned_batch(bench: Bench, workers: int):
     chosen = (*RICH, "solver.mixup=false", f"data.workers={workers}")
     run = bench.train(folder, *chosen, first={"poison": {"first": 4, "last": 4}})
     assert run.wait() == 0 and "step left out (1 in a row, 1 in all)" in run.said, run.said
-    assert [row["left_out"] for row in metrics(folder)] == [0, 1, 0, 0]
+    assert [row["skipped_steps"] for row in metrics(folder)] == [0, 1, 0, 0]
     for name in ("last_model.pt", "model_best.pt"):
         saved = content(folder / name)
         assert all(

@@ -75,13 +75,13 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(tiny: Path, trained: Path,
     with monkeypatch.context() as patched:
         patched.setattr(engine.trainer, "evaluate", broken)
         assert training_refusal(tiny, folder, "solver.epochs=1") == "a validation video is broken"
-    assert content(folder / "last_model.pt")["pending"]["epoch"] == 0 and not metrics(folder)
+    assert content(folder / "last_model.pt")["unevaluated_epoch"]["epoch"] == 0 and not metrics(folder)
     resume = f"resume={folder / 'last_model.pt'}"  # which stands for the folder
     status, text = command("train_vision.py", "--config", tiny, *settings((resume, "solver.epochs=1")))
     assert status == 0, text
     assert [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
     ours, theirs = (content(place / "last_model.pt") for place in (folder, trained))
-    for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "pending"):
+    for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "unevaluated_epoch"):
         assert_same(ours[key], theirs[key])
 
 
@@ -179,7 +179,7 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained:
 
 def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trained: Path, tmp_path: Path):
     before, older = files(trained), trained / "step_00000008.pt"
-    assert content(older)["pending"]["epoch"] == 0  # trained, not validated
+    assert content(older)["unevaluated_epoch"]["epoch"] == 0  # trained, not validated
     said = training_refusal(tiny, trained, f"resume={older}")
     assert "already holds another run: resume was None" in said and files(trained) == before
     folder = train(tiny, tmp_path / "run", f"resume={older}")

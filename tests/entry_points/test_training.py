@@ -31,14 +31,15 @@ def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
         ".lock",
     }  # fmt: skip
     (row,) = metrics(folder)
-    assert (row["epoch"], row["step"], row["skipped"]) == (0, 8, 0) and row["top1"] is not None
+    assert (row["epoch"], row["step"], row["skipped_videos"]) == (0, 8, 0) and row["top1"] is not None
     saved = content(folder / "last_model.pt")
     assert set(saved) == {
-        "epoch", "place", "step", "best", "stale", "pending", "history", "health", "model_state_dict",
+        "epoch", "step_in_epoch", "step", "best", "evaluations_since_best", "unevaluated_epoch", "history",
+        "loss_monitor", "model_state_dict",
         "ema_state_dict", "backbone", "full", "optimizer_state_dict", "scheduler", "scaler", "rng", "meters", "config",
         "meta",
     }  # fmt: skip
-    assert (saved["epoch"], saved["place"], saved["step"], saved["best"]) == (1, 0, 8, row["top1"])
+    assert (saved["epoch"], saved["step_in_epoch"], saved["step"], saved["best"]) == (1, 0, 8, row["top1"])
     assert saved["history"] == [row] and saved["backbone"]["weights"] == "random weights of seed 5"
     assert set(content(folder / "model_best.pt")) == {
         "epoch", "step", "best", "model_state_dict", "backbone", "full", "config", "meta",
@@ -86,7 +87,7 @@ def test_a_dry_run_tells_and_keeps_nothing(tiny: Path, tmp_path: Path):
 def test_settings_train_an_epoch(tiny: Path, tmp_path: Path, overrides: tuple[str, ...]):
     (row,) = metrics(train(tiny, tmp_path / "run", "solver.epochs=1", *overrides))
     assert row["step"] == (3 if "solver.grad_accumulation_steps=3" in overrides else 8)
-    assert 0 < row["train_loss"] < 10 and row["skipped"] == row["left_out"] == 0
+    assert 0 < row["train_loss"] < 10 and row["skipped_videos"] == row["skipped_steps"] == 0
 
 
 def test_another_number_of_classes_needs_a_new_classifier(tiny: Path, trained: Path, tmp_path: Path):

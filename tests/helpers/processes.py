@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from engine.distributed import barrier, leave
+from engine.distributed import barrier
+from engine.entry import leave
 
 PRELOADED = ["train_vision", "test_vision", "torch._dynamo", "pytest", "tests.helpers.cli_harness"]
 

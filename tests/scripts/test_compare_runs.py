@@ -36,7 +36,7 @@ def make_run(
     (folder / "run.json").write_text(json.dumps([start] if starts is None else starts))
     lines = [
         {"epoch": epoch, "step": 9 * epoch, "train_loss": 3 / (epoch + 1), "clips_per_s": 10.0 + epoch,
-         "memory_gib": None, "left_out": 1, "top1": top1, "top5": 90.0, "mean_class": None}
+         "memory_gib": None, "skipped_steps": 1, "top1": top1, "top5": 90.0, "mean_class": None}
         for epoch, top1 in enumerate(scores)
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -13,12 +13,13 @@ import torch
 import yaml
 
 from configs.schema import Config, config_from_dict, load_config
-from engine import checkpoint_file, state
+from engine import checkpoint_file, checkpointer
+from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
 from engine.optim import warmup_cosine
 from engine.results import load_scores
-from engine.state import Parts, Progress
+from engine.train_step import TrainingState
 from models.loading import WeightsError, load_weights
 from models.registry import build_model, frozen_identity
 from scripts.export import main
@@ -53,18 +54,21 @@ def trained(config: Config, full: bool = False, ema: bool = False) -> tuple[torc
     if ema:
         parts.ema.update()
     history = Progress(epoch=7, step=70, best=56.125)
-    content = state.collect(parts, history, {}, Process(), full) | {"config": config.to_dict(), "meta": {"seed": 3}}
+    content = checkpointer.run_content(parts, history, {}, Process(), full) | {
+        "config": config.to_dict(),
+        "meta": {"seed": 3},
+    }
     return model, content
 
 
-def _parts(model: torch.nn.Module, ema: bool = False) -> Parts:
+def _parts(model: torch.nn.Module, ema: bool = False) -> TrainingState:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for group in optimizer.param_groups:  # what a step leaves behind, without one
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": p.detach() + 0, "exp_avg_sq": p.detach() ** 2}
     average = ModelEma(model, 0.5) if ema else None
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Parts(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, frozen_identity(model))
+    return TrainingState(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, frozen_identity(model))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -120,8 +124,8 @@ def test_both_kinds_in_both_formats_give_the_same_logits(
         assert (found["epoch"], found["best"], found["meta"]) == (7, 56.125, {"seed": 3})
         assert found["config"] == config.to_dict() and found["backbone"] == frozen_identity(model)
         assert found["full"] is (path == full) is not checkpoint_file.lacks_backbone(found)
-        assert found["model_state_dict"].keys() == state.weights(model, full=path == full).keys()
-        assert not state.is_resumable(found)
+        assert found["model_state_dict"].keys() == checkpointer.weights_to_save(model, full=path == full).keys()
+        assert not checkpointer.is_resumable(found)
         assert torch.equal(logits(loaded(path, config)), logits(model))
     again = exported(full, tmp_path / f"again{suffix}")  # and back
     assert str(checkpoint_file.load(again)) == str(checkpoint_file.load(lean))
@@ -181,7 +185,13 @@ def test_averaged_weights_are_the_ones(tmp_path: Path, capsys: pytest.CaptureFix
 def test_best_and_step_files(tmp_path: Path):
     config = configuration()
     model, content = trained(config)
-    bare = {"epoch": 7, "best": 56.125, "config": config.to_dict(), "meta": {}, **state.bare(_parts(model), full=False)}
+    bare = {
+        "epoch": 7,
+        "best": 56.125,
+        "config": config.to_dict(),
+        "meta": {},
+        **checkpointer.weights_content(_parts(model), full=False),
+    }
     for name, kept in (("model_best.pt", bare), ("step_00000070.pt", content)):
         path = exported(written(tmp_path / "run", kept, name), tmp_path / f"{name}.safetensors")
         assert torch.equal(logits(loaded(path, config)), logits(model))
@@ -211,8 +221,8 @@ def test_a_file_of_the_authors_becomes_one_of_ours(tmp_path: Path, caplog: pytes
     for more in ((), ("--full",)):
         ours = exported(path, tmp_path / f"ours{suffix}", "--config", chosen, "--set", "network.model=td4v_side", *more)
         found = checkpoint_file.load(ours)
-        assert found["epoch"] == 29 and found["best"] is None and found["config"]["network"]["method"] == "td4v_side"
-        assert found["model_state_dict"].keys() == state.weights(wanted, full=bool(more)).keys()
+        assert found["epoch"] == 29 and found["best"] is None and found["config"]["network"]["model"] == "td4v_side"
+        assert found["model_state_dict"].keys() == checkpointer.weights_to_save(wanted, full=bool(more)).keys()
         assert torch.equal(logits(loaded(ours, config)), logits(wanted))
     assert "theirs.pt: holds no configuration: name" in refusal(caplog, path, "--out", tmp_path / "b.pt")
 
@@ -319,10 +329,10 @@ def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabyte
     model = build_model(chosen)
     parts = _parts(model)
     origin = {"config": chosen.to_dict(), "meta": {}}
-    content = state.collect(parts, Progress(), {}, Process(), full=False) | origin
+    content = checkpointer.run_content(parts, Progress(), {}, Process(), full=False) | origin
     paths = {
         "last": written(tmp_path, content),
-        "best": written(tmp_path, state.bare(parts, full=False) | origin, "model_best.pt"),
+        "best": written(tmp_path, checkpointer.weights_content(parts, full=False) | origin, "model_best.pt"),
     }
     paths["lean"] = exported(paths["best"], tmp_path / "lean.safetensors")
     size = {name: path.stat().st_size / 1e6 for name, path in paths.items()}

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.schema import Config, ConfigError, load_config
-from engine.distributed import EngineError
+from engine.errors import EngineError
 from engine.optim import Precision, resolve_precision, set_tf32
 from engine.profiling import count_flops, is_out_of_memory, matrix_rate, peak_bytes, saved_for_backward
 from engine.run_info import run_info

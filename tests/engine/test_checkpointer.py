@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from engine import checkpoint_file, state
+from engine import checkpoint_file, checkpointer, rng
 from engine.checkpoint_file import CheckpointError
+from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
+from engine.meter import LossMonitor
 from engine.optim import warmup_cosine
-from engine.state import LossMonitor, Parts, Progress
+from engine.train_step import TrainingState
 
 BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
 TRAINED = Progress(
-    epoch=1, place=1, step=5, best=12.5, stale=1, pending={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
-    health=LossMonitor(left_out=3, in_a_row=1, spikes=2, mean=1.5, variance=0.25, seen=6),
+    epoch=1, step_in_epoch=1, step=5, best=12.5, evaluations_since_best=1, unevaluated_epoch={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
+    loss_monitor=LossMonitor(skipped_steps=3, skipped_in_a_row=1, spikes=2, mean=1.5, variance=0.25, seen=6),
 )  # fmt: skip
 METER = {"clips": 24, "epoch": {"loss": 3.0}}
 
@@ -40,7 +42,7 @@ class Tuned(nn.Module):
         return self.head(self.body(self.tower(x) * self.scale))
 
 
-def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: int = 0) -> Parts:
+def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: int = 0) -> TrainingState:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Tuned(width)
@@ -51,10 +53,10 @@ def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: 
     optimizer = torch.optim.AdamW([{"name": "all", "params": tuned, "lr": 0.1}])
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0)
     average = ModelEma(model, ema) if ema is not None else None
-    return Parts(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, BACKBONE)
+    return TrainingState(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, BACKBONE)
 
 
-def step(trained: Parts) -> None:
+def step(trained: TrainingState) -> None:
     """One step with noise from every generator of this process."""
     noise = random.gauss(0, 1) + float(numpy.random.randn()) + torch.randn(4, 2)
     trained.optimizer.zero_grad()
@@ -66,8 +68,8 @@ def step(trained: Parts) -> None:
         trained.ema.update()
 
 
-def collected(trained: Parts, full: bool = False, process: Process = Process()) -> dict:  # noqa: B008, frozen
-    return state.collect(trained, TRAINED, METER, process, full) | {"config": {}, "meta": {}}
+def collected(trained: TrainingState, full: bool = False, process: Process = Process()) -> dict:  # noqa: B008, frozen
+    return checkpointer.run_content(trained, TRAINED, METER, process, full) | {"config": {}, "meta": {}}
 
 
 def leaves(value: object, name: str = "") -> dict[str, object]:
@@ -95,7 +97,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, em
 
     random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
     resumed = parts(ema=ema, scaled=scaled, seed=7)
-    found, meter = state.restore(checkpoint_file.load(path), path, resumed, Process())
+    found, meter = checkpointer.restore_run(checkpoint_file.load(path), path, resumed, Process())
     assert asdict(found) == asdict(TRAINED) and meter == METER
     for _ in range(2):
         step(resumed)
@@ -112,7 +114,7 @@ def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead
     content["scheduler"]["last_epoch"] += ahead
     content["optimizer_state_dict"]["param_groups"][0]["lr"] = 7.0
     resumed = parts()
-    state.restore(content, tmp_path / "last_model.pt", resumed, Process())
+    checkpointer.restore_run(content, tmp_path / "last_model.pt", resumed, Process())
     assert resumed.scheduler.last_epoch == TRAINED.step and resumed.optimizer.param_groups[0]["lr"] == rate
     step(trained), step(resumed)
     assert resumed.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
@@ -121,11 +123,11 @@ def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead
 def test_every_generator_comes_back():
     random.seed(3), numpy.random.seed(3), torch.manual_seed(3)
     random.gauss(0, 1), numpy.random.randn()
-    kept = state.rng_state(torch.device("cpu"))
+    kept = rng.rng_state(torch.device("cpu"))
     draws = [[random.gauss(0, 1), random.random(), numpy.random.randn(), torch.rand(2).tolist()]]
     for seed in (4, 5):
         random.seed(seed), numpy.random.seed(seed), torch.manual_seed(seed)
-        state.set_rng_state(kept, torch.device("cpu"))
+        rng.set_rng_state(kept, torch.device("cpu"))
         draws.append([random.gauss(0, 1), random.random(), numpy.random.randn(), torch.rand(2).tolist()])
     assert draws[0] == draws[1] == draws[2]
 
@@ -133,18 +135,18 @@ def test_every_generator_comes_back():
 def test_each_process_gets_its_own_generators_back(monkeypatch: pytest.MonkeyPatch):
     trained = parts()
     monkeypatch.setattr(
-        state, "gather", lambda value: [value, (value[0] | {"torch": torch.full((3,), 7)}, {"clips": 1})]
+        checkpointer, "gather", lambda value: [value, (value[0] | {"torch": torch.full((3,), 7)}, {"clips": 1})]
     )
     content = collected(trained, process=Process(world_size=2))
     given = []
-    monkeypatch.setattr(state, "set_rng_state", lambda rng, device: given.append(rng["torch"]))
-    found = [state.restore(content, "a.pt", trained, Process(rank, 2))[1] for rank in (0, 1)]
+    monkeypatch.setattr(checkpointer, "set_rng_state", lambda rng, device: given.append(rng["torch"]))
+    found = [checkpointer.restore_run(content, "a.pt", trained, Process(rank, 2))[1] for rank in (0, 1)]
     assert found == [METER, {"clips": 1}] and given[1].tolist() == [7, 7, 7] and len(given[0]) > 3
 
 
 def test_lean_and_full():
     model = parts().model
-    lean, full = state.weights(model, full=False), state.weights(model, full=True)
+    lean, full = checkpointer.weights_to_save(model, full=False), checkpointer.weights_to_save(model, full=True)
     assert full.keys() == model.state_dict().keys() and full.keys() - lean.keys() == {"tower.weight", "tower.bias"}
     assert {"scale", "body.1.running_mean", "body.1.num_batches_tracked"} <= lean.keys()
     content = collected(parts(ema=0.5))
@@ -155,19 +157,19 @@ def test_lean_and_full():
 def test_the_weights_alone_are_the_averaged_ones():
     trained = parts(ema=0.5)
     step(trained), step(trained)  # the first has a learning rate of 0
-    content = state.bare(trained, full=True)
+    content = checkpointer.weights_content(trained, full=True)
     averages = trained.ema.state_dict()
     assert all(torch.equal(content["model_state_dict"][name], value) for name, value in averages.items())
     assert not torch.equal(averages["head.weight"], trained.model.head.weight)
     assert content["model_state_dict"].keys() == trained.model.state_dict().keys()
-    assert not state.is_resumable(content) and state.is_resumable(collected(trained))
+    assert not checkpointer.is_resumable(content) and checkpointer.is_resumable(collected(trained))
 
 
-def refused(content: dict, target: Parts, process: Process = Process()) -> str:  # noqa: B008, frozen
+def refused(content: dict, target: TrainingState, process: Process = Process()) -> str:  # noqa: B008, frozen
     """Why `content` cannot be restored; `target`'s weights must be as before."""
     before = leaves(target.model.state_dict())
     with pytest.raises(CheckpointError) as caught:
-        state.restore(content, "run/last_model.pt", target, process)
+        checkpointer.restore_run(content, "run/last_model.pt", target, process)
     assert leaves(target.model.state_dict()) == before
     message = str(caught.value)
     assert message.startswith("run/last_model.pt: ") and "\n" not in message
@@ -181,8 +183,8 @@ def test_another_frozen_backbone_is_refused_with_both_names():
         assert part in message
     assert "None" in refused(collected(parts()), replace(parts(seed=1), backbone=None))
     moved = {**BACKBONE, "weights": "elsewhere/ViT-B-16.pt"}  # the same frozen weights from another place
-    state.restore(collected(parts()), "a.pt", replace(parts(), backbone=moved), Process())
-    state.restore(collected(parts(), full=True), "a.pt", replace(parts(), backbone=other), Process())
+    checkpointer.restore_run(collected(parts()), "a.pt", replace(parts(), backbone=moved), Process())
+    checkpointer.restore_run(collected(parts(), full=True), "a.pt", replace(parts(), backbone=other), Process())
 
 
 def test_another_model_is_refused():
@@ -191,7 +193,7 @@ def test_another_model_is_refused():
     values = content["model_state_dict"]
     without = {name: value for name, value in values.items() if name != "head.bias"} | {"extra": torch.ones(1)}
     message = refused(content | {"model_state_dict": without}, parts(seed=1))
-    assert "1 weights missing (head.bias" in message and "1 unknown (extra" in message
+    assert "1 weights missing (head.bias" in message and "1 unexpected (extra" in message
     # Only what is frozen may be left out, and only of a file that says so.
     assert "2 weights missing (tower.weight" in refused(content | {"full": True}, parts(seed=1))
 
@@ -203,15 +205,15 @@ def test_what_cannot_go_on_exactly_is_refused():
     assert "another precision" in refused(collected(parts(scaled=True)), parts())
     assert "another solver.ema_decay" in refused(content, parts(ema=0.5))
     assert "another solver.ema_decay" in refused(collected(parts(ema=0.5)), parts())
-    bare = state.bare(parts(), full=False)
-    assert "holds no run to resume, for it lacks epoch, place, step" in refused(bare, parts())
+    bare = checkpointer.weights_content(parts(), full=False)
+    assert "holds no run to resume: epoch, step_in_epoch, step" in refused(bare, parts())
 
 
 def test_another_optimizer_is_refused():
     target = parts()
     split = torch.optim.AdamW([{"params": [p]} for p in target.model.parameters() if p.requires_grad])
     with pytest.raises(CheckpointError, match="does not fit this optimizer"):
-        state.restore(collected(parts()), "a.pt", replace(target, optimizer=split), Process())
+        checkpointer.restore_run(collected(parts()), "a.pt", replace(target, optimizer=split), Process())
 
 
 def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
@@ -222,7 +224,7 @@ def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
     fused = torch.optim.AdamW(groups, fused=True)
     assert not trained.optimizer.param_groups[0]["fused"]
     content = collected(trained)
-    state.restore(content, "a.pt", replace(target, optimizer=fused), Process())
+    checkpointer.restore_run(content, "a.pt", replace(target, optimizer=fused), Process())
     assert fused.param_groups[0]["fused"] is True and not content["optimizer_state_dict"]["param_groups"][0]["fused"]
     for one, other in zip(fused.state.values(), trained.optimizer.state.values(), strict=True):
         assert leaves(one) == leaves(other) and int(one["step"]) == 1
@@ -232,12 +234,12 @@ def test_averages_of_another_model_are_refused():
     content = collected(parts(ema=0.5))
     del content["ema_state_dict"]["head.bias"]
     with pytest.raises(CheckpointError, match=r"a\.pt: the averaged weights do not fit this model: head\.bias"):
-        state.restore(content, "a.pt", parts(ema=0.5), Process())
+        checkpointer.restore_run(content, "a.pt", parts(ema=0.5), Process())
 
 
 def test_loss_spikes_stand_out_of_the_usual():
-    health, generator = LossMonitor(), random.Random(0)
-    assert not any(health.note(2 + 0.1 * generator.gauss(0, 1)) for _ in range(200))
-    assert health.mean == pytest.approx(2, abs=0.1) and health.variance**0.5 == pytest.approx(0.1, rel=0.5)
-    assert health.note(4.0) and health.spikes == 1
-    assert not LossMonitor().note(1e6)  # nothing is usual yet
+    monitor, generator = LossMonitor(), random.Random(0)
+    assert not any(monitor.add(2 + 0.1 * generator.gauss(0, 1)) for _ in range(200))
+    assert monitor.mean == pytest.approx(2, abs=0.1) and monitor.variance**0.5 == pytest.approx(0.1, rel=0.5)
+    assert monitor.add(4.0) and monitor.spikes == 1
+    assert not LossMonitor().add(1e6)  # nothing is usual yet
