@@ -16,8 +16,7 @@ from configs.schema import Config, check_same_run, difference
 from engine import checkpoint_file
 from engine.checkpointer import is_resumable
 from engine.distributed import Process, gather
-from engine.resume import choose_folder
-from engine.run_dir import is_run
+from engine.run_dir import choose_folder, is_run
 from engine.run_info import DataChangedError, check_same_lists
 
 logger = logging.getLogger("td4v")

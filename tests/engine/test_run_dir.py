@@ -23,8 +23,7 @@ from engine import run_dir
 from engine.checkpoint_file import save
 from engine.distributed import Process
 from engine.log import close_logging
-from engine.resume import choose_folder
-from engine.run_dir import RunDir, RunDirError
+from engine.run_dir import RunDir, RunDirError, choose_folder
 
 CONFIG = {"solver": {"lr": 0.001, "betas": [0.9, 0.999]}, "resume": None, "pretrain": "a.pt"}
 META = {"seed": 5, "world_size": 1}
