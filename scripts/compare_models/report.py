@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from common.files import write_atomic
 from configs.schema import Config
-from scripts.compare_runs import as_table, styles
+from scripts.figures import line_style
 from scripts.profile.report import NOTES, Row, milliseconds, number, summary
+from scripts.reports import dict_table
 
 OURS = "td4v"  # methods of this project begin so; what the tables say of them is said in words
 SPREAD_ERRORS = 2  # standard errors above chance that count as above chance
@@ -92,7 +93,7 @@ def about(recipe: str, base: Config, videos: int, majority: float) -> str:
 
 def accuracy_table(accuracy: Accuracy) -> str:
     """One line a method: each seed, mean and spread, what was tuned."""
-    return as_table(
+    return dict_table(
         [
             {
                 "method": one.method,
@@ -207,7 +208,10 @@ def draw(rows: Sequence[Row], accuracies: Sequence[Accuracy], path: Path) -> Non
     names = list(
         dict.fromkeys([one.method for each in accuracies for one in each.methods] + [row.label for row in rows])
     )
-    colors = {name: style["color"] for name, style in zip(names, styles(len(names)), strict=True)}
+    colors = {
+        name: style["color"]
+        for name, style in zip(names, [line_style(index) for index in range(len(names))], strict=True)
+    }
     columns = 3 if rows else max(1, len(accuracies))
     above = -(-len(accuracies) // columns)
     lines = above + (-(-len(COSTS) // columns) if rows else 0)

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.compare_runs import styles
+from scripts.figures import line_style
 from scripts.profile.report import Row, by_place, clips, milliseconds, number, title
 
 NAMED = 9  # parts with a colour of their own; the rest is `others`
@@ -106,7 +106,7 @@ def draw_scaling(rows: Sequence[Row], path: Path) -> None:
     others = sorted({_other(row, over_frames) for row in rows})
     figure = Figure(figsize=(11, 7.6), layout="constrained", dpi=120)
     for axes, (name, value) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for label, style in zip(labels, styles(len(labels)), strict=True):
+        for label, style in zip(labels, [line_style(index) for index in range(len(labels))], strict=True):
             for place, other in enumerate(others):
                 series = [row for row in rows if row.label == label and _other(row, over_frames) == other]
                 points = [(_place(row, over_frames), y) for row in series if (y := value(row))]

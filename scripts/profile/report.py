@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from engine.profiling import Saved
-from scripts.compare_runs import as_table
+from scripts.reports import dict_table
 
 PARTS = ("training", "inference")
 DEPTH = 2  # names kept below a layer's number, and of modules that are in no layer
@@ -121,7 +121,7 @@ def summary(rows: Sequence[Row]) -> str:
     reasons = list(dict.fromkeys(note for row in rows for note in row.notes.values()))
     signs = {note: f"({place})" for place, note in enumerate(reasons, start=1)}
     below = "".join(f"\n{sign} {note}\n" for note, sign in signs.items())
-    return as_table(_without_single([_line(row, signs) for row in rows])) + below
+    return dict_table(_without_single([_line(row, signs) for row in rows])) + below
 
 
 def _without_single(lines: list[dict[str, str | None]]) -> list[dict[str, str | None]]:
@@ -183,7 +183,7 @@ def scaling(rows: Sequence[Row]) -> str:
                 "": None if not row.notes else ", ".join(f"no {part}" for part in row.notes),
             }
         )  # fmt: skip
-    return as_table(_without_single(lines))
+    return dict_table(_without_single(lines))
 
 
 def _series(row: Row) -> tuple[str, int, int]:
@@ -225,7 +225,7 @@ def saved_table(row: Row) -> str:
     lines.append(
         {"module": "all", "MB a clip": number(whole), "%": "100"} | {str(k): number(v) for k, v in sums.items()}
     )
-    return as_table(lines)
+    return dict_table(lines)
 
 
 def markdown(rows: Sequence[Row], shown: Sequence[Row], meta: dict[str, Any], scales: bool) -> str:
