@@ -14,7 +14,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,22 +84,24 @@ class Saved:
     copied_weights: bool = False
 
 
-def saved_for_backward(model: nn.Module, *inputs: Tensor, methods: Sequence[str] = ()) -> list[Saved]:
+def saved_for_backward(
+    model: nn.Module, *inputs: Tensor, calls: Mapping[str, tuple[object, str]] | None = None
+) -> list[Saved]:
     """What one forward pass keeps for backward: storages that autograd saves, each once and whole however many views
     of it are saved, without the model's parameters and buffers. In the order of the pass, one entry a module.
 
     The model runs twice as it is (training mode, autocast of the caller); outputs and graphs are dropped.
 
     Args:
-        methods: of any module of the model, that count as modules below it; `tower.attend(3, x)` is "tower.3.attend".
+        calls: methods that count as modules, by the name they count under: (object, name of its method).
     """
     own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    storages = [weakref.ref(tensor.untyped_storage()) for _, tensor in _kept(model, inputs, own, ()).values()]
+    storages = [weakref.ref(tensor.untyped_storage()) for _, tensor in _kept(model, inputs, own, {}).values()]
     gc.collect()
     standing = {(str(storage.device), storage.data_ptr()) for ref in storages if (storage := ref()) is not None}
     copies = _WeightCopies(own, standing - {_address(tensor) for tensor in inputs})
     with copies:
-        kept = _kept(model, inputs, own, methods)
+        kept = _kept(model, inputs, own, calls or {})
     sums: dict[tuple[str, bool], int] = {}
     for address, (module, tensor) in kept.items():
         key = module, address in copies
@@ -108,7 +110,7 @@ def saved_for_backward(model: nn.Module, *inputs: Tensor, methods: Sequence[str]
 
 
 def _kept(
-    model: nn.Module, inputs: Sequence[Tensor], own: set[Address], methods: Sequence[str]
+    model: nn.Module, inputs: Sequence[Tensor], own: set[Address], calls: Mapping[str, tuple[object, str]]
 ) -> dict[Address, tuple[str, Tensor]]:
     """Module and tensor of each storage that is saved. The tensors are held too, so that memory which is given back and
     taken again does not pass for the same."""
@@ -121,10 +123,9 @@ def _kept(
             kept.setdefault(_address(tensor), (running[-1], tensor))
         return tensor
 
-    def named(method: Callable, prefix: str, name: str) -> Callable:
+    def named(method: Callable, name: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
-            number = [str(args[0])] if args and isinstance(args[0], int) else []
-            running.append(".".join([*([prefix] if prefix else []), *number, name]))
+            running.append(name)
             try:
                 return method(*args, **kwargs)
             finally:
@@ -138,10 +139,9 @@ def _kept(
             end = module.register_forward_hook(lambda *_: [running.pop(), None][1], always_call=True)
             undo.callback(begin.remove)
             undo.callback(end.remove)
-            for name in methods:
-                if hasattr(type(module), name):
-                    vars(module)[name] = named(getattr(module, name), prefix, name)
-                    undo.callback(vars(module).pop, name)
+        for name, (owner, method) in calls.items():
+            vars(owner)[method] = named(getattr(owner, method), name)
+            undo.callback(vars(owner).pop, method)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model(*inputs)
     return kept

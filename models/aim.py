@@ -127,11 +127,11 @@ class AIM(nn.Module):
     def over_time(self, index: int, x: Tensor, frames: int) -> Tensor:
         """The branch whose attention goes over the frames of each token position: (B*T, L, D) -> the same."""
         adapters, L = self.adapters[index], x.shape[1]
-        y = self.tower.norm_attention(index, x).unflatten(0, (-1, frames))  # (B, T, L, D)
+        y = self.tower.blocks[index].norm_attention(x).unflatten(0, (-1, frames))  # (B, T, L, D)
         y = y.transpose(1, 2).flatten(0, 1)  # (B*L, T, D)
         if "temporal_in" in adapters:
             y = adapters["temporal_in"](y)
-        parts = [self.tower.attention(index, part, in_space=False) for part in y.split(MOST_SEQUENCES)]
+        parts = [self.tower.blocks[index].attention(part, in_space=False) for part in y.split(MOST_SEQUENCES)]
         y = adapters["temporal"](parts[0] if len(parts) == 1 else torch.cat(parts))
         return y.unflatten(0, (-1, L)).transpose(1, 2).flatten(0, 1)  # (B*T, L, D)
 
@@ -142,12 +142,12 @@ class AIM(nn.Module):
         """
         last = index == len(self.tower.blocks) - 1 and self.feature == "class_token"
         queries = 1 if last else None  # attention is the last that looks at other tokens
-        tower, adapters = self.tower, self.adapters[index]
+        block, adapters = self.tower.blocks[index], self.adapters[index]
         x = x + _kept(self.over_time(index, x, frames), kept, 0)
-        y = tower.attention(index, tower.norm_attention(index, x))[:, :queries].contiguous()
+        y = block.attention(block.norm_attention(x))[:, :queries].contiguous()
         x = x[:, :queries] + adapters["spatial"](y)
-        y = tower.norm_mlp(index, x)
-        return x + tower.mlp(index, y) + _kept(self.scale * adapters["joint"](y), kept, 1)
+        y = block.norm_mlp(x)
+        return x + block.mlp(y) + _kept(self.scale * adapters["joint"](y), kept, 1)
 
     def draw_kept(self, clips: int, device: torch.device) -> list[Tensor | None]:
         """What the two branches of each block are multiplied by, (2, B*T, 1, 1) a block; None where nothing drops."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip.towers.base import Feature, Tower
+from clip.towers.base import Block, Feature, Tower
 from configs.schema import Config
 
 
@@ -55,31 +55,32 @@ class FullFinetune(nn.Module):
         """Everything that is trained, by name."""
         return {
             **self.tower.embedding(),
-            "blocks": self.tower.blocks,
+            "blocks": self.tower.block_modules,
             "final_norm": self.tower.final_norm,
             "head": self.head,
         }
 
     def trainable_layers(self) -> list[list[nn.Module | nn.Parameter]]:
         """The same from input to classifier: all of the embedding, each block, the last norm, the head."""
-        blocks = [[block] for block in self.tower.blocks]
+        blocks = [[block.module] for block in self.tower.blocks]
         return [list(self.tower.embedding().values()), *blocks, [self.tower.final_norm], [self.head]]
 
     def features(self, video: Tensor) -> Tensor:
         """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
         x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
-        for index in range(len(self.tower.blocks)):
+        for block in self.tower.blocks:
             if self.recompute and self.training:
-                x = checkpoint(self._block, index, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(_run, block, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._block(index, x)
+                x = _run(block, x)
         return self.tower.read(x, self.feature).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
-
-    def _block(self, index: int, x: Tensor) -> Tensor:
-        return self.tower.transform(index, self.tower.attend(index, x))
 
     def forward(self, video: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(video)))
+
+
+def _run(block: Block, x: Tensor) -> Tensor:
+    return block.transform(block.attend(x))
 
 
 def build(config: Config, tower: Tower, options: Options) -> FullFinetune:

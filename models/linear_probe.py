@@ -61,8 +61,8 @@ class LinearProbe(nn.Module):
     def frozen_features(self, video: Tensor) -> Tensor:
         """What no training changes: (B, T, 3, height, width) -> (B, D)."""
         x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
-        for index in range(len(self.tower.blocks)):
-            x = self.tower.run_block(index, x)
+        for block in self.tower.blocks:
+            x = block.run(x)
         return self.tower.read(x, self.feature).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
 
     def from_frozen(self, features: Tensor) -> Tensor:

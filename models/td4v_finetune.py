@@ -105,8 +105,9 @@ class TD4VFinetune(nn.Module):
     def run_block(self, index: int, x: Tensor, frames: int) -> Tensor:
         """Block `index` with its TD4V: (B*T, L, D) -> the same, or (B*T, 1, D) where only the class token is read."""
         last = index == len(self.tower.blocks) - 1 and self.feature == "class_token" and "mlp" not in self.td4v
-        x = self.tower.attend(index, self.adapt("attention", index, x, frames), queries=1 if last else None)
-        return self.tower.transform(index, self.adapt("mlp", index, x, frames))
+        block = self.tower.blocks[index]
+        x = block.attend(self.adapt("attention", index, x, frames), queries=1 if last else None)
+        return block.transform(self.adapt("mlp", index, x, frames))
 
     def _part(self, index: int) -> nn.ModuleList:
         return nn.ModuleList(modules[index] for modules in self.td4v.values())

@@ -78,8 +78,8 @@ class TD4VSide(nn.Module):
         """What each block of the frozen tower gives, as it is asked for: (B*T, N, 3*P*P) -> each (B*T, 1 + N, D)."""
         with torch.no_grad():
             x = self.tower.embed(patches)
-        for index in range(len(self.side.layers)):
-            x = self.tower.run_block(index, x)
+        for block in self.tower.blocks:
+            x = block.run(x)
             yield self.tower.without_registers(x, self.token)
 
     def tune(self, patches: Tensor, tokens: Iterable[Tensor], clips: int) -> Tensor:

@@ -8,7 +8,6 @@ Letters: M images (B clips x T frames), N patch tokens, D width.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +20,104 @@ from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualA
 from torch import Tensor, nn
 
 from clip.ops import as_is, working_dtype
-from clip.towers.base import Tower, TowerError
+from clip.towers.base import Block, Tower, TowerError
 from clip.towers.frozen_block import FrozenBlock
 from clip.towers.weights import OPENAI, check_fit, fetch_weights, read_visual_weights, stated_activation, stated_pixels
 
 logger = logging.getLogger("td4v")
+
+
+class OpenClipBlock(Block):
+    """A block of open_clip's vision transformer. A plain frozen one runs as a FrozenBlock, others as open_clip wrote them.
+
+    In autocast's dtype a FrozenBlock has a low-precision copy of the weights. The block keeps the copy and makes it
+    again after the weights have changed; changes through `.data` leave no mark and are not seen.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self._fold = True  # whether the copy may have the norms' affine parts in its weights
+        self._copy: tuple[torch.dtype, list[tuple[int, int]], FrozenBlock] | None = (
+            None  # dtype, version of the weights
+        )
+
+    def norm_attention(self, x: Tensor) -> Tensor:
+        x = x.to(working_dtype(x))
+        if (frozen := self._frozen(x.dtype)) is None:
+            return self.module.ln_1(x)
+        with as_is(x):
+            return frozen.norm(0, x)
+
+    def attention(self, x: Tensor, in_space: bool = True) -> Tensor:
+        """See Block. CLIP has no positions inside its blocks, so `in_space` changes nothing."""
+        x, block = x.to(working_dtype(x)), self.module
+        if (frozen := self._frozen(x.dtype)) is not None:
+            with as_is(x):
+                return frozen.attention(x)
+        if hasattr(block, "attention"):
+            return block.ls_1(block.attention(q_x=x))
+        return block.ls_1(block.ln_attn(block.attn(x)))  # open_clip's CustomResidualAttentionBlock
+
+    def norm_mlp(self, x: Tensor) -> Tensor:
+        x = x.to(working_dtype(x))
+        if (frozen := self._frozen(x.dtype)) is None:
+            return self.module.ln_2(x)
+        with as_is(x):
+            return frozen.norm(1, x)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        x = x.to(working_dtype(x))
+        if (frozen := self._frozen(x.dtype)) is None:
+            return self.module.ls_2(self.module.mlp(x))
+        with as_is(x):
+            return frozen.mlp(x)
+
+    def attend(self, x: Tensor, queries: int | None = None) -> Tensor:
+        x = x.to(working_dtype(x))
+        if (frozen := self._frozen(x.dtype)) is None:
+            return super().attend(x, queries)
+        with as_is(x):
+            return frozen.attend(x, queries)
+
+    def transform(self, x: Tensor) -> Tensor:
+        x = x.to(working_dtype(x))
+        if (frozen := self._frozen(x.dtype)) is None:
+            return super().transform(x)
+        with as_is(x):
+            return frozen.transform(x)
+
+    def keep_norms(self) -> None:
+        self._fold = False
+        self.drop_copy()
+
+    def drop_copy(self) -> None:
+        self._copy = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make or renew the copy of a plain block's weights in `dtype`."""
+        block = self.module
+        if not _is_plain(block) or block.ln_1.weight.dtype == dtype:
+            return
+        version = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
+        if self._copy is None or self._copy[:2] != (dtype, version):
+            with torch.inference_mode(False), torch.no_grad():  # a copy made in evaluation must serve training too
+                self._copy = dtype, version, self._freeze(dtype)
+
+    def _frozen(self, dtype: torch.dtype) -> FrozenBlock | None:
+        """The block's weights in `dtype`; None if it must run as open_clip wrote it."""
+        if not _is_plain(self.module):
+            return None
+        if self.module.ln_1.weight.dtype == dtype:
+            return self._freeze(dtype)
+        if not torch.compiler.is_compiling():
+            self.prepare(dtype)
+        return self._copy[2]
+
+    def _freeze(self, dtype: torch.dtype) -> FrozenBlock:
+        return FrozenBlock.of(self.module, dtype, type(self.module.mlp.gelu) is QuickGELU, self._fold)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copy": None}
 
 
 class OpenClipTower(Tower):
@@ -51,13 +143,8 @@ class OpenClipTower(Tower):
         self.patch_size = visual.patch_size[0]
         self.grid = visual.grid_size
         self.image_size = visual.image_size
-        self._fold = True  # norms may be merged into low-precision weights
-        self._low: dict[int, tuple[torch.dtype, Any, FrozenBlock]] = {}  # blocks in autocast's dtype, and made of what
+        self.blocks = tuple(OpenClipBlock(module) for module in visual.transformer.resblocks)
         self.train(False)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.visual.transformer.resblocks
 
     @property
     def final_norm(self) -> nn.Module:
@@ -76,87 +163,19 @@ class OpenClipTower(Tower):
             x = torch.cat([token, x.to(token.dtype)], 1) + visual.positional_embedding
             return visual.ln_pre(x if added is None else x + added).to(dtype)
 
-    def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
-        x, block = self._begin(index, x)
-        if block is None:
-            return super().attend(index, x, queries)
-        with as_is(x):
-            return block.attend(x, queries)
-
-    def transform(self, index: int, x: Tensor) -> Tensor:
-        x, block = self._begin(index, x)
-        if block is None:
-            return super().transform(index, x)
-        with as_is(x):
-            return block.transform(x)
-
-    def norm_attention(self, index: int, x: Tensor) -> Tensor:
-        x, block = self._begin(index, x)
-        with as_is(x) if block else contextlib.nullcontext():
-            return block.norm(0, x) if block else self.blocks[index].ln_1(x)
-
-    def attention(self, index: int, x: Tensor, in_space: bool = True) -> Tensor:
-        """See Tower; CLIP has no positions inside its blocks, so `in_space` changes nothing."""
-        x, frozen = self._begin(index, x)
-        if frozen is not None:
-            with as_is(x):
-                return frozen.attention(x)
-        block = self.blocks[index]
-        if hasattr(block, "attention"):
-            return block.ls_1(block.attention(q_x=x))
-        return block.ls_1(block.ln_attn(block.attn(x)))  # open_clip's CustomResidualAttentionBlock
-
-    def norm_mlp(self, index: int, x: Tensor) -> Tensor:
-        x, block = self._begin(index, x)
-        with as_is(x) if block else contextlib.nullcontext():
-            return block.norm(1, x) if block else self.blocks[index].ln_2(x)
-
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        x, block = self._begin(index, x)
-        with as_is(x) if block else contextlib.nullcontext():
-            return block.mlp(x) if block else self.blocks[index].ls_2(self.blocks[index].mlp(x))
-
     def keep_norms(self) -> None:
-        self._fold = False
-        self._low.clear()
+        for block in self.blocks:
+            block.keep_norms()
 
     @torch.compiler.disable
     def prepare(self, dtype: torch.dtype) -> None:
-        """Have the plain blocks' weights in `dtype`, anew where they have changed; `patchify` begins a pass with it.
-
-        Changes through `.data`, which leave no mark, are not seen.
-        """
-        for index, block in enumerate(self.blocks):
-            if _is_plain(block) and block.ln_1.weight.dtype != dtype:
-                self._refresh(index, dtype)
-
-    def _refresh(self, index: int, dtype: torch.dtype) -> None:
-        block = self.blocks[index]
-        marks = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
-        if index not in self._low or self._low[index][:2] != (dtype, marks):
-            with torch.inference_mode(False), torch.no_grad():  # an evaluation's copies must serve training too
-                self._low[index] = dtype, marks, self._freeze(block, dtype)
-
-    def _freeze(self, block: nn.Module, dtype: torch.dtype) -> FrozenBlock:
-        return FrozenBlock.of(block, dtype, type(block.mlp.gelu) is QuickGELU, self._fold)
-
-    def _begin(self, index: int, x: Tensor) -> tuple[Tensor, FrozenBlock | None]:
-        """x in the dtype to work in, and the block's weights in it; None if it must run as open_clip wrote it."""
-        block, x = self.blocks[index], x.to(working_dtype(x))
-        if not _is_plain(block):
-            return x, None
-        if block.ln_1.weight.dtype == x.dtype:
-            return x, self._freeze(block, x.dtype)
-        if not torch.compiler.is_compiling():
-            self._refresh(index, x.dtype)
-        return x, self._low[index][2]
+        for block in self.blocks:
+            block.prepare(dtype)
 
     def _apply(self, *arguments: Any, **options: Any) -> OpenClipTower:
-        self._low.clear()  # weights that moved must not hold on to copies where they were
+        for block in self.blocks:
+            block.drop_copy()  # weights that moved must not hold on to copies where they were
         return super()._apply(*arguments, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_low": {}}
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import eva, vision_transformer
 from timm.models.eva import Eva, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip.ops import as_is, working_dtype
-from clip.towers.base import Tower, TowerError
+from clip.towers.base import Block, Tower, TowerError
 from clip.towers.weights import check_fit
 
 logger = logging.getLogger("td4v")
@@ -44,6 +44,55 @@ _BLOCKS = {
     "ParallelThingsBlock": "several attentions and MLPs run side by side",
 }
 _UNUSED = ("head", "head_dist", "attn_pool", "pos_drop", "patch_drop", "head_drop")
+
+
+class TimmBlock(Block):
+    """A block of a timm model, which runs as timm wrote it.
+
+    Args:
+        module: timm's Block or EvaBlock.
+        rope: the model's rotary positions, or None.
+        grid: (H, W) patches.
+        layer: the block's index where each block has rotations of its own (timm's rope_mixed), else None.
+    """
+
+    def __init__(self, module: nn.Module, rope: nn.Module | None, grid: tuple[int, int], layer: int | None):
+        super().__init__(module)
+        self.rope, self.grid, self.layer = rope, grid, layer
+
+    def norm_attention(self, x: Tensor) -> Tensor:
+        dtype = working_dtype(x)
+        return self.module.norm1(x.to(dtype)).to(dtype)
+
+    def attention(self, x: Tensor, in_space: bool = True) -> Tensor:
+        """See Block.
+
+        Rotary positions count in space alone. Among tokens of one position, as frames see each other, leaving them out
+        is exact: the same rotation of query and key cancels in their product.
+        """
+        dtype = working_dtype(x)
+        rotation = {"rope": self.rotation()} if in_space and self.rope is not None else {}
+        return _scaled(self.module, 1, self.module.attn(x.to(dtype), **rotation)).to(dtype)
+
+    def norm_mlp(self, x: Tensor) -> Tensor:
+        dtype = working_dtype(x)
+        return self.module.norm2(x.to(dtype)).to(dtype)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        dtype = working_dtype(x)
+        return _scaled(self.module, 2, self.module.mlp(x.to(dtype))).to(dtype)
+
+    def attend(self, x: Tensor, queries: int | None = None) -> Tensor:
+        return super().attend(x.to(working_dtype(x)), queries)
+
+    def transform(self, x: Tensor) -> Tensor:
+        return super().transform(x.to(working_dtype(x)))
+
+    def rotation(self) -> Tensor:
+        """Sines and cosines of the grid's positions: (N, ...)."""
+        known = getattr(self.rope, "feat_shape", None) is not None
+        rotations = self.rope.get_embed() if known else self.rope.get_embed(shape=self.grid)
+        return rotations if self.layer is None else rotations[self.layer]
 
 
 class TimmTower(Tower):
@@ -75,15 +124,16 @@ class TimmTower(Tower):
         self.patch_size = model.patch_embed.patch_size[0]
         self.grid = tuple(model.patch_embed.grid_size)
         self.image_size = tuple(model.patch_embed.img_size)
+        rope = getattr(model, "rope", None)
+        mixed = rope is not None and model.rope_mixed
+        self.blocks = tuple(
+            TimmBlock(module, rope, self.grid, layer if mixed else None) for layer, module in enumerate(model.blocks)
+        )
         self.prefix = model.num_prefix_tokens
         self.has_class_token = model.cls_token is not None
         known = getattr(model, "pretrained_cfg", None) or {}
         self.mean, self.std = (tuple(known[key]) if known.get(key) else None for key in ("mean", "std"))
         self.train(False)
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.model.blocks
 
     @property
     def final_norm(self) -> nn.Module:
@@ -108,45 +158,10 @@ class TimmTower(Tower):
             x = x[0] if isinstance(model, Eva) else x  # Eva's gives the rotary embedding too: (M, L, D)
             return model.norm_pre(x if added is None else x + added).to(dtype)
 
-    def norm_attention(self, index: int, x: Tensor) -> Tensor:
-        dtype = working_dtype(x)
-        return self.blocks[index].norm1(x.to(dtype)).to(dtype)
-
-    def attention(self, index: int, x: Tensor, in_space: bool = True) -> Tensor:
-        """See Tower.
-
-        Rotary positions count in space alone. Among tokens of one position, as frames see each other, leaving them out
-        is exact: the same rotation of query and key cancels in their product.
-        """
-        block, dtype = self.blocks[index], working_dtype(x)
-        turned = {"rope": self._rotation(index)} if in_space and getattr(self.model, "rope", None) is not None else {}
-        return _scaled(block, 1, block.attn(x.to(dtype), **turned)).to(dtype)
-
-    def norm_mlp(self, index: int, x: Tensor) -> Tensor:
-        dtype = working_dtype(x)
-        return self.blocks[index].norm2(x.to(dtype)).to(dtype)
-
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        block, dtype = self.blocks[index], working_dtype(x)
-        return _scaled(block, 2, block.mlp(x.to(dtype))).to(dtype)
-
-    def attend(self, index: int, x: Tensor, queries: int | None = None) -> Tensor:
-        return super().attend(index, x.to(working_dtype(x)), queries)
-
-    def transform(self, index: int, x: Tensor) -> Tensor:
-        return super().transform(index, x.to(working_dtype(x)))
-
-    def _rotation(self, index: int) -> Tensor:
-        """Sines and cosines of the grid's positions, (N, ...); with learned frequencies (mixed) a block has its own."""
-        rope = self.model.rope
-        known = getattr(rope, "feat_shape", None) is not None
-        turns = rope.get_embed() if known else rope.get_embed(shape=self.grid)
-        return turns[index] if self.model.rope_mixed else turns
-
 
 def _scaled(block: nn.Module, half: int, x: Tensor) -> Tensor:
     """Layer scale of a block's first or second half, under either of timm's names, if it has one."""
-    if isinstance(block, Block):
+    if isinstance(block, vision_transformer.Block):
         return getattr(block, f"ls{half}")(x)
     gamma = getattr(block, f"gamma_{half}")
     return x if gamma is None else gamma * x
@@ -162,7 +177,7 @@ def _refuse_unlike(model: nn.Module, name: str) -> None:
         raise TowerError(
             f"network.arch: {name} is timm's {type(model).__name__}, neither a VisionTransformer nor an Eva"
         )
-    kinds = {type(block) for block in model.blocks} - {Block, EvaBlock}
+    kinds = {type(block) for block in model.blocks} - {vision_transformer.Block, EvaBlock}
     if kinds:
         kind = kinds.pop().__name__
         raise TowerError(

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from configs.schema import Config, ConfigError, load_config
@@ -41,12 +42,18 @@ from scripts.profile.workload import random_batch, seconds_of_processes, threads
 logger = logging.getLogger("td4v")
 
 ALWAYS = ("network.init=false", "network.weights=null", "resume=null", "pretrain=null", "solver.evaluate=false")
-# Of the tower, whose blocks may run without their modules: the halves of a block, and their parts.
+# The halves of a tower's block and their parts, which may run without the block's module.
 BLOCK_PARTS = ("attend", "transform", "norm_attention", "attention", "norm_mlp", "mlp")
 COUNTED_CLIPS = 2  # FLOPs are counted with so many: side-tuning cannot train on one
 SPEC = re.compile(r"\+(?=[A-Za-z_][\w.]*=)")  # before an override in CONFIG+KEY=VALUE
 KEY = re.compile(r"[A-Za-z_][\w.]*=")
 FILES = ("profile.md", "profile.json", "saved_bytes.png", "scaling.png")
+
+
+def block_calls(model: nn.Module) -> dict[str, tuple[object, str]]:
+    """The calls of a tower's blocks by name, for profiling.saved_for_backward; none for a model without a tower."""
+    blocks = getattr(getattr(model, "tower", None), "blocks", ())
+    return {f"tower.{i}.{part}": (block, part) for i, block in enumerate(blocks) for part in BLOCK_PARTS}
 
 
 class ProfileError(ValueError):
@@ -176,7 +183,7 @@ def _training(row: Row, config: Config, device: torch.device, repeats: int, name
     model = build_model(config, pretrained=False).to(device).train()
     video, label = random_batch(config, row.batch, device)
     with resolve_precision(config.solver.precision, device).autocast(device):
-        row.saved = profiling.saved_for_backward(model, video, methods=BLOCK_PARTS)
+        row.saved = profiling.saved_for_backward(model, video, calls=block_calls(model))
     stepper = training_step(model, config, Process(device=device))
     group = [{"video": video, "label": label}]
     stepper(group)  # brings the optimizer's state

@@ -121,12 +121,13 @@ def test_frozen_block_is_open_clips(quick_gelu):
         nn.init.normal_(parameter, std=0.3)
     x = random(3, 5, 16)
     block = tower.blocks[0]
-    torch.testing.assert_close(tower.transform(0, tower.attend(0, x)), block(x))
-    torch.testing.assert_close(tower.transform(0, tower.attend(0, x, queries=2)), block(x)[:, :2])
-    torch.testing.assert_close(tower.run_block(0, x), block(x))
-    assert gradcheck(lambda x: tower.transform(0, tower.attend(0, x)), (x,))
-    assert gradcheck(lambda x: tower.transform(0, tower.attend(0, x, queries=1)), (x,))
-    kept_ours = kept(lambda: tower.transform(0, tower.attend(0, x)), *tower.parameters())
+    expected = block.module(x)
+    torch.testing.assert_close(block.transform(block.attend(x)), expected)
+    torch.testing.assert_close(block.transform(block.attend(x, queries=2)), expected[:, :2])
+    torch.testing.assert_close(block.run(x), expected)
+    assert gradcheck(lambda x: block.transform(block.attend(x)), (x,))
+    assert gradcheck(lambda x: block.transform(block.attend(x, queries=1)), (x,))
+    kept_ours = kept(lambda: block.transform(block.attend(x)), *tower.parameters())
     M, L, D = x.shape
     statistics = 4 * M * L + M * 2 * L  # two norms' means and deviations, attention's logarithms
     assert kept_ours == 8 * (M * L * D * (2 + 4 + 4) + statistics)  # 2 norms, q k v and result, the MLP's inner width
@@ -138,12 +139,13 @@ def test_frozen_weights_follow_changes_and_evaluations():
         with torch.inference_mode():
             first = tower(images).clone()
         x = tower.embed(tower.patchify(images)).requires_grad_()
-        tower.transform(0, tower.attend(0, x)).float().sum().backward()  # not on what an evaluation had made
+        block = tower.blocks[0]
+        block.transform(block.attend(x)).float().sum().backward()  # not on what an evaluation had made
         with torch.no_grad():
-            tower.blocks[1].mlp.c_proj.bias.add_(1)
+            tower.blocks[1].module.mlp.c_proj.bias.add_(1)
         moved = tower(images)
         torch.testing.assert_close(moved.float(), first.float() + 1, atol=0.05, rtol=0.02)
-        tower.blocks.requires_grad_(True)
+        tower.block_modules.requires_grad_(True)
         assert tower(images).requires_grad  # tuned now, so no longer run as frozen
     assert first.dtype == moved.dtype == torch.bfloat16
 
@@ -244,24 +246,27 @@ def test_recomputation_again_and_after_a_change_of_mode(method):
 
 def test_frozen_blocks_with_a_replaced_layer_run_as_they_are():
     tower, x = build_custom_tower(16, 1, 2, 8, 16), torch.randn(2, 5, 16)
-    expected = tower.transform(0, x)
+    block = tower.blocks[0]
+    expected = block.transform(x)
 
     class Louder(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
 
     louder = Louder(64, 16).requires_grad_(False)
-    louder.load_state_dict(tower.blocks[0].mlp.c_proj.state_dict())
-    tower.blocks[0].mlp.c_proj = louder
-    torch.testing.assert_close(tower.transform(0, x), expected + 1)
+    louder.load_state_dict(block.module.mlp.c_proj.state_dict())
+    block.module.mlp.c_proj = louder
+    torch.testing.assert_close(block.transform(x), expected + 1)
 
 
 def test_copies_of_frozen_weights_go_with_them():
     model = small("side")
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 4, 3, 16, 16))
-    assert model.tower._low and not copy.deepcopy(model).tower._low
-    assert not model.double().tower._low
+    again = copy.deepcopy(model)
+    assert all(block._copy for block in model.tower.blocks) and not any(block._copy for block in again.tower.blocks)
+    assert [block.module for block in again.tower.blocks] == list(again.tower.visual.transformer.resblocks)
+    assert not any(block._copy for block in model.double().tower.blocks)
 
 
 def test_features_of_another_size_are_refused():

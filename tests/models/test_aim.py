@@ -20,7 +20,7 @@ from engine.profiling import saved_for_backward
 from models.aim import AIM, Options
 from models.parameters import parameter_groups
 from models.registry import build_model, freeze_all_but_trainable, parameter_report
-from scripts.profile.__main__ import BLOCK_PARTS
+from scripts.profile.__main__ import block_calls
 
 WIDTH, LAYERS, HEADS, FRAMES, CLASSES, SIDE = 32, 3, 2, 4, 5, 16
 TOKENS = 1 + (SIDE // 8) ** 2
@@ -229,7 +229,8 @@ def test_recomputing_blocks_changes_no_bit(adapters: int, feature: str) -> None:
 def test_what_is_kept_for_backward() -> None:
     """Once a block, in maps of all tokens: two norms' inputs, two attentions, three adapters' inputs, the MLP's inner."""
     maps = 3 * FRAMES * TOKENS * WIDTH * 4
-    saved = saved_for_backward(tiny(drop_path=0), clips(), methods=BLOCK_PARTS)
+    model = tiny(drop_path=0)
+    saved = saved_for_backward(model, clips(), calls=block_calls(model))
     sizes = {entry.module: entry.bytes / maps for entry in saved}
     block = {name.split(".", 2)[2]: size for name, size in sizes.items() if name.split(".")[1:2] == ["1"]}
     wanted = {"norm_attention": 2, "attention": 8, "norm_mlp": 1, "mlp": 4}

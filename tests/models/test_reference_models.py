@@ -81,7 +81,7 @@ def test_groups_of_full_fine_tuning(layer_decay: float, decay_norms: bool) -> No
     visual, last = model.tower.visual, LAYERS + 2
     layers = [
         visual.positional_embedding,
-        *(block.mlp.c_fc.weight for block in model.tower.blocks),
+        *(block.module.mlp.c_fc.weight for block in model.tower.blocks),
         visual.ln_post.bias,
     ]
     for layer, parameter in enumerate(layers):

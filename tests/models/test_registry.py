@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -82,17 +83,17 @@ def test_one_step_changes_the_tuned_and_nothing_else(method):
 def test_side_tuning_has_no_graph_in_the_tower(monkeypatch):
     model = build_model(config()).train()
     seen = []
-    for part in ("attend", "transform"):
-        run = getattr(model.tower, part)
+    for block, part in itertools.product(model.tower.blocks, ("attend", "transform")):
+        run = getattr(block, part)
 
         def watched(*arguments, run=run):
             seen.append(run(*arguments))
             return seen[-1]
 
-        monkeypatch.setattr(model.tower, part, watched)
+        monkeypatch.setattr(block, part, watched)
     video = torch.randn(2, 4, 3, 32, 32)
     model(video).sum().backward()
-    assert seen and not any(output.requires_grad for output in seen)
+    assert len(seen) == 2 * len(model.tower.blocks) and not any(output.requires_grad for output in seen)
 
 
 def test_finetune_starts_as_frozen_clip():

@@ -106,24 +106,32 @@ class Halves(nn.Module):
         self.tower = Tower()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tower.attend(1, self.tower.attend(0, x))
+        first, second = self.tower.blocks
+        return second.attend(first.attend(x))
 
 
 class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.parts = nn.ModuleList(nn.Linear(IN, IN) for _ in range(2))
-
-    def attend(self, index: int, x: Tensor) -> Tensor:
-        return F.linear(x, self.parts[index].weight)
+        self.blocks = tuple(Block(part) for part in self.parts)
 
 
-def test_methods_count_as_modules_where_asked_and_are_left_as_they_were() -> None:
+class Block:
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def attend(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight)
+
+
+def test_calls_count_as_modules_where_asked_and_are_left_as_they_were() -> None:
     model, x = Halves(), torch.randn(ROWS, IN)
     size = 4 * ROWS * IN
     assert by_name(saved_for_backward(model, x)) == {"": 2 * size}
-    assert by_name(saved_for_backward(model, x, methods=["attend"])) == {"tower.0.attend": size, "tower.1.attend": size}
-    assert "attend" not in vars(model.tower)
+    calls = {f"tower.{i}.attend": (block, "attend") for i, block in enumerate(model.tower.blocks)}
+    assert by_name(saved_for_backward(model, x, calls=calls)) == {"tower.0.attend": size, "tower.1.attend": size}
+    assert not any("attend" in vars(block) for block in model.tower.blocks)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

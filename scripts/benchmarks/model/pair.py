@@ -98,7 +98,7 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
         raise ConfigError(f"network.model: {network.model_name} has no plain transcription in this benchmark")
     options = fill_options(MODELS[network.model_name].Options, network.options, "network.options")
     tower = product.tower
-    block = tower.blocks[0]
+    block = tower.blocks[0].module
     sizes = TrunkSizes(tower.width, len(tower.blocks), block.attn.num_heads, tower.patch_size, tuple(tower.grid),
                        block.mlp.c_fc.out_features, tower.quick_gelu)  # fmt: skip
     if network.model_name == "td4v_finetune":

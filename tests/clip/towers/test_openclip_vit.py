@@ -155,8 +155,9 @@ def test_refusals(tmp_path):
 
 def test_more_images_than_a_block_takes_at_a_time():
     tower, x = build_custom_tower(**SMALL), torch.randn(2 * CHUNK + 3, 5, 32)
-    whole = tower.transform(0, tower.attend(0, x))
-    torch.testing.assert_close(tower.run_block(0, x), whole, rtol=1e-5, atol=1e-6)
+    block = tower.blocks[0]
+    whole = block.transform(block.attend(x))
+    torch.testing.assert_close(block.run(x), whole, rtol=1e-5, atol=1e-6)
     assert len(whole) == len(x) and not whole.requires_grad
 
 

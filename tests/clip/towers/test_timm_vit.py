@@ -121,27 +121,28 @@ def test_parts_of_a_block_are_the_block(name):
     rope = model.rope.get_embed() if getattr(model, "rope", None) is not None else None
     for index, block in enumerate(tower.blocks):
         turned = {} if rope is None else {"rope": rope[index] if model.rope_mixed else rope}
-        half = x + tower.attention(index, tower.norm_attention(index, x))
-        whole = half + tower.mlp(index, tower.norm_mlp(index, half))
-        torch.testing.assert_close(whole, block(x, **turned), rtol=0, atol=most)
-        torch.testing.assert_close(tower.attend(index, x, queries=1), half[:, :1], rtol=0, atol=0)
-        torch.testing.assert_close(tower.run_block(index, x), whole, rtol=0, atol=most)
+        half = x + block.attention(block.norm_attention(x))
+        whole = half + block.mlp(block.norm_mlp(half))
+        torch.testing.assert_close(whole, block.module(x, **turned), rtol=0, atol=most)
+        torch.testing.assert_close(block.attend(x, queries=1), half[:, :1], rtol=0, atol=0)
+        torch.testing.assert_close(block.run(x), whole, rtol=0, atol=most)
 
 
 @pytest.mark.parametrize("name", ROTARY)
 def test_among_frames_of_one_position_the_rotation_cancels(name):
     tower = tower_of(name)
     frames = torch.randn(5, 3, 32, dtype=exactness(name)[0])  # three frames of one token position
-    attention = tower.blocks[1].attn
+    block = tower.blocks[1]
+    attention = block.module.attn
     attention.num_prefix_tokens = 0
-    turns = tower._rotation(1)[..., 2:3, :]  # sines and cosines, which timm has computed in float32
+    turns = block.rotation()[..., 2:3, :]  # sines and cosines, which timm has computed in float32
     assert turns.shape[-1] == 2 * 16
     sine, cosine = turns.chunk(2, -1)
     turns = turns / torch.cat([torch.hypot(sine, cosine)] * 2, -1)
     rotated = attention(frames, rope=turns)
-    gamma = tower.blocks[1].gamma_1
+    gamma = block.module.gamma_1
     rotated = rotated if gamma is None else gamma * rotated
-    torch.testing.assert_close(tower.attention(1, frames, in_space=False), rotated, rtol=0, atol=exactness(name)[1])
+    torch.testing.assert_close(block.attention(frames, in_space=False), rotated, rtol=0, atol=exactness(name)[1])
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_clip_224", "eva02_base_patch16_clip_224"])
@@ -230,7 +231,7 @@ def test_frozen_blocks_keep_no_input_of_a_linear_layer(name):
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda _, __, out: note(out, normed))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: note(tensor, kept), lambda tensor: tensor):
-        tower.transform(0, tower.attend(0, x))
+        tower.blocks[0].transform(tower.blocks[0].attend(x))
     assert normed and kept and not normed & kept
 
 
