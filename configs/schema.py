@@ -1,49 +1,64 @@
-"""What may stand in a configuration file: typed, frozen dataclasses and the one function that fills them.
-
-Lives here: the sections of the published YAML layout (data, network, solver, logging, and checkpoint), their types,
-defaults and units; reading a YAML with overrides; every error a configuration can have on its own.
-Does not live here: anything that needs a model, a dataset or torch. This file imports nothing of the project.
+"""The sections and keys of a configuration: their types, defaults, units and what they require of each other.
 
     config = load_config("configs/ssv2.yaml", overrides=["solver.lr=5e-4", "network.init=false"])
+
+The comment of a field is also its description in configs/schema.json (python -m scripts.config_schema).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
-import types
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NewType, Optional
+from typing import Any, Literal, Optional
 
-import yaml
+from configs import parse
+from configs.parse import (
+    ConfigError,
+    Filler,
+    Ratio,
+    did_you_mean,
+    nearest,
+    parse_ratio,
+    require,
+    require_between,
+    require_positive,
+)
+from configs.synonyms import SYNONYMS
 
-# Pixels' mean and standard deviation as CLIP was trained with: what a model reads that names none of its own.
+if typing.TYPE_CHECKING:
+    from dotmap import DotMap
+
+__all__ = [
+    "CLIP_MEAN", "CLIP_STD", "STYLES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LoggingConfig",
+    "NetworkConfig", "PyramidConfig", "Ratio", "SolverConfig", "TextConfig", "VisionConfig", "check_same_run",
+    "config_from_dict", "did_you_mean", "difference", "fill_options", "load_config", "nearest", "parse_ratio",
+    "require_data_paths",
+]  # fmt: skip
+
+# Mean and standard deviation of the pixels that CLIP was trained on, for models that name none of their own.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# A RandAugment policy in timm's words: rand, then letters with a number each.
+# A RandAugment policy as timm writes it: rand, then letters with a number each.
 RAND_AUGMENT_POLICY = re.compile(r"rand(-[a-z]+\d+(\.\d+)?)+")
 
-Ratio = NewType("Ratio", float)  # a positive number, written as a float or as a fraction string such as "1/6"
+# Keys of the published files that have no effect here: the published code reads them for models it never builds.
+IGNORED_KEYS = frozenset(
+    f"network.{key}"
+    for key in ("tm", "drop_out", "emb_dropout", "type", "sim_header", "joint_st", "n_emb", "side_dim", "fix_clip",
+                "my_fix_clip", "t_ratio")
+) | {"solver.epoch_offset"}  # fmt: skip
 
-# Keys of the published files that nothing reads (the published code reads them for models it never builds).
-DEAD_KEYS = frozenset(
-    {"network.tm", "network.drop_out", "network.emb_dropout", "network.type", "network.sim_header", "network.joint_st",
-     "network.n_emb", "network.side_dim", "network.fix_clip", "network.my_fix_clip", "network.t_ratio",
-     "solver.epoch_offset"}
-)  # fmt: skip
-
-# Former and published names of keys.
+# Other names of keys.
 ALIASES = {"network.method": "network.model"}
 
-# The traits of a dataset that change sampling and augmentation; a name outside this table needs `data.style`.
+# How a dataset samples frames; a dataset outside this table needs `data.style`.
 STYLES = {
     "kinetics": ("hmdb51", "ucf101", "k400", "k600", "k700", "kinetics", "kinetics400", "kinetics600", "diving48"),
     "something": ("something", "somethingv1", "somethingv2", "something-v1", "something-v2", "ssv1", "ssv2", "sthv1",
@@ -51,163 +66,147 @@ STYLES = {
 }  # fmt: skip
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the dotted key and, if any, the nearest one."""
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """Where the videos are and how a clip is drawn from one. Sizes in pixels, lengths in frames.
 
-    `modality` RGB reads frame folders (rows `path num_frames label`), `video` reads files (rows `path label`).
     `style`, `flip`, `flip_pairs` and `gray_prob` follow the dataset where they are null.
     """
 
-    dataset: str
+    dataset: str  # a known name, such as hmdb51 or somethingv2, or a name of your own with data.style
     num_classes: int
-    modality: Literal["RGB", "video"] = "RGB"
-    num_segments: int = 8  # T, frames a clip
-    seg_length: Optional[int] = None  # frames read at each of the T segments; null: as many as the model reads
+    modality: Literal["RGB", "video"] = (
+        "RGB"  # RGB: frame folders, rows `path num_frames label`; video: files, `path label`
+    )
+    num_segments: int = 8  # T, the segments of a clip, one frame each for most models
+    seg_length: Optional[int] = None  # frames read at each segment; null: as many as the model reads
     batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips
-    workers: int = 4
-    image_tmpl: str = "{:06d}.jpg"
-    train_root: Optional[str] = None
-    val_root: Optional[str] = None
+    workers: int = 4  # processes that load videos, in each training process
+    image_tmpl: str = "{:06d}.jpg"  # RGB: the file name of a frame by its number
+    train_root: Optional[str] = None  # folder of the training videos
+    val_root: Optional[str] = None  # folder of the validation videos
     test_root: Optional[str] = None  # null: val_root
-    train_list: Optional[str] = None
-    val_list: Optional[str] = None
+    train_list: Optional[str] = None  # file of the training videos, one row each
+    val_list: Optional[str] = None  # file of the validation videos
     test_list: Optional[str] = None  # null: val_list
-    label_list: Optional[str] = None  # csv with a header line, `id,name`
-    input_size: int = 224
+    label_list: Optional[str] = None  # csv of the class names with a header line, `id,name`
+    input_size: int = 224  # side of the clips that the model sees
     scale_size: Optional[int] = None  # short side before cropping; null: 256 for input_size 224, else input_size
-    random_shift: bool = True  # false: training takes the validation's frames
-    augment: bool = True  # false: training takes the validation's frames and crop, the same in every epoch
+    random_shift: bool = True  # false: training takes the frames that validation takes
+    augment: bool = True  # false: training takes validation's frames and crop, the same in every epoch
     num_sample: int = 1  # repeated augmentation: draws of each video in a batch
-    rand_aug: bool = False
-    rand_aug_policy: str = "rand-m7-n4-mstd0.5-inc1"  # with rand_aug, in timm's words
-    rand_erase: bool = False
-    dense: bool = False
+    rand_aug: bool = False  # RandAugment on training clips
+    rand_aug_policy: str = "rand-m7-n4-mstd0.5-inc1"  # with rand_aug, as timm writes it
+    rand_erase: bool = False  # random erasing with probability 0.25
+    dense: bool = False  # sample frames within a span of 128 frames, not from the whole video
     shot: Optional[int] = None  # few-shot: training videos a class
-    style: Optional[Literal["kinetics", "something"]] = None
-    flip: Optional[bool] = None
+    style: Optional[Literal["kinetics", "something"]] = None  # how frames are sampled
+    flip: Optional[bool] = None  # mirror half of the training clips
     flip_pairs: Optional[tuple[tuple[int, int], ...]] = None  # labels that a horizontal flip exchanges
-    gray_prob: Optional[float] = None
+    gray_prob: Optional[float] = None  # share of the training clips that turn grey
     crop: Literal["random_resized", "multi_scale", "random_short_side"] = "random_resized"  # of training clips
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random_resized: share of the area that a crop covers
-    crop_scales: tuple[float, ...] = (
-        1.0,
-        0.875,
-        0.75,
-        0.66,
-    )  # multi_scale: a crop's sides, as shares of the short side
-    short_side: tuple[int, int] = (256, 320)  # random_short_side: its range in pixels, both ends included
+    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)  # multi_scale: a crop's sides as shares of the short side
+    short_side: tuple[int, int] = (256, 320)  # random_short_side: its range, both ends included
     mean: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
-    std: Optional[tuple[float, float, float]] = None  # null: the model's own
-    on_error: Literal["raise", "skip"] = "raise"
+    std: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
+    on_error: Literal["raise", "skip"] = "raise"  # what a video that cannot be read does
     decoder: Literal["pyav", "decord"] = "pyav"  # of video files; both give the same frames
 
     def check(self) -> None:
-        _positive(
-            self, "data", "num_classes", "batch_size", "input_size", "scale_size", "num_sample", "shot", "seg_length"
+        require_positive(
+            self, "data", "num_classes", "seg_length", "batch_size", "input_size", "scale_size", "num_sample", "shot"
         )
-        _within(self, "data", 0, 1, "gray_prob")
-        _require(
+        require_between(self, "data", 0, 1, "gray_prob")
+        require(
             self.num_segments >= 2,
             "data.num_segments",
-            f"must be at least 2, not {self.num_segments}: TD4V takes differences of neighbouring frames",
+            f"must be at least 2, not {self.num_segments}: the models compare neighbouring frames",
         )
-        _require(self.workers >= 0, "data.workers", f"must not be negative, not {self.workers}")
-        self._check_crop()
-        _require(
-            self.rand_aug or self.rand_aug_policy == DataConfig.rand_aug_policy,
-            "data.rand_aug_policy",
-            "is given, but data.rand_aug is false, so it would not be read",
-        )
-        _require(
-            RAND_AUGMENT_POLICY.fullmatch(self.rand_aug_policy) is not None,
-            "data.rand_aug_policy",
-            f"{self.rand_aug_policy!r} is not a RandAugment policy such as {DataConfig.rand_aug_policy}",
-        )
-        _require(all(value > 0 for value in self.std or ()), "data.std", "must hold three positive numbers")
+        require(self.workers >= 0, "data.workers", f"must not be negative, not {self.workers}")
+        require(all(value > 0 for value in self.std or ()), "data.std", "must hold three positive numbers")
         if self.scale_size is not None:
-            _require(
+            require(
                 self.scale_size >= self.input_size,
                 "data.scale_size",
                 f"{self.scale_size} is smaller than data.input_size {self.input_size}",
             )
-        if not self.augment:
-            _require(
-                self.num_sample == 1,
-                "data.num_sample",
-                f"{self.num_sample} draws of a video are all the same with data.augment: false",
-            )
-            for key in ("rand_aug", "rand_erase", "flip", "gray_prob"):
-                _require(not getattr(self, key), f"data.{key}", "asks for what data.augment: false leaves out")
-            _require(
-                tuple(self.crop_scale) == DataConfig.crop_scale,
-                "data.crop_scale",
-                "asks for what data.augment: false leaves out",
-            )
-            _require(
-                self.crop == DataConfig.crop, "data.crop", f"{self.crop} asks for what data.augment: false leaves out"
-            )
         for pair in self.flip_pairs or ():
-            _require(
+            require(
                 all(0 <= label < self.num_classes for label in pair),
                 "data.flip_pairs",
                 f"names a label outside 0..{self.num_classes - 1}: {list(pair)}",
             )
-        if self.modality == "RGB":
-            try:
-                names = {self.image_tmpl.format(number) for number in (1, 2)}
-            except (IndexError, KeyError, ValueError) as error:
-                raise ConfigError(
-                    f"data.image_tmpl: {self.image_tmpl!r} does not format a frame number ({error})"
-                ) from None
-            _require(
-                len(names) == 2,
-                "data.image_tmpl",
-                f"{self.image_tmpl!r} has no place for the frame number; write e.g. '{{:06d}}.jpg'",
-            )
         known = [name for names in STYLES.values() for name in names]
-        if self.style is None and self.dataset not in known:
-            raise ConfigError(
-                f"data.dataset: {self.dataset!r} is not a known dataset{_hint(self.dataset, known)}; for your own data set data.style to kinetics or something"
-            )
+        require(
+            self.style is not None or self.dataset in known,
+            "data.dataset",
+            f"{self.dataset!r} is not a known dataset{did_you_mean(self.dataset, known)}; "
+            "for your own data set data.style to kinetics or something",
+        )
+        self._check_augmentation()
+        self._check_crop()
+        if self.modality == "RGB":
+            self._check_image_template()
+
+    def _check_augmentation(self) -> None:
+        require(
+            self.rand_aug or self.rand_aug_policy == DataConfig.rand_aug_policy,
+            "data.rand_aug_policy",
+            "is given, but data.rand_aug is false, so it would not be read",
+        )
+        require(
+            RAND_AUGMENT_POLICY.fullmatch(self.rand_aug_policy) is not None,
+            "data.rand_aug_policy",
+            f"{self.rand_aug_policy!r} is not a RandAugment policy such as {DataConfig.rand_aug_policy}",
+        )
+        if self.augment:
+            return
+        require(
+            self.num_sample == 1,
+            "data.num_sample",
+            f"{self.num_sample} draws of a video are all the same with data.augment: false",
+        )
+        for key in ("rand_aug", "rand_erase", "flip", "gray_prob"):
+            require(not getattr(self, key), f"data.{key}", "has no effect with data.augment: false")
+        for key in ("crop", "crop_scale"):
+            default = getattr(self, key) == getattr(DataConfig, key)
+            require(default, f"data.{key}", "has no effect with data.augment: false")
 
     def _check_crop(self) -> None:
-        """What the training crops need; a setting of another crop is refused."""
-        for key, crop in (
-            ("crop_scale", "random_resized"),
-            ("crop_scales", "multi_scale"),
-            ("short_side", "random_short_side"),
-        ):
-            _require(
-                self.crop == crop or tuple(getattr(self, key)) == getattr(DataConfig, key),
-                f"data.{key}",
-                f"is of data.crop: {crop}, but data.crop is {self.crop}",
-            )
+        crops = {"crop_scale": "random_resized", "crop_scales": "multi_scale", "short_side": "random_short_side"}
+        _refuse_settings_of_others(self, "data", "crop", crops)
         low, high = self.crop_scale
-        _require(
+        require(
             0 < low <= high <= 1,
             "data.crop_scale",
             f"must be [low, high] with 0 < low <= high <= 1, not [{low}, {high}]",
         )
-        scales = self.crop_scales
-        _require(
-            bool(scales)
-            and 1 >= scales[0]
-            and scales[-1] > 0
-            and all(one > next_one for one, next_one in itertools.pairwise(scales)),
+        scales = list(self.crop_scales)
+        require(
+            bool(scales) and scales[0] <= 1 and scales[-1] > 0 and scales == sorted(set(scales), reverse=True),
             "data.crop_scales",
-            f"must descend from at most 1 and stay above 0, not {list(scales)}",
+            f"must descend from at most 1 and stay above 0, not {scales}",
         )
         low, high = self.short_side
-        _require(low <= high, "data.short_side", f"must be [low, high] with low <= high, not [{low}, {high}]")
-        _require(
+        require(low <= high, "data.short_side", f"must be [low, high] with low <= high, not [{low}, {high}]")
+        require(
             self.crop != "random_short_side" or low >= self.input_size,
             "data.short_side",
             f"{low} is smaller than data.input_size {self.input_size}",
+        )
+
+    def _check_image_template(self) -> None:
+        try:
+            names = {self.image_tmpl.format(number) for number in (1, 2)}
+        except (IndexError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"data.image_tmpl: {self.image_tmpl!r} does not format a frame number ({error})"
+            ) from None
+        require(
+            len(names) == 2,
+            "data.image_tmpl",
+            f"{self.image_tmpl!r} has no place for the frame number; write e.g. '{{:06d}}.jpg'",
         )
 
     def with_pixel_statistics(
@@ -225,24 +224,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A custom CLIP vision tower, for tests and small experiments. `patch_size` and `image_size` in pixels."""
+    """A custom CLIP vision tower, for tests and small experiments. Sizes in pixels."""
 
-    width: int
+    width: int  # channels of a token
     layers: int
     heads: int
     patch_size: int
     image_size: int
-    mlp_ratio: float = 4.0
-    quick_gelu: bool = True
+    mlp_ratio: float = 4.0  # hidden width of the MLPs by width
+    quick_gelu: bool = True  # OpenAI's approximation of GELU
 
     def check(self) -> None:
-        _positive(self, "network.vision", "width", "layers", "heads", "patch_size", "image_size", "mlp_ratio")
-        _require(
+        require_positive(self, "network.vision", "width", "layers", "heads", "patch_size", "image_size", "mlp_ratio")
+        require(
             self.width % self.heads == 0,
             "network.vision.heads",
             f"width {self.width} is not divisible by {self.heads} heads",
         )
-        _require(
+        require(
             self.image_size % self.patch_size == 0,
             "network.vision.patch_size",
             f"image_size {self.image_size} is not divisible by {self.patch_size}",
@@ -251,234 +250,217 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class PyramidConfig:
-    """Widths of the side network, one a CLIP layer, and the hidden share of its MLPs."""
+    """The side network of td4v_side."""
 
-    n_embs: tuple[int, ...] = (96, 96, 192, 192, 384, 384, 384, 384, 384, 384, 768, 768)
-    mlp_ratio: float = 1.0
+    n_embs: tuple[int, ...] = (96, 96, 192, 192, 384, 384, 384, 384, 384, 384, 768, 768)  # widths, one a CLIP layer
+    mlp_ratio: float = 1.0  # hidden width of the MLPs by width
 
     def check(self) -> None:
-        _require(
+        require(
             len(self.n_embs) > 0 and min(self.n_embs, default=0) > 0,
             "network.pyramid.n_embs",
             "must list one positive width a CLIP layer",
         )
-        _positive(self, "network.pyramid", "mlp_ratio")
+        require_positive(self, "network.pyramid", "mlp_ratio")
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text head: what CLIP is told of a class, and what of it is tuned. A class's name goes where {} stands."""
+    """The text head: what CLIP's text tower reads of a class, and which part of it is trainable."""
 
-    templates: tuple[str, ...] = ("a video of a person {}.",)  # the class is the mean over these
-    # none: the classifier is CLIP's embeddings of the texts; classifier: it starts there; tower: CLIP's text tower too,
-    # through which all classes in all templates go in each step: ViT-B/16's keeps 0.5 MB a token in float32 (0.7 GB for
-    # 101 classes in one template, the longest of 14 tokens), with network.recompute a twentieth of that
+    templates: tuple[str, ...] = ("a video of a person {}.",)  # {} is the class name; a class is the mean over these
+    # none: the classifier is CLIP's embeddings of the texts. classifier: it starts there. tower: CLIP's text tower too,
+    # through which all classes in all templates go in each step: ViT-B/16's saves 0.5 MB a token in float32 (0.7 GB for
+    # 101 classes in one template, the longest of 14 tokens), with network.recompute a twentieth of that.
     tuned: Literal["none", "classifier", "tower"] = "none"
     heads: Optional[int] = None  # of the text tower of network.arch: custom; null: its width // 64, as all of OpenAI's
 
     def check(self) -> None:
-        _positive(self, "network.text", "heads")
-        _require(len(self.templates) > 0, "network.text.templates", "must list at least one text")
+        require_positive(self, "network.text", "heads")
+        require(len(self.templates) > 0, "network.text.templates", "must list at least one text")
         for template in self.templates:
-            _require(
+            require(
                 template.count("{}") == 1,
                 "network.text.templates",
-                f"{template!r} must have one place for the class's name, written {{}}",
+                f"{template!r} must have one place for the class name, written {{}}",
             )
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Which model. `DA_ratio`, `sample_mode` and `pyramid` describe side-tuning, as in the published files.
-
-    `options` holds what is a method's own: the keys are the fields of the dataclass Options in the method's file, and
-    are checked when the model is built.
-    """
+    """Which model. `DA_ratio`, `sample_mode` and `pyramid` describe side-tuning, as in the published files."""
 
     arch: str = "ViT-B/16"  # OpenAI's name, a ViT of open_clip or timm, or `custom` with vision
-    init: bool = True  # load CLIP's weights
+    init: bool = True  # load pretrained weights
     weights: Optional[str] = None  # a tag or a file; null: clip_pretrain/, else OpenAI's or timm's tag
-    model: Optional[str] = None  # null: td4v_finetune if fine_tuning, else td4v_side
-    fine_tuning: bool = False
+    model: Optional[str] = None  # a name of models.registry.MODELS; null: td4v_finetune if fine_tuning, else td4v_side
+    fine_tuning: bool = False  # the published switch between TD4V's two models
     head: Literal["linear", "text"] = "linear"  # the classifier; text: CLIP's embeddings of the class names
     text: TextConfig = field(default_factory=TextConfig)  # with head: text
     drop_fc: float = 0.0  # dropout before the classifier
-    sync_bn: bool = False
-    recompute: bool = False  # compute blocks again in backward, not keep their activations: less memory, more time
-    cache_features: Literal["off", "val", "all"] = "off"  # frozen features are computed once and kept on disk
-    DA_ratio: Ratio = Ratio(1 / 6)
-    sample_mode: Literal["FC", "CNN"] = "CNN"
-    vision: Optional[VisionConfig] = None
+    sync_bn: bool = False  # BatchNorm over all processes
+    recompute: bool = (
+        False  # compute blocks again in backward instead of saving their activations: less memory, more time
+    )
+    cache_features: Literal["off", "val", "all"] = "off"  # compute frozen features once and keep them on disk
+    DA_ratio: Ratio = Ratio(1 / 6)  # td4v_side: channels of a TD4V module by width
+    sample_mode: Literal["FC", "CNN"] = "CNN"  # td4v_side: what reduces the channels of a TD4V module
+    vision: Optional[VisionConfig] = None  # with arch: custom
     pyramid: PyramidConfig = field(default_factory=PyramidConfig)
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # the model's own: the fields of Options in its file
 
     def check(self) -> None:
-        _within(self, "network", 0, 1, "drop_fc")
-        _require(
+        require_between(self, "network", 0, 1, "drop_fc")
+        require(
             (self.arch == "custom") == (self.vision is not None),
             "network.vision",
             "goes with network.arch: custom, and custom needs it",
         )
-        _require(
+        require(
             self.init or self.weights is None,
             "network.weights",
             "is given, but network.init is false, so it would not be read",
         )
-        _require(
+        require(
             self.head == "text" or self.text == TextConfig(),
             "network.text",
             "is given, but network.head is linear, so it would not be read",
         )
-        _require(
+        require(
             self.text.heads is None or self.vision is not None,
             "network.text.heads",
-            "is for network.arch: custom alone: the text tower of a named one has heads of its own",
+            "is only for network.arch: custom: the text tower of a named one has heads of its own",
         )
-        if self.vision is not None:
-            _require(
-                not self.init or self.weights is not None,
-                "network.weights",
-                "a custom tower has no public weights: give a file, or set network.init to false",
-            )
+        require(
+            self.vision is None or not self.init or self.weights is not None,
+            "network.weights",
+            "a custom tower has no public weights: give a file, or set network.init to false",
+        )
 
     @property
     def model_name(self) -> str:
-        """The model's name in the MODELS table: `model`, or what the published `fine_tuning` switch means."""
+        """The model's name in models.registry.MODELS: `model`, or what the published `fine_tuning` switch means."""
         return self.model or ("td4v_finetune" if self.fine_tuning else "td4v_side")
 
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """How it is trained. Learning rates are for one step as given, unless `lr_base_batch` scales them."""
+    """How it is trained. Learning rates are absolute; `lr_base_batch` scales them."""
 
-    type: Literal["cosine", "step"] = "cosine"  # how the learning rate falls
+    type: Literal["cosine", "step"] = "cosine"  # how the learning rate falls after the warm-up
     epochs: int = 30
-    start_epoch: int = 0
+    start_epoch: int = 0  # a published key; a resumed run takes its epoch from the checkpoint
     optim: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
+    lr: float = 1e-3  # the highest learning rate
     lr_base_batch: Optional[int] = None  # clips a step that lr is meant for: lr grows in proportion to the real ones
-    lr_warmup_step: float = 4.0  # epochs of linear warm-up from lr_warmup_start
-    lr_warmup_start: float = 0.0  # the learning rate at step 0
-    lr_final: float = 0.0  # cosine: the learning rate after the last step
+    lr_warmup_step: float = 4.0  # epochs of linear warm-up
+    lr_warmup_start: float = 0.0  # learning rate at the start of the warm-up
+    lr_final: float = 0.0  # cosine: learning rate at the end
     cosine_after_warmup: bool = True  # false: the cosine spans all epochs, and the warm-up rises to its value there
-    milestones: tuple[float, ...] = ()  # step: epochs after which the learning rate is multiplied by gamma
-    gamma: float = 0.1
+    milestones: tuple[float, ...] = ()  # step: epochs at which the learning rate is multiplied by gamma
+    gamma: float = 0.1  # step: factor of the learning rate at each milestone
     weight_decay: float = 0.15
     decay_norms: bool = True  # false: no weight decay for norms, biases and scalars; the paper decays all alike
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.9  # sgd only
-    nesterov: bool = False  # sgd only
-    loss_type: Literal["CE"] = "CE"
-    evaluate: bool = False  # only validate what pretrain or resume holds
-    clip_ratio: float = 1.0  # learning-rate factor of everything tuned but the classifier
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    eps: float = 1e-8  # adamw
+    momentum: float = 0.9  # sgd
+    nesterov: bool = False  # sgd
+    loss_type: Literal["CE"] = "CE"  # a published key: cross-entropy
+    evaluate: bool = False  # only validate the weights of pretrain or resume
+    clip_ratio: float = 1.0  # learning-rate factor of all trainable parameters but the classifier's
     clip_grad: Optional[float] = None  # largest gradient norm
-    grad_accumulation_steps: int = 1
-    mixup: bool = False
+    grad_accumulation_steps: int = 1  # batches averaged in one optimizer step
+    mixup: bool = False  # mixup and cutmix, by their alphas
     mixup_alpha: float = 0.8
     cutmix_alpha: float = 1.0
-    smoothing: float = 0.1
+    smoothing: float = 0.1  # label smoothing
     layer_decay: float = 1.0  # learning-rate factor from each layer to the one before it
-    ema_decay: Optional[float] = None  # validate and keep an exponential moving average of the tuned weights
-    early_stop: Optional[int] = None  # end after so many validations without a better top-1
-    max_bad_steps: int = 10  # end after so many steps in a row whose gradients are not finite; fewer are left out
-    compile: bool = False  # torch.compile: faster after a slow start, sums in another order
+    ema_decay: Optional[float] = None  # validate and save an exponential moving average of the trainable weights
+    early_stop: Optional[int] = None  # stop after so many validations without a better top-1
+    max_bad_steps: int = 10  # stop after so many steps in a row whose gradients are not finite; fewer are skipped
+    compile: bool = False  # torch.compile: a slow start, then faster; sums in another order
     tf32: bool = False  # float32 matrix products on a GPU with 10 bits of mantissa: faster, less accurate
     precision: Literal["amp", "fp16", "bf16", "fp32"] = "amp"  # amp: fp16 with loss scaling on a GPU, fp32 on a CPU
 
     def check(self) -> None:
-        _positive(self, "solver", "epochs", "grad_accumulation_steps", "lr", "clip_ratio", "clip_grad", "eps",
-                  "lr_base_batch", "early_stop", "max_bad_steps")  # fmt: skip
-        _within(self, "solver", 0, 1, "smoothing", "momentum")
-        for key in ("lr_warmup_step", "lr_warmup_start", "lr_final", "weight_decay", "mixup_alpha", "cutmix_alpha"):
-            _require(getattr(self, key) >= 0, f"solver.{key}", f"must not be negative, not {getattr(self, key)}")
-        _require(
+        require_positive(self, "solver", "epochs", "grad_accumulation_steps", "lr", "clip_ratio", "clip_grad", "eps",
+                         "lr_base_batch", "early_stop", "max_bad_steps")  # fmt: skip
+        require_between(self, "solver", 0, 1, "smoothing", "momentum")
+        for key in ("weight_decay", "mixup_alpha", "cutmix_alpha", "lr_warmup_step", "lr_warmup_start", "lr_final"):
+            require(getattr(self, key) >= 0, f"solver.{key}", f"must not be negative, not {getattr(self, key)}")
+        require(
             all(0 <= beta < 1 for beta in self.betas), "solver.betas", f"must lie in [0, 1), not {list(self.betas)}"
         )
-        _require(
+        require(
             self.start_epoch == 0, "solver.start_epoch", "must be 0: a resumed run takes its epoch from the checkpoint"
         )
-        _require(
-            0 < self.layer_decay <= 1, "solver.layer_decay", f"must lie above 0 and up to 1, not {self.layer_decay}"
-        )
-        _require(
+        for key in ("layer_decay", "gamma"):
+            value = getattr(self, key)
+            require(0 < value <= 1, f"solver.{key}", f"must lie above 0 and up to 1, not {value}")
+        require(
             self.ema_decay is None or 0 < self.ema_decay < 1,
             "solver.ema_decay",
             f"must lie between 0 and 1, not {self.ema_decay}",
         )
-        _require(self.smoothing < 1, "solver.smoothing", "must be below 1")
-        self._check_schedule()
-        _require(
-            not self.nesterov or (self.optim == "sgd" and self.momentum > 0),
-            "solver.nesterov",
-            "needs solver.optim: sgd and solver.momentum above 0",
-        )
-        _require(
+        require(self.smoothing < 1, "solver.smoothing", "must be below 1")
+        require(
             not self.mixup or self.mixup_alpha > 0 or self.cutmix_alpha > 0,
             "solver.mixup",
             "needs mixup_alpha or cutmix_alpha above 0",
         )
+        require(
+            not self.nesterov or (self.optim == "sgd" and self.momentum > 0),
+            "solver.nesterov",
+            "needs solver.optim: sgd and solver.momentum above 0",
+        )
+        self._check_schedule()
 
     def _check_schedule(self) -> None:
-        """What the learning rate's course needs; a setting of another course is refused."""
-        for key, course in (
-            ("milestones", "step"),
-            ("gamma", "step"),
-            ("lr_final", "cosine"),
-            ("cosine_after_warmup", "cosine"),
-        ):
-            _require(
-                self.type == course or getattr(self, key) == getattr(SolverConfig, key),
-                f"solver.{key}",
-                f"is of solver.type: {course}, but solver.type is {self.type}",
-            )
+        types = {"milestones": "step", "gamma": "step", "lr_final": "cosine", "cosine_after_warmup": "cosine"}
+        _refuse_settings_of_others(self, "solver", "type", types)
         epochs = list(self.milestones)
-        _require(self.type != "step" or bool(epochs), "solver.milestones", "is needed by solver.type: step")
-        _require(
-            all(one < next_one for one, next_one in itertools.pairwise([0, *epochs, self.epochs])),
+        require(self.type != "step" or bool(epochs), "solver.milestones", "is needed by solver.type: step")
+        require(
+            all(one < other for one, other in itertools.pairwise([0, *epochs, self.epochs])),
             "solver.milestones",
             f"must ascend above 0 and below solver.epochs {self.epochs}, not {epochs}",
         )
-        _require(0 < self.gamma <= 1, "solver.gamma", f"must lie above 0 and up to 1, not {self.gamma}")
         for key in ("lr_warmup_start", "lr_final"):
             value = getattr(self, key)
-            _require(value <= self.lr, f"solver.{key}", f"{value} is above solver.lr {self.lr}")
+            require(value <= self.lr, f"solver.{key}", f"{value:g} is above solver.lr {self.lr:g}")
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What is written, how often (print_freq in steps, eval_freq in epochs), and where."""
+    """What is logged, how often, and where."""
 
-    print_freq: int = 20
-    eval_freq: int = 1
+    print_freq: int = 20  # steps between two lines of the log
+    eval_freq: int = 1  # epochs between two validations
     skip_epoch: tuple[int, ...] = ()  # epochs, counted from 0, that are not validated; the last one always is
-    output_dir: str = "exp"
+    output_dir: str = "exp"  # runs go to output_dir/dataset/arch
     clips: int = 2  # input clips shown in TensorBoard at the start
 
     def check(self) -> None:
-        _positive(self, "logging", "print_freq", "eval_freq")
-        _require(self.clips >= 0, "logging.clips", "must not be negative")
+        require_positive(self, "logging", "print_freq", "eval_freq")
+        require(self.clips >= 0, "logging.clips", "must not be negative")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved besides the end of each epoch, and what stays.
+    """When the run is saved besides the end of each epoch, and what is kept."""
 
-    The clock's saves are no other than a step's.
-    """
-
-    every_steps: Optional[int] = None
-    every_minutes: Optional[float] = 10.0
-    keep: int = 2  # checkpoints to go on from: last_model.pt and those before it
-    full: bool = False  # hold the frozen weights too, instead of where they come from and their hash
+    every_steps: Optional[int] = None  # steps between two saves
+    every_minutes: Optional[float] = 10.0  # minutes between two saves, at the end of a step; null: never
+    keep: int = 2  # checkpoints to resume from: last_model.pt and those before it
+    full: bool = False  # save the frozen weights too, instead of their source and hash
 
     def check(self) -> None:
-        _positive(self, "checkpoint", "every_steps", "every_minutes", "keep")
+        require_positive(self, "checkpoint", "every_steps", "every_minutes", "keep")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration, as resolved: defaults filled, overrides applied, everything checked."""
+    """A complete configuration: defaults filled in, overrides applied, everything checked."""
 
     data: DataConfig
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -487,115 +469,141 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: Optional[str] = None  # a checkpoint: continue that run
     pretrain: Optional[str] = None  # a checkpoint: start from its weights
-    pretrain_head: Literal["keep", "drop"] = "keep"  # drop: leave out the checkpoint's classifier, start a new one
+    pretrain_head: Literal["keep", "drop"] = "keep"  # drop: a new classifier instead of the checkpoint's
     seed: int = 1024
 
     def check(self) -> None:
-        _require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
-        _require(
+        require(self.seed >= 0, "seed", f"must not be negative, not {self.seed}")
+        require(
             not (self.resume and self.pretrain),
             "pretrain",
             "and resume are both given: resume already holds the weights",
         )
-        _require(
+        require(
             self.solver.lr_warmup_step <= self.solver.epochs,
             "solver.lr_warmup_step",
             f"{self.solver.lr_warmup_step:g} epochs of warm-up do not fit in solver.epochs {self.solver.epochs}",
         )
-        _require(
+        require(
             not self.solver.evaluate or self.pretrain is not None or self.resume is not None,
             "solver.evaluate",
             "needs pretrain or resume: there are no weights to evaluate",
         )
         clips = self.data.batch_size * self.data.num_sample
-        _require(
+        require(
             not self.solver.mixup or clips % 2 == 0,
             "solver.mixup",
             f"mixes pairs of clips and needs an even batch: data.batch_size * data.num_sample is {clips}",
         )
         if self.network.cache_features == "all":
-            _require(
+            require(
                 not self.data.augment,
                 "network.cache_features",
-                "all keeps one clip a video, but data.augment: true draws new ones in every epoch; set it to false, or this to val",
+                "all keeps one clip a video, but data.augment: true draws new ones in every epoch; "
+                "set it to false, or this to val",
             )
-            _require(
+            require(
                 not self.solver.mixup,
                 "network.cache_features",
-                "all gives features in training, and solver.mixup mixes pixels; set one of them to off or false",
+                "all trains on features, and solver.mixup mixes pixels; turn one of them off",
             )
         if self.network.vision is not None:
             size = self.network.vision.image_size
-            _require(
+            require(
                 size == self.data.input_size,
                 "network.vision.image_size",
-                f"{size} differs from data.input_size {self.data.input_size}, for which the tower is built (positions in its weights are interpolated)",
+                f"{size} differs from data.input_size {self.data.input_size}, for which the tower is built "
+                "(positions in its weights are interpolated)",
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved configuration as plain values, fit for YAML, JSON and a checkpoint."""
-        return _plain(dataclasses.asdict(self))
+        """The configuration as plain values, ready for YAML, JSON and a checkpoint."""
+        return parse.plain(dataclasses.asdict(self))
+
+    def to_dotmap(self) -> DotMap:
+        """The configuration for scripts that read `config.data.num_segments`; an unknown key is an AttributeError."""
+        from dotmap import DotMap
+
+        return DotMap(self.to_dict(), _dynamic=False)
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file of the published layout.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration of the published layout.
 
     Args:
-        path: the file.
-        overrides: `a.b=value` strings; the value is read as YAML, applied after the file, later ones win.
+        source: a YAML file, which may build on another (`base: other.yaml`), or a mapping of sections, such as a
+            DotMap or what `Config.to_dict` returns. A mapping has no `base`: there is no folder to find it from.
+        overrides: `a.b=value` strings; the value is read as YAML, applied after the file, later ones win. A list may
+            be written without brackets: `solver.betas=0.9,0.95`.
 
     Returns:
-        The resolved, checked configuration.
+        The complete, checked configuration.
 
     Raises:
-        ConfigError: missing file, broken YAML, duplicate, unknown or wrongly typed key, impossible combination. The
-            message is one sentence with the file, the line where there is one, and the dotted key.
+        ConfigError: a missing file, broken YAML, a duplicate, unknown or wrongly typed key, settings that exclude each
+            other. The message is one sentence with the file, the line, if there is one, and the dotted key.
     """
-    path = Path(path)
+    places: dict[str, str] = {}
+    if isinstance(source, Mapping):
+        values, name = parse.plain(source), ""
+    else:
+        values, places = parse.read_yaml(Path(source), ALIASES)
+        name = str(source)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: cannot read this configuration ({getattr(error, 'strerror', None) or error})"
-        ) from None
-    lines: dict[str, int] = {}
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _note_lines(node, "", lines)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            f"{path}{f', line {mark.line + 1}' if mark else ''}: not valid YAML ({getattr(error, 'problem', error)})"
-        ) from None
-    except _DuplicateKey as error:
-        raise ConfigError(f"{path}, line {error.line}: {error.key} is given twice") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold the sections data, network, solver and logging")
-    for override in overrides:
-        _apply_override(values, override)
-        lines.pop(override.split("=", 1)[0].strip(), None)
-    try:
-        return config_from_dict(values)
+        if parse.BASE in values:
+            raise ConfigError("base: only a file can build on another; load that file and give the rest as overrides")
+        parse.rename_aliases(values, ALIASES)
+        for override in overrides:
+            key = parse.apply_override(values, override, ALIASES)
+            places[key] = f"{name} with --set {override}".strip()
+        filler = Filler(Config, ignored=IGNORED_KEYS, synonyms=SYNONYMS)
+        config = filler.fill(values)
     except ConfigError as error:
-        key = str(error).split(":", 1)[0]
-        raise ConfigError(f"{path}{f', line {lines[key]}' if key in lines else ''}: {error}") from None
-
-
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """Fill a Config from nested plain values, as `Config.to_dict` writes them. Raises ConfigError."""
-    dead: list[str] = []
-    config = _fill(Config, values, "", dead)
-    if dead:
-        warnings.warn(f"these published keys have no effect: {', '.join(sorted(dead))}", stacklevel=3)
+        raise parse.locate(error, places, name) from None
+    if filler.found_ignored:
+        keys = ", ".join(sorted(filler.found_ignored))
+        warnings.warn(f"these published keys have no effect: {keys}", stacklevel=2)
     return config
 
 
-# What may change when a run is resumed: where things are, how fast, how much is told; `solver.epochs` warns.
-_FREE_ON_RESUME = ("resume", "pretrain", "logging.", "checkpoint.", "data.workers", "data.on_error", "network.init", "network.weights",
-                   "data.train_", "data.val_", "data.test_", "data.label_list", "solver.evaluate",
-                   "solver.max_bad_steps", "solver.early_stop")  # fmt: skip
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """`load_config` of nested plain values."""
+    return load_config(values)
 
+
+def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:
+    """Fill a model's dataclass of options with the same checks as the rest; `path` is its dotted key."""
+    return Filler(cls, path).fill(values)
+
+
+def require_data_paths(config: Config, splits: Sequence[Literal["train", "val", "test"]], source: str | Path) -> None:
+    """Make sure that the lists and roots of some splits are set. The test split falls back to validation's.
+
+    Args:
+        source: where the configuration is from, for the message.
+
+    Raises:
+        ConfigError: names all that are not set.
+    """
+    missing = []
+    for what in ("list", "root"):
+        for split in splits:
+            keys = [f"{split}_{what}", *([f"val_{what}"] if split == "test" else [])]
+            if not any(getattr(config.data, key) for key in keys):
+                missing.append(f"data.{keys[-1]}")
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise ConfigError(
+            f"{source}: {', '.join(missing)} {verb} not set; write them into the file, or use --set {missing[0]}=PATH"
+        )
+
+
+# What may change when a run is resumed: where things are, how fast it runs, what is logged.
+_FREE_ON_RESUME = (
+    "resume", "pretrain", "logging.", "checkpoint.", "data.workers", "data.on_error", "data.train_", "data.val_",
+    "data.test_", "data.label_list", "network.init", "network.weights", "solver.evaluate", "solver.max_bad_steps",
+    "solver.early_stop",
+)  # fmt: skip
 
 # Settings that are null until the model is built.
 _FILLED_BY_MODEL = ("data.mean", "data.std", "data.seg_length")
@@ -643,12 +651,12 @@ def difference(previous: dict[str, Any], config: Config, more_epochs: bool, same
 
 
 def _changed_settings(previous: dict[str, Any], config: Config, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ, with both values, but those whose dotted key begins with one of `free`.
+    """The settings that differ, with both values, except keys that begin with one of `free`.
 
     A null value of _FILLED_BY_MODEL is the model's own, so it equals what the other configuration has there. A key
     that `previous` does not have is at its default.
     """
-    old, new = _flat(config_from_dict(previous).to_dict()), _flat(config.to_dict())
+    old, new = (parse.flatten(one.to_dict()) for one in (load_config(previous), config))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if not key.startswith(free)}
     return {
         key: (was, now)
@@ -657,219 +665,12 @@ def _changed_settings(previous: dict[str, Any], config: Config, free: tuple[str,
     }
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:
-    """Fill a dataclass of options from plain values with the same checks as the rest; `path` is its dotted name."""
-    return _fill(cls, values, path, [])
-
-
-def parse_ratio(value: float | str) -> float:
-    """A positive number, or a fraction string such as "1/6", as a float. Raises ValueError."""
-    try:
-        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise ValueError(f"{value!r} is neither a number nor a fraction such as '1/6'") from None
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{value!r} must be above 0")
-    return number
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    """The known name most like `name`, or None if none is like it."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
-
-
-class _DuplicateKey(Exception):
-    def __init__(self, key: str, line: int):
-        super().__init__(key)
-        self.key, self.line = key, line
-
-
-def _note_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
-    """Record the line of every dotted key and refuse duplicates, which PyYAML would resolve silently."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        key = f"{prefix}{key_node.value}"
-        if key in lines:
-            raise _DuplicateKey(key, key_node.start_mark.line + 1)
-        lines[key] = key_node.start_mark.line + 1
-        _note_lines(value_node, f"{key}.", lines)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not separator or not all(parts):
-        raise ConfigError(f"--set {override}: write it as section.key=value")
-    try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        value = text  # such as {:05d}.jpg, which opens like a mapping; the type is checked with the rest
-    section = values
-    for part in parts[:-1]:
-        if section.get(part) is None:
-            section[part] = {}
-        section = section[part]
-        if not isinstance(section, dict):
-            raise ConfigError(f"{'.'.join(parts)}: {part} is a value, not a section")
-    section[parts[-1]] = value
-
-
-def _fill(cls: type, values: Any, path: str, dead: list[str]) -> Any:
-    """Build the dataclass `cls` from a mapping; `path` is its dotted name."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'the file'}: must be a section of keys, not {values!r}")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    filled = {}
-    for key, value in values.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        if dotted in ALIASES:
-            dotted = ALIASES[dotted]
-            key = dotted.rpartition(".")[2]
-            if key in values:
-                raise ConfigError(f"{dotted}: is given under two names")
-        if dotted in DEAD_KEYS:
-            dead.append(dotted)
-        elif key not in fields:
-            known = [f"{path}.{name}" for name in fields] if path.count(".") else _all_keys(Config)
-            raise ConfigError(f"{dotted}: unknown key{_hint(dotted, known, str(key), path)}")
-        elif value is None and not _optional(hints[key]) and _has_default(fields[key]):
-            continue  # an empty key, as the published files have them, means the default
-        else:
-            filled[key] = _convert(hints[key], value, dotted, dead)
-    for name, spec in fields.items():
-        if name not in filled and not _has_default(spec):
-            raise ConfigError(f"{f'{path}.{name}' if path else name}: is required")
-    built = cls(**filled)
-    if hasattr(built, "check"):
-        built.check()
-    return built
-
-
-def _convert(kind: Any, value: Any, key: str, dead: list[str]) -> Any:
-    """Turn a YAML value into the type a field declares, or say what is wrong with it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(next(a for a in arguments if a is not type(None)), value, key, dead)
-    if dataclasses.is_dataclass(kind):
-        return _fill(kind, value, key, dead)
-    if kind is Ratio:
-        if not isinstance(value, bool):
-            try:
-                return Ratio(parse_ratio(value))
-            except ValueError as error:
-                raise ConfigError(f"{key}: {error}") from None
-    elif origin is Literal:
-        if value is False and "off" in arguments:
-            value = "off"  # which YAML reads as false
-        if any(value == choice and type(value) is type(choice) for choice in arguments):
-            return value
-        close = _hint(str(value), [str(choice) for choice in arguments])
-        raise ConfigError(f"{key}: must be one of {', '.join(map(str, arguments))}, not {value!r}{close}")
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)):
-            kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-            if len(kinds) == len(value):
-                return tuple(
-                    _convert(k, v, f"{key}[{i}]", dead) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-                )
-            raise ConfigError(f"{key}: must hold {len(kinds)} values, not {len(value)}")
-    elif origin is dict:
-        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-            return value
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return _finite(float(value), key)
-        if isinstance(value, str):  # PyYAML reads 1e-3, without a dot, as text
-            try:
-                return _finite(float(value), key)
-            except ValueError:
-                pass
-    elif kind is str and isinstance(value, str):
-        return value
-    raise ConfigError(f"{key}: must be {_describe(kind)}, not {value!r}")
-
-
-def _finite(number: float, key: str) -> float:
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ConfigError(f"{key}: must be a finite number")
-    return number
-
-
-def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is tuple:
-        return f"a list of {_describe(typing.get_args(kind)[0]).removeprefix('a ').removeprefix('an ')}s"
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        Ratio: "a number or a fraction such as '1/6'",
-    }
-    return names.get(kind, str(kind))
-
-
-def _optional(kind: Any) -> bool:
-    return type(None) in typing.get_args(kind)
-
-
-def _has_default(spec: dataclasses.Field) -> bool:
-    return spec.default is not dataclasses.MISSING or spec.default_factory is not dataclasses.MISSING
-
-
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    """Every dotted key below a dataclass."""
-    keys = []
-    for name, kind in typing.get_type_hints(cls).items():
-        inner = next((a for a in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(a)), None)
-        keys += [f"{prefix}{name}", *(_all_keys(inner, f"{prefix}{name}.") if inner else [])]
-    return keys
-
-
-def _hint(name: str, known: typing.Sequence[str], leaf: str = "", section: str = "") -> str:
-    """`; did you mean ...?`: the nearest of the same section, else the same leaf elsewhere, else the nearest of all."""
-    siblings = [key for key in known if key.rpartition(".")[0] == section] if leaf else []
-    elsewhere = [key for key in known if leaf and key.rpartition(".")[2] == leaf]
-    close = nearest(name, siblings) if siblings and nearest(leaf, [s.rpartition(".")[2] for s in siblings]) else None
-    close = close or (elsewhere[0] if elsewhere else nearest(name, known))
-    return f"; did you mean {close}?" if close else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _require(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {message}")
-
-
-def _positive(section: Any, path: str, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        _require(value is None or value > 0, f"{path}.{key}", f"must be above 0, not {value}")
-
-
-def _within(section: Any, path: str, low: float, high: float, *keys: str) -> None:
-    for key in keys:
-        value = getattr(section, key)
-        _require(
-            value is None or low <= value <= high, f"{path}.{key}", f"must lie between {low} and {high}, not {value}"
+def _refuse_settings_of_others(section: Any, path: str, switch: str, owners: Mapping[str, str]) -> None:
+    """Refuse fields whose value is not the default and which another choice of `switch` reads, not the one made."""
+    chosen = getattr(section, switch)
+    for key, owner in owners.items():
+        require(
+            chosen == owner or getattr(section, key) == getattr(type(section), key),
+            f"{path}.{key}",
+            f"is for {path}.{switch}: {owner}, but {path}.{switch} is {chosen}, so it would not be read",
         )

@@ -162,7 +162,7 @@ def test_heads_of_a_custom_text_tower(tmp_path: Path, file: str) -> None:
         build(path, text={"heads": 5})
     with pytest.raises(ConfigError, match="network.text.heads: must be above 0, not 0"):
         config(file, text={"heads": 0})
-    with pytest.raises(ConfigError, match="network.text.heads: is for network.arch: custom alone"):
+    with pytest.raises(ConfigError, match="network.text.heads: is only for network.arch: custom"):
         config(file, text={"heads": 8}, arch="ViT-B/16", vision=None)
 
 

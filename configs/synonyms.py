@@ -1,0 +1,57 @@
+"""What timm, SlowFast, mmaction and others call our keys: the hint of an error names ours."""
+
+SYNONYMS = {
+    synonym: key
+    for key, synonyms in {
+        "data.batch_size": "batch batchsize bs samples_per_gpu videos_per_gpu train_batch_size",
+        "data.crop_scale": "scale train_scale area_range jitter_scales_relative",
+        "data.flip": "hflip random_flip",
+        "data.input_size": "crop_size img_size image_size resolution train_crop_size",
+        "data.mean": "img_mean channel_mean pixel_mean norm_mean",
+        "data.num_classes": "classes n_classes nb_classes num_class num_cls class_num",
+        "data.num_sample": "num_aug num_aug_repeats repeated_aug repeated_augmentation aug_repeats",
+        "data.num_segments": "frames num_frames n_frames clip_len clip_length segments n_segment n_segments",
+        "data.rand_aug": "randaugment rand_augment randaug use_rand_augment",
+        "data.rand_aug_policy": "aa aa_type auto_augment autoaugment",
+        "data.rand_erase": "reprob random_erasing random_erase re_prob",
+        "data.short_side": "train_jitter_scales jitter_scales short_side_range",
+        "data.std": "img_std channel_std pixel_std norm_std",
+        "data.train_list": "train_file train_annotation ann_file_train list_train train_csv",
+        "data.train_root": "root data_root root_path data_dir data_prefix path_to_data_dir",
+        "data.val_list": "val_file val_annotation ann_file_val list_val val_csv",
+        "data.workers": "num_workers workers_per_gpu n_workers j",
+        "logging.eval_freq": "eval_period eval_interval val_interval val_freq",
+        "logging.output_dir": "work_dir out_dir save_dir log_dir output",
+        "logging.print_freq": "log_period log_interval log_freq print_interval",
+        "network.arch": "backbone architecture backbone_name",
+        "network.drop_fc": "dropout drop dropout_rate drop_rate dropout_ratio",
+        "network.init": "pretrained",
+        "network.model": "model_name",
+        "network.recompute": "grad_checkpointing gradient_checkpointing use_checkpoint with_cp checkpointing",
+        "pretrain": "finetune load_from init_from checkpoint_file_path",
+        "resume": "resume_from auto_resume",
+        "seed": "random_seed rng_seed manual_seed",
+        "solver.betas": "opt_betas adam_betas",
+        "solver.clip_grad": "grad_clip clip_gradient clip_gradients clip_grad_norm clip_grad_l2norm max_norm "
+                            "max_grad_norm",
+        "solver.cutmix_alpha": "cutmix",
+        "solver.ema_decay": "ema model_ema use_ema model_ema_decay",
+        "solver.eps": "opt_eps adam_eps",
+        "solver.epochs": "max_epoch max_epochs num_epochs total_epochs n_epochs",
+        "solver.gamma": "lr_decay decay_rate lr_gamma lr_decay_rate",
+        "solver.grad_accumulation_steps": "accum accum_iter accum_steps grad_accum grad_accum_steps update_freq "
+                                          "gradient_accumulation_steps accumulate_grad_batches",
+        "solver.layer_decay": "llrd lr_layer_decay layer_wise_decay layerwise_decay",
+        "solver.lr": "learning_rate base_lr init_lr initial_lr",
+        "solver.lr_final": "min_lr lr_min eta_min end_lr final_lr cosine_end_lr",
+        "solver.lr_warmup_start": "warmup_lr warmup_init_lr warmup_start_lr warmup_lr_init",
+        "solver.lr_warmup_step": "warmup warmup_epochs warmup_epoch n_warmup_epochs warmup_iters",
+        "solver.milestones": "lr_steps lr_step decay_epochs decay_milestones steps",
+        "solver.optim": "optimizer opt optimizing_method optimizer_type",
+        "solver.precision": "amp fp16 bf16 mixed_precision use_amp dtype",
+        "solver.smoothing": "label_smoothing label_smooth label_smooth_value label_smooth_eps",
+        "solver.type": "scheduler lr_scheduler sched lr_policy lr_schedule schedule",
+        "solver.weight_decay": "wd decay l2",
+    }.items()
+    for synonym in synonyms.split()
+}  # fmt: skip
