@@ -4,7 +4,7 @@ SYNONYMS = {
     synonym: key
     for key, synonyms in {
         "data.batch_size": "batch batchsize bs samples_per_gpu videos_per_gpu train_batch_size",
-        "data.crop_scale": "scale train_scale area_range jitter_scales_relative",
+        "data.crop_scale": "scale train_scale area_range train_jitter_scales_relative",
         "data.flip": "hflip random_flip",
         "data.input_size": "crop_size img_size image_size resolution train_crop_size",
         "data.mean": "img_mean channel_mean pixel_mean norm_mean",
