@@ -15,9 +15,9 @@ import logging
 from configs.schema import check_same_run, load_config
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint_file, optim
+from engine.build import base_lr, build_training_state, clips_per_step
 from engine.distributed import move_to_device, start, unwrap, wrap
 from engine.dry_run import dry_run
-from engine.ema import ModelEma
 from engine.entry import run
 from engine.errors import EngineError
 from engine.evaluation import evaluate, log_accuracy
@@ -28,7 +28,6 @@ from engine.resume import find_run, restarted, starting_point
 from engine.rng import seed_everything
 from engine.run_dir import RunDir
 from engine.run_info import run_info
-from engine.train_step import TrainingState
 from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
 from models.loading import load_weights
 from models.parameters import parameter_groups
@@ -106,27 +105,10 @@ def main() -> None:
         training = cache.loader("train", listed_loader(data, config.seed, *ours), training)
     model = wrap(model, process, config.network.sync_bn, solver.compile)
     seed_everything(config.seed, process)
-    clips = data.batch_size * data.num_sample * process.world_size * solver.grad_accumulation_steps
-    lr = optim.scaled_lr(solver.lr, solver.lr_base_batch, clips)
+    clips, lr = clips_per_step(config, process), base_lr(config, process)
     groups = parameter_groups(unwrap(model), lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
-    optim.check_groups(unwrap(model), groups)
-    optimizer = optim.build_optimizer(
-        groups, solver.optim, solver.weight_decay, solver.betas, solver.eps, solver.momentum
-    )
     steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
-    mixing = (solver.mixup_alpha, solver.cutmix_alpha, solver.smoothing, data.num_classes)
-    trainee = TrainingState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=optim.warmup_cosine(optimizer, steps, solver.epochs, solver.lr_warmup_step),
-        scaler=precision.scaler(process.device),
-        ema=ModelEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
-        backbone=backbone,
-        criterion=optim.build_criterion(solver.smoothing, solver.mixup),
-        precision=precision,
-        mixup=optim.ClipMixup(*mixing) if solver.mixup else None,
-        normalizer=normalizer,
-    )
+    trainee = build_training_state(config, model, groups, lr, precision, process, steps, backbone)
     settings = TrainerSettings(
         solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
         solver.grad_accumulation_steps, solver.clip_grad, solver.early_stop, solver.max_bad_steps,

@@ -1,8 +1,4 @@
-"""How one optimisation step is taken: parameter groups, optimizer, learning rate, loss, mixing and number format.
-
-Lives here: constructors that take plain values, and the checks that go with them.
-Does not live here: the step that is taken with them (step.py), and which parameters a method trains (the method says).
-"""
+"""Parameter groups, optimizer, learning-rate schedule, loss, mixup and number format of a training step."""
 
 from __future__ import annotations
 
@@ -18,6 +14,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from configs.schema import SolverConfig
+
 logger = logging.getLogger("td4v")
 
 
@@ -32,7 +30,7 @@ def check_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
         groups: dicts with `name` (str), `params` (iterable of parameters) and `lr` (float).
 
     Raises:
-        OptimError: naming the first parameter that is missing, twice in, frozen, or no parameter of the model.
+        OptimError: naming the first parameter that is missing, in two groups, frozen, or not of the model.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     held: dict[nn.Parameter, str] = {}
@@ -40,7 +38,7 @@ def check_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
         for parameter in group["params"]:
             if parameter not in names:
                 raise OptimError(
-                    f"group {group['name']} holds a parameter of shape {tuple(parameter.shape)} that the model lacks"
+                    f"group {group['name']} holds a parameter of shape {tuple(parameter.shape)} that is not the model's"
                 )
             if parameter in held:
                 raise OptimError(f"{names[parameter]} is in the groups {held[parameter]} and {group['name']}")
@@ -59,12 +57,19 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     momentum: float = 0.9,
+    nesterov: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate; torch's fused ones, which can
-    leave out a step that only the device knows to be bad (step.py).
+    """AdamW or SGD over `groups` (see check_groups), each with its own learning rate.
 
-    `weight_decay` is for every group that does not bring its own under that name. `betas` and `eps` are AdamW's,
-    `momentum` SGD's. Raises OptimError for another name or where nothing is to be tuned.
+    Both are torch's fused ones, which can skip a step that only the device knows to be bad (see train_step.py).
+
+    Args:
+        weight_decay: of every group without a `weight_decay` of its own.
+        betas, eps: AdamW's.
+        momentum, nesterov: SGD's.
+
+    Raises:
+        OptimError: another name, or no group holds a parameter.
     """
     groups = [{**group, "params": list(group["params"])} for group in groups]
     groups = [group for group in groups if group["params"]]
@@ -73,10 +78,11 @@ def build_optimizer(
     if optim == "adamw":
         return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
     if optim == "sgd":
-        optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
         if momentum:
             for parameter in (parameter for group in groups for parameter in group["params"]):
-                # 0, and not absent until the first step: if that is left out torch would not fill what it makes there
+                # The buffer starts as 0 instead of being made in the first step: torch would leave it unfilled if that
+                # step is skipped.
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     raise OptimError(f"the optimizer must be adamw or sgd, not {optim!r}")
@@ -85,50 +91,71 @@ def build_optimizer(
 def scaled_lr(lr: float, base_batch: int | None, batch: int) -> float:
     """The learning rate for `batch` clips a step, where `lr` is meant for `base_batch`: lr * batch / base_batch.
 
-    Linear scaling after Goyal et al. 2017 (arXiv 1706.02677), section 2.1, to go with a warm-up.
+    Source: Goyal et al. 2017 (arXiv 1706.02677), section 2.1, linear scaling, to go with a warm-up.
 
     Args:
-        lr: as configured. base_batch: clips a step that it is meant for; None leaves it as it is.
+        lr: as configured. base_batch: clips a step that it is meant for; None returns `lr`.
         batch: clips that one optimizer step averages over: batch size x clips a video (num_sample) x processes x
             accumulated batches.
     """
     if base_batch is None:
         return lr
-    scaled = lr * (batch / base_batch)  # exactly lr where both are equal
+    scaled = lr * (batch / base_batch)  # exactly lr if both are equal
     logger.info("learning rate %g for %d clips a step: %g for %d, scaled linearly", scaled, batch, lr, base_batch)
     return scaled
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The greatest of all groups, as the next step takes it."""
+    """The largest of all groups, for the next step."""
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def warmup_cosine(
-    optimizer: torch.optim.Optimizer, steps_per_epoch: int, epochs: int, warmup_epochs: float
-) -> LambdaLR:
-    """The learning rate by optimizer step: linear from 0 over the warm-up, then a cosine to 0 after the last step.
+def lr_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
+    """The learning rate at a fractional epoch, as a multiple of `lr`, its value at the top of the schedule.
 
-    Steps that are left out count too: the rate goes by the position in the run. Step k lies at epoch e = k / steps_per_epoch. The factor is e / w for e < w = warmup_epochs, else
-    (1 + cos(pi (e - w) / (epochs - w))) / 2.
+    `step`: gamma ** (number of milestones up to here). `cosine`: final + (1 - final) (1 + cos(pi (e - o) / (E - o))) / 2
+    with E = epochs; o is the end of the warm-up w, or 0 without cosine_after_warmup. The warm-up rises linearly from
+    lr_warmup_start to the schedule's value at w.
+
+    Source: cosine_after_warmup false is TAda2D's and TAdaConvNeXtV2's schedule, true SlowFast's, TAdaFormer's and ours;
+    `step` is TDN's.
     """
+    warmup = solver.lr_warmup_step
+    if epoch >= warmup:
+        return _decay_factor(solver, lr, epoch)
+    start = solver.lr_warmup_start / lr
+    end = 1.0 if solver.type == "cosine" and solver.cosine_after_warmup else _decay_factor(solver, lr, warmup)
+    return start + (end - start) * (epoch / warmup)
 
-    def factor(step: int) -> float:
-        epoch = step / steps_per_epoch
-        if epoch < warmup_epochs:
-            return epoch / warmup_epochs
-        if epoch >= epochs:
-            return 0.0
-        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / (epochs - warmup_epochs)))
 
-    return LambdaLR(optimizer, factor)
+def _decay_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
+    if solver.type == "step":
+        return solver.gamma ** sum(epoch >= milestone for milestone in solver.milestones)
+    final = solver.lr_final / lr
+    if epoch >= solver.epochs:
+        return final
+    origin = solver.lr_warmup_step if solver.cosine_after_warmup else 0.0
+    cosine = 0.5 * (1 + math.cos(math.pi * (epoch - origin) / (solver.epochs - origin)))
+    return final + (1 - final) * cosine
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, solver: SolverConfig, lr: float, steps_per_epoch: int
+) -> LambdaLR:
+    """The schedule of `solver` by optimizer step; skipped steps count too.
+
+    Args:
+        lr: the learning rate that lr_warmup_start and lr_final are relative to. A group with another rate follows in
+            proportion.
+    """
+    return LambdaLR(optimizer, lambda step: lr_factor(solver, lr, step / steps_per_epoch))
 
 
 def build_criterion(smoothing: float, mixing: bool) -> nn.Module:
     """Cross-entropy of logits (B, K), averaged over B.
 
-    With `mixing` the targets are the (B, K) shares that ClipMixup gives, which carry the smoothing already; else they
-    are labels (B,) and `smoothing` is spread over the classes.
+    With `mixing` the targets are the shares (B, K) that ClipMixup returns, which are smoothed already; else they are
+    labels (B,), and `smoothing` is spread over the classes.
     """
     if mixing:
         return SoftTargetCrossEntropy()
@@ -136,9 +163,9 @@ def build_criterion(smoothing: float, mixing: bool) -> nn.Module:
 
 
 class ClipMixup:
-    """timm's mixup and cutmix, one draw a batch, with all frames of a clip mixed alike.
+    """timm's mixup and cutmix: one draw a batch, the same for all frames of a clip.
 
-    Mixes every batch: cutmix half of the time where both alphas are above 0. Draws come from NumPy's generator.
+    Mixes every batch: cutmix half of the time if both alphas are above 0. Draws come from NumPy's generator.
     """
 
     def __init__(self, mixup_alpha: float, cutmix_alpha: float, smoothing: float, num_classes: int) -> None:
@@ -161,7 +188,7 @@ class ClipMixup:
         Returns:
             The video and (B, K) float32 target shares.
 
-        The last clip of an odd batch has no partner and is left out; that happens where videos were skipped.
+        The last clip of an odd batch has no partner and is dropped; that happens if videos were skipped.
 
         Raises:
             OptimError: a single clip.
@@ -195,7 +222,7 @@ class Precision:
 def resolve_precision(
     name: Literal["amp", "fp16", "bf16", "fp32"], device: torch.device, tf32: bool = False
 ) -> Precision:
-    """What a precision setting means on a device: amp is fp16 on a GPU and fp32 on a CPU. Sets `tf32`, see set_tf32.
+    """The number format of a precision setting on a device: amp is fp16 on a GPU and fp32 on a CPU. Calls set_tf32.
 
     Raises:
         OptimError: fp16 on a CPU, or an unknown name.
@@ -219,11 +246,11 @@ def resolve_precision(
 def set_tf32(enabled: bool, device: torch.device) -> None:
     """Whether float32 matrix products and convolutions on a GPU may round their inputs to TF32's 10 bits of mantissa.
 
-    Off, both are float32 throughout, the convolutions too, for which cudnn's own default is TF32. It holds for the whole
-    process. On a CPU nothing is changed.
+    If not, both are float32 throughout (cudnn's own default for convolutions is TF32). This holds for the whole process.
+    On a CPU nothing changes.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if enabled else "highest")
         torch.backends.cudnn.allow_tf32 = enabled
     elif enabled:
-        logger.info("TF32 is a number format of GPUs: on a CPU float32 stays what it is")
+        logger.info("TF32 is a number format of GPUs: on a CPU it has no effect")

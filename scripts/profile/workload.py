@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import nn
 
 from configs.schema import Config
 from engine import profiling
+from engine.build import build_training_state
 from engine.distributed import Process, barrier, start, unwrap, wrap
 from engine.entry import leave
-from engine.optim import build_criterion, build_optimizer, resolve_precision, set_tf32, warmup_cosine
-from engine.train_step import TrainingState, TrainStep
+from engine.optim import resolve_precision, set_tf32
+from engine.train_step import TrainStep
 from models.parameters import parameter_groups
 from models.registry import build_model
 
@@ -33,20 +35,20 @@ def random_batch(config: Config, clips: int, device: torch.device) -> tuple[torc
 
 def training_step(model: nn.Module, config: Config, process: Process) -> TrainStep:
     """The engine's own optimizer step for a model and its configuration."""
-    solver = config.solver
-    model = wrap(model, process, config.network.sync_bn, solver.compile).train()
+    model = wrap(model, process, config.network.sync_bn, config.solver.compile).train()
+    solver = replace(config.solver, mixup=False, ema_decay=None)
+    config = replace(config, data=config.data.with_pixel_statistics(), solver=solver)
     groups = parameter_groups(unwrap(model), solver.lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
-    optimizer = build_optimizer(groups, solver.optim, solver.weight_decay, solver.betas, solver.eps, solver.momentum)
-    precision = resolve_precision(solver.precision, process.device)
-    trainee = TrainingState(
-        model=model,
-        optimizer=optimizer,
-        scheduler=warmup_cosine(optimizer, steps_per_epoch=10**6, epochs=1, warmup_epochs=0),
-        scaler=precision.scaler(process.device),
-        criterion=build_criterion(solver.smoothing, mixing=False),
-        precision=precision,
+    state = build_training_state(
+        config,
+        model,
+        groups,
+        lr=solver.lr,
+        precision=resolve_precision(solver.precision, process.device),
+        process=process,
+        steps_per_epoch=10**6,
     )
-    return TrainStep(trainee, process, solver.clip_grad)
+    return TrainStep(state, process, solver.clip_grad)
 
 
 def threads_of_each(processes: int) -> int:

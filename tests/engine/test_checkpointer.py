@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from configs.schema import SolverConfig
 from engine import checkpoint_file, checkpointer, rng
 from engine.checkpoint_file import CheckpointError
 from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
 from engine.meter import LossMonitor
-from engine.optim import warmup_cosine
+from engine.optim import build_scheduler
 from engine.train_step import TrainingState
 
 BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
@@ -53,7 +54,14 @@ def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: 
     optimizer = torch.optim.AdamW([{"name": "all", "params": tuned, "lr": 0.1}])
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0)
     average = ModelEma(model, ema) if ema is not None else None
-    return TrainingState(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, BACKBONE)
+    return TrainingState(
+        model,
+        optimizer,
+        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 0.1, 4),
+        scaler,
+        average,
+        BACKBONE,
+    )
 
 
 def step(trained: TrainingState) -> None:

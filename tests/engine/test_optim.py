@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from torch import nn
 
+from configs.schema import SolverConfig
 from engine.optim import (
     ClipMixup,
     OptimError,
     build_criterion,
     build_optimizer,
+    build_scheduler,
     check_groups,
+    lr_factor,
     resolve_precision,
     scaled_lr,
     set_tf32,
-    warmup_cosine,
 )
 
 
@@ -45,7 +49,10 @@ def test_groups_that_cover_each_trainable_parameter_once_pass() -> None:
         (lambda m: [_group("body", m.body)], "head.weight is trainable, but in no group"),
         (lambda m: [_group("a", m.body), _group("b", m.head, m.body)], "body.weight is in the groups a and b"),
         (lambda m: [_group("a", m.body, m.head, m.frozen)], "frozen.weight is frozen, but in group a"),
-        (lambda m: [_group("a", m.body, m.head, nn.Linear(7, 1))], r"group a .* shape \(1, 7\) that the model lacks"),
+        (
+            lambda m: [_group("a", m.body, m.head, nn.Linear(7, 1))],
+            r"group a .* shape \(1, 7\) that is not the model's",
+        ),
     ],
 )
 def test_wrong_groups_are_refused_by_name(groups, message: str) -> None:
@@ -65,6 +72,8 @@ def test_optimizers_take_their_settings() -> None:
     ]
     sgd = build_optimizer(groups, "sgd", weight_decay=0.01, momentum=0.7)
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[1]["momentum"] == 0.7
+    nesterov = build_optimizer(groups, "sgd", momentum=0.7, nesterov=True)
+    assert nesterov.param_groups[0]["nesterov"] and not sgd.param_groups[0]["nesterov"]
     with pytest.raises(OptimError, match="nothing to train"):
         build_optimizer([_group("empty")])
     with pytest.raises(OptimError, match="not 'adam'"):
@@ -154,11 +163,12 @@ def test_linear_scaling(caplog) -> None:
     assert scaled_lr(1e-3, 64, 16) == pytest.approx(2.5e-4)
 
 
-def _curve(steps: int, epochs: int, warmup: float) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = warmup_cosine(optimizer, steps, epochs, warmup)
+def _rates(solver: SolverConfig, steps: int) -> list[float]:
+    """The learning rate before each step and after the last."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=solver.lr)
+    scheduler = build_scheduler(optimizer, solver, solver.lr, steps)
     rates = [optimizer.param_groups[0]["lr"]]
-    for _ in range(steps * epochs):
+    for _ in range(steps * solver.epochs):
         optimizer.step()
         scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
@@ -166,7 +176,7 @@ def _curve(steps: int, epochs: int, warmup: float) -> list[float]:
 
 
 def test_warmup_then_cosine() -> None:
-    rates = _curve(steps=5, epochs=10, warmup=2)
+    rates = _rates(SolverConfig(lr=2.0, epochs=10, lr_warmup_step=2), steps=5)
     assert rates[0] == 0 and rates[5] == pytest.approx(1.0) and rates[10] == pytest.approx(2.0) == max(rates)
     assert rates[30] == pytest.approx(1.0)  # half way through the cosine
     assert rates[49] == pytest.approx(1 + math.cos(math.pi * (49 / 5 - 2) / 8)) and 0 < rates[49] < 0.01
@@ -174,9 +184,92 @@ def test_warmup_then_cosine() -> None:
 
 
 def test_no_warmup_nothing_but_warmup_and_a_fraction_of_an_epoch() -> None:
-    assert _curve(4, 2, 0)[0] == 2.0
-    assert _curve(4, 2, 2)[7] == pytest.approx(2.0 * 7 / 8)
-    assert _curve(4, 2, 0.5)[1:3] == pytest.approx([1.0, 2.0])
+    assert _rates(SolverConfig(lr=2.0, epochs=2, lr_warmup_step=0), 4)[0] == 2.0
+    only_warmup = _rates(SolverConfig(lr=2.0, epochs=2, lr_warmup_step=2), 4)
+    assert only_warmup[7] == pytest.approx(2.0 * 7 / 8) and only_warmup[8] == 0
+    assert _rates(SolverConfig(lr=2.0, epochs=2, lr_warmup_step=0.5), 4)[1:3] == pytest.approx([1.0, 2.0])
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 30])
+def test_the_default_schedule_keeps_every_digit(epochs: int) -> None:
+    solver = SolverConfig(epochs=epochs, lr_warmup_step=1)
+    for step in range(13 * epochs):
+        epoch = step / 13
+        cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 1) / (epochs - 1))) if epoch >= 1 else None
+        assert lr_factor(solver, 0.03, epoch) == (epoch if cosine is None else cosine)
+
+
+def test_warmup_start_and_final_learning_rate() -> None:
+    solver = SolverConfig(lr=2.0, epochs=10, lr_warmup_step=2, lr_warmup_start=0.5, lr_final=0.2)
+    rates = _rates(solver, steps=5)
+    assert [rates[step] for step in (0, 5, 10, 30, 50)] == pytest.approx([0.5, 1.25, 2.0, 1.1, 0.2])
+    assert rates[49] > 0.2
+
+
+def test_a_cosine_over_all_epochs() -> None:
+    """The warm-up rises to the cosine's value at its end."""
+    solver = SolverConfig(lr=2.0, epochs=8, lr_warmup_step=2, lr_warmup_start=0.1, cosine_after_warmup=False)
+    rates = _rates(solver, steps=4)
+    peak = 1 + math.cos(math.pi / 4)
+    assert rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx((0.1 + peak) / 2)
+    assert rates[8] == pytest.approx(peak) == max(rates)
+    assert rates[16] == pytest.approx(1.0) and rates[32] == 0
+
+
+def test_steps_at_milestones() -> None:
+    solver = SolverConfig(type="step", lr=2.0, epochs=6, lr_warmup_step=0, milestones=(2, 3.5, 5), gamma=0.1)
+    rates = _rates(solver, steps=4)
+    assert [rates[step] for step in (0, 7, 8, 13, 14, 19, 20, 24)] == pytest.approx(
+        [2, 2, 0.2, 0.2, 0.02, 0.02, 0.002, 0.002]
+    )
+
+
+def test_steps_after_a_warmup_by_iteration() -> None:
+    start = {"lr_warmup_step": 1, "lr_warmup_start": 0.02}
+    solver = SolverConfig(type="step", lr=2.0, epochs=4, milestones=(2,), gamma=0.5, **start)
+    rates = _rates(solver, steps=4)
+    assert rates[:5] == pytest.approx([0.02, 0.515, 1.01, 1.505, 2.0]) and rates[8] == rates[16] == 1.0
+
+
+def test_groups_keep_their_proportion() -> None:
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (2.0, 0.2)]
+    optimizer = torch.optim.SGD(groups)
+    solver = SolverConfig(lr=2.0, epochs=2, lr_warmup_step=1, lr_warmup_start=0.5)
+    build_scheduler(optimizer, solver, lr=2.0, steps_per_epoch=2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.05])
+
+
+TADA_RATES = Path(__file__).parents[2] / "shared/golden_tadn/tables/learning_rates_tada.json"
+TADA_RECIPES = {  # recipe: lr, its start, final, warm-up, epochs, cosine after the warm-up
+    "tada/ssv2/tada2d_8f": (0.48, 1e-4, 0.0, 4, 64, False),
+    "tada/ssv2/tada2d_16f": (0.24, 1e-4, 0.0, 4, 64, False),
+    "tada/k400/tada2d_8x8": (0.24, 0.01, 0.0, 8, 100, False),
+    "tada/k400/tada2d_16x5": (0.12, 0.01, 0.0, 8, 100, False),
+    "tadaformer/tadaformer_b16_ssv2_16f": (5e-4, 1e-8, 1e-6, 4, 24, True),
+    "tadaformer/tadaformer_b16_k400_16f": (5e-5, 1e-6, 1e-6, 5, 30, True),
+    "tadaformer/tadaformer_l14_ssv2_16f": (2.5e-4, 1e-8, 1e-6, 4, 24, True),
+    "tadaformer/tadaformer_l14_k400_16f": (2e-5, 1e-6, 1e-6, 5, 24, True),
+    "tadaconvnextv2/tadaconvnextv2_tiny_ssv2_16f": (5e-4, 1e-6, 0.0, 2.5, 64, False),
+    "tadaconvnextv2/tadaconvnextv2_base_k400_16f": (2.5e-4, 1e-6, 0.0, 8, 100, False),
+}
+
+
+@pytest.mark.skipif(not TADA_RATES.exists(), reason="needs the table of the official code's learning rates")
+def test_schedules_are_those_of_the_tada_models() -> None:
+    rows = json.loads(TADA_RATES.read_text())
+    assert {row["recipe"] for row in rows} == TADA_RECIPES.keys()
+    for row in rows:
+        lr, start, final, warmup, epochs, after = TADA_RECIPES[row["recipe"]]
+        solver = SolverConfig(
+            lr=lr,
+            epochs=epochs,
+            lr_warmup_step=warmup,
+            lr_warmup_start=start,
+            lr_final=final,
+            cosine_after_warmup=after,
+        )
+        found = [lr * lr_factor(solver, lr, epoch) for epoch in row["epochs"]]
+        assert found == pytest.approx(row["lr"], rel=1e-9, abs=1e-15), row["recipe"]
 
 
 def test_losses_agree_with_torch() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
+from configs.schema import SolverConfig
 from engine.checkpoint_file import CheckpointError, load, weights_of
 from engine.checkpointer import Progress
 from engine.distributed import Process, gather, start, unwrap, wrap
@@ -24,7 +25,7 @@ from engine.evaluation import DataError, evaluate
 from engine.log import close_logging
 from engine.meter import LossMonitor
 from engine.metrics import Accuracy, MetricsError
-from engine.optim import ClipMixup, build_criterion, build_optimizer, resolve_precision, warmup_cosine
+from engine.optim import ClipMixup, build_criterion, build_optimizer, build_scheduler, resolve_precision
 from engine.rng import rng_state, seed_everything
 from engine.run_dir import RunDir
 from engine.train_step import TrainingState
@@ -105,7 +106,9 @@ def _trainee(
         model=model,
         criterion=build_criterion(0.1, mixing),
         optimizer=optimizer,
-        scheduler=warmup_cosine(optimizer, steps, epochs, 1 if optim == "adamw" else 0),
+        scheduler=build_scheduler(
+            optimizer, SolverConfig(epochs=epochs, lr_warmup_step=1 if optim == "adamw" else 0), lr, steps
+        ),
         scaler=precision.scaler(CPU),
         precision=precision,
         mixup=ClipMixup(0.8, 1.0, 0.1, CLASSES) if mixing else None,

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 import yaml
 
-from configs.schema import Config, config_from_dict, load_config
+from configs.schema import Config, SolverConfig, config_from_dict, load_config
 from engine import checkpoint_file, checkpointer
 from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
-from engine.optim import warmup_cosine
+from engine.optim import build_scheduler
 from engine.results import load_scores
 from engine.train_step import TrainingState
 from models.loading import WeightsError, load_weights
@@ -68,7 +68,14 @@ def _parts(model: torch.nn.Module, ema: bool = False) -> TrainingState:
             optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": p.detach() + 0, "exp_avg_sq": p.detach() ** 2}
     average = ModelEma(model, 0.5) if ema else None
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainingState(model, optimizer, warmup_cosine(optimizer, 4, 2, 1), scaler, average, frozen_identity(model))
+    return TrainingState(
+        model,
+        optimizer,
+        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 0.1, 4),
+        scaler,
+        average,
+        frozen_identity(model),
+    )
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
