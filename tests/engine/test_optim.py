@@ -239,7 +239,7 @@ def test_groups_keep_their_proportion() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.05])
 
 
-TADA_RATES = Path(__file__).parents[2] / "shared/golden_tadn/tables/learning_rates_tada.json"
+TADA_RATES = Path(__file__).parents[3] / "shared/golden_tadn/tables/learning_rates_tada.json"
 TADA_RECIPES = {  # recipe: lr, its start, final, warm-up, epochs, cosine after the warm-up
     "tada/ssv2/tada2d_8f": (0.48, 1e-4, 0.0, 4, 64, False),
     "tada/ssv2/tada2d_16f": (0.24, 1e-4, 0.0, 4, 64, False),
