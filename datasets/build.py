@@ -21,8 +21,7 @@ from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
 from datasets.decoders import DecoderMissing, library
 from datasets.loader import VideoLoader
-from datasets.pack.format import is_pack
-from datasets.readers import FrameFolderReader, PackReader, Reader, ReadError, VideoReader
+from datasets.readers import FrameReader, Reader, VideoReader
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.sampling import ClipSampling
@@ -59,7 +58,7 @@ def val_loader(
     data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
 ) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
-    dataset = _evaluation(data, _source(data, "val"), data.dense, frames_per_segment)
+    dataset = _evaluation(data, video_source(data, "val"), data.dense, frames_per_segment)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -82,7 +81,7 @@ def test_loader(
     """
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
-    dataset = _evaluation(data, _source(data, "test"), dense, frames_per_segment, crops, clips)
+    dataset = _evaluation(data, video_source(data, "test"), dense, frames_per_segment, crops, clips)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -116,7 +115,7 @@ def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainData
 
 
 def _training_source(data: DataConfig, seed: int) -> VideoSource:
-    source = _source(data, "train")
+    source = video_source(data, "train")
     return source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
 
 
@@ -147,9 +146,9 @@ def _eval_loader(data: DataConfig, dataset: EvalDataset, seed: int, rank: int, w
     return _loader(data, dataset, sampler, max(1, data.batch_size // views), views=views, seed=seed)
 
 
-def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
-    list_key, list_file = _setting(data, split, "list")
-    root_key, root = _setting(data, split, "root")
+def video_source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
+    list_key, list_file = list_or_root(data, split, "list")
+    root_key, root = list_or_root(data, split, "root")
     if not os.path.isdir(root):
         raise ConfigError(f"data.{root_key}: there is no folder {root}")
     if not os.path.isfile(list_file):
@@ -157,23 +156,23 @@ def _source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSo
     return VideoSource(
         records=read_list(list_file, data.modality, data.num_classes, f"data.{list_key}"),
         root=root,
-        reader=_reader(data, root),
+        reader=build_reader(data),
         list_file=list_file,
         skip_errors=data.on_error == "skip",
     )
 
 
-def _reader(data: DataConfig, root: str) -> Reader:
+def build_reader(data: DataConfig) -> Reader:
+    if data.modality == "RGB":
+        return FrameReader(data.image_tmpl)
     try:
-        if data.modality == "video":
-            library(data.decoder)  # missing in a worker, it would be pages of text
-            return VideoReader(data.decoder)
-        return PackReader(root) if is_pack(root) else FrameFolderReader(data.image_tmpl)
-    except (DecoderMissing, ReadError) as error:  # the latter for a pack that is not whole
+        library(data.decoder)  # in a worker, a missing one would be pages of text
+    except DecoderMissing as error:
         raise ConfigError(str(error)) from None
+    return VideoReader(data.decoder)
 
 
-def _setting(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:
+def list_or_root(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:
     """The key that holds the list or root of a split, and its value; testing falls back to validation's."""
     keys = [f"{split}_{what}"] + ([f"val_{what}"] if split == "test" else [])
     for key in keys:

@@ -1,10 +1,8 @@
-"""Frame folder, pack or video file -> uint8 frames: how pixels are stored, and every way in which they can be broken.
+"""Frame folder, packed frames or video file -> uint8 frames, and every way in which stored pixels can be broken.
 
-Lives here: one reader for each kind of storage behind one small protocol,
+There is one reader for frames and one for video files behind one small interface:
 `Reader.open(...) -> Clip`, `Clip.fetch(indices) -> Frames`, `Frames.decode(box) -> pixels`.
-Frames know their size before they are decoded, so that a crop can be drawn first and no more than it is kept.
-Does not live here: which frames are wanted (sampling.py), what happens to them (transforms.py), how a JPEG or a video
-is decoded (jpeg.py, decoders/) and how packs are made (pack/).
+Frames know their size before they are decoded, so a crop can be drawn first and only the crop is kept.
 
 T frames of H x W pixels.
 """
@@ -24,7 +22,7 @@ from PIL import Image
 from datasets import jpeg
 from datasets.box import Box
 from datasets.decoders import DecodeError, Decoder, open_video
-from datasets.pack.format import HEADER, Pack, PackError
+from datasets.packed_frames import PackedVideo, PackError, packed_path
 
 
 class ReadError(RuntimeError):
@@ -38,9 +36,9 @@ class Frames(Protocol):
     width: int
 
     def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
-        """This part of all frames, or the whole: (T, h, w, 3) uint8 RGB. Raises ReadError.
+        """This part of all frames, or all of it: (T, h, w, 3) uint8 RGB. Raises ReadError.
 
-        `fast` allows what is faster and hardly visible (jpeg.decode says what); without it pixels are exact.
+        `fast` allows what is faster and hardly visible (see jpeg.decode); without it pixels are exact.
         """
         ...
 
@@ -50,92 +48,75 @@ class Frames(Protocol):
 
 
 class Clip(ABC):
-    """An opened video of `num_frames` frames."""
+    """An opened video of `num_frames` frames. It belongs to the process that opened it."""
 
     num_frames: int
 
     @abstractmethod
     def fetch(self, indices: np.ndarray) -> Frames:
-        """The frames at `indices`, from 0, in that order, repeated ones too. Raises ReadError."""
+        """The frames at `indices`, from 0, in that order; indices may repeat. Raises ReadError."""
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """The same as whole pixels: (T, H, W, 3) uint8 RGB."""
+        """The same as complete pixels: (T, H, W, 3) uint8 RGB."""
         return self.fetch(indices).decode()
 
 
 class Reader(Protocol):
     def open(self, path: str, declared_frames: int | None) -> Clip:
-        """Look at the video at `path`, of which the list says that it has `declared_frames`. Raises ReadError."""
+        """Open the video at `path`, of which the list says that it has `declared_frames`. Raises ReadError."""
         ...
 
-    def stamped(self, path: str) -> str:
+    def stored_at(self, path: str) -> str:
         """The file or folder that changes when the video at `path` does."""
         ...
 
 
-class FrameFolderReader:
-    """One folder a video, one image a frame, named by `image_tmpl` and numbered from `index_base`.
+class FrameReader:
+    """One image a frame, in a folder a video or, where `<folder>.zip` is there, in that zip (packed_frames.py).
 
-    The number of frames is the list's: other files in the folder do not count, and fewer frames are an error.
+    Frames are named by `image_tmpl` and numbered from `index_base`. Their number is the list's: other files do not
+    count, and fewer frames are an error.
     """
 
     def __init__(self, image_tmpl: str, index_base: int = 1):
         self.image_tmpl = image_tmpl
         self.index_base = index_base
 
-    def open(self, path: str, declared_frames: int | None) -> Clip:
+    def open(self, path: str, declared_frames: int | None) -> ImageClip:
         if declared_frames is None:
             raise ReadError(f"{path}: the list must say how many frames a folder holds")
-        if not os.path.isdir(path):
-            raise ReadError(f"{path}: no such folder")
-        clip = _FrameFolder(path, self.image_tmpl, self.index_base, declared_frames)
-        if not os.path.isfile(clip.name(declared_frames - 1)):
-            raise clip.missing(declared_frames - 1)
+        packed = packed_path(path)
+        if os.path.isfile(packed):
+            clip = _PackedFrames(packed, self, declared_frames)
+        elif os.path.isdir(path):
+            clip = _FrameFolder(path, self, declared_frames)
+        else:
+            raise ReadError(f"{path}: there is no such folder, and no {os.path.basename(packed)}")
+        last = self.name(declared_frames - 1)
+        if last not in clip:
+            raise clip.missing(last)
         return clip
 
-    def stamped(self, path: str) -> str:
-        """The video's folder."""
-        return path
+    def stored_at(self, path: str) -> str:
+        """The video's zip, or its folder."""
+        packed = packed_path(path)
+        return packed if os.path.isfile(packed) else path
 
-
-class PackReader:
-    """The frame folders of a pack (pack/format.py); `path` begins with the pack's own.
-
-    A list's number of frames is a promise: a pack with fewer is an error, of one with more the first ones count.
-    """
-
-    def __init__(self, root: str):
-        try:
-            self.pack = Pack(root)
-        except PackError as error:
-            raise ReadError(str(error)) from None
-        self.root = os.path.join(root, "")
-
-    def stamped(self, path: str) -> str:
-        """The pack's head, which is written anew with the pack."""
-        return os.path.join(self.root, HEADER)
-
-    def open(self, path: str, declared_frames: int | None) -> Clip:
-        video = path.removeprefix(self.root)
-        try:
-            frames = self.pack.num_frames(video)
-        except PackError as error:
-            raise ReadError(str(error)) from None
-        if declared_frames is not None and frames < declared_frames:
-            raise ReadError(f"{path}: the pack holds {frames} frames, the list declares {declared_frames}")
-        return _PackedClip(self.pack, video, path, declared_frames or frames)
+    def name(self, index: int) -> str:
+        """The file name of frame `index`, from 0."""
+        return self.image_tmpl.format(index + self.index_base)
 
 
 class VideoReader:
     """Any file that the decoder can decode, on one thread.
 
-    A list's number of frames is a promise only: a file with fewer is an error, a file with more is used whole.
+    A list's number of frames is a promise only: a file with fewer is an error, a file with more is used completely.
     """
 
-    def __init__(self, decoder: Decoder = "decord"):
+    def __init__(self, decoder: Decoder = "pyav"):
         self.decoder = decoder
 
-    def stamped(self, path: str) -> str:
+    def stored_at(self, path: str) -> str:
         """The video's file."""
         return path
 
@@ -146,65 +127,81 @@ class VideoReader:
         return clip
 
 
-class _ImageClip(Clip):
-    """A video whose frames are image files, wherever these are."""
+class ImageClip(Clip):
+    """A video whose frames are image files, in a folder or in a zip."""
+
+    def __init__(self, path: str, reader: FrameReader, num_frames: int):
+        self.path, self.reader, self.num_frames = path, reader, num_frames
+
+    @abstractmethod
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a frame of this name."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Files that are there."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[str, bytes]:
-        """The name of a frame, for messages, and its file, whole. Raises ReadError."""
+        """The path of frame `index`, for messages, and the bytes of its file. Raises ReadError."""
 
     def fetch(self, indices: np.ndarray) -> Frames:
-        wanted, places = np.unique(indices, return_inverse=True)
-        frames = [_image(*self.load(index)) for index in wanted.tolist()]
-        first = frames[0]
-        for frame in frames:
-            if (frame.height, frame.width) != (first.height, first.width):
+        wanted, order = np.unique(indices, return_inverse=True)
+        images = [_open_image(*self.load(index)) for index in wanted.tolist()]
+        first = images[0]
+        for image in images:
+            if (image.height, image.width) != (first.height, first.width):
                 raise ReadError(
-                    f"{frame.name}: is {frame.width}x{frame.height} pixels, "
-                    f"but {first.name} is {first.width}x{first.height}"
+                    f"{image.path}: is {image.width}x{image.height} pixels, "
+                    f"but {first.path} is {first.width}x{first.height}"
                 )
-        return _ImageFrames(frames, places)
+        return _ImageFrames(images, order)
 
-
-class _FrameFolder(_ImageClip):
-    def __init__(self, folder: str, image_tmpl: str, index_base: int, num_frames: int):
-        self.folder, self.image_tmpl, self.index_base, self.num_frames = folder, image_tmpl, index_base, num_frames
-
-    def name(self, index: int) -> str:
-        return f"{self.folder}{os.sep}{self.image_tmpl.format(index + self.index_base)}"
-
-    def load(self, index: int) -> tuple[str, bytes]:
-        name = self.name(index)
-        try:
-            with open(name, "rb", buffering=0) as file:
-                return name, file.read()
-        except FileNotFoundError:
-            raise self.missing(index) from None
-        except OSError as error:
-            raise ReadError(f"{name}: cannot be read ({error.strerror})") from error
-
-    def missing(self, index: int) -> ReadError:
-        name = os.path.basename(self.name(index))
+    def missing(self, name: str) -> ReadError:
         return ReadError(
-            f"{self.folder}: {name} is missing; the folder holds {len(os.listdir(self.folder))} files, "
-            f"the list declares {self.num_frames} frames"
+            f"{self.path}: {name} is missing; there are {len(self)} files, the list declares {self.num_frames} frames"
         )
 
 
-class _PackedClip(_ImageClip):
-    def __init__(self, pack: Pack, video: str, path: str, num_frames: int):
-        self.pack, self.video, self.path, self.num_frames = pack, video, path, num_frames
+class _FrameFolder(ImageClip):
+    def __contains__(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(self.path, name))
 
-    def fetch(self, indices: np.ndarray) -> Frames:
-        try:
-            self.pack.prefetch(self.video, indices.tolist())
-        except PackError as error:
-            raise ReadError(str(error)) from None
-        return super().fetch(indices)
+    def __len__(self) -> int:
+        return len(os.listdir(self.path))
 
     def load(self, index: int) -> tuple[str, bytes]:
+        name = self.reader.name(index)
+        path = os.path.join(self.path, name)
         try:
-            return self.pack.where(self.video, index), self.pack.read(self.video, index)
+            with open(path, "rb", buffering=0) as file:
+                return path, file.read()
+        except FileNotFoundError:
+            raise self.missing(name) from None
+        except OSError as error:
+            raise ReadError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class _PackedFrames(ImageClip):
+    def __init__(self, path: str, reader: FrameReader, num_frames: int):
+        super().__init__(path, reader, num_frames)
+        try:
+            self._video = PackedVideo(path)
+        except PackError as error:
+            raise ReadError(str(error)) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._video
+
+    def __len__(self) -> int:
+        return len(self._video)
+
+    def load(self, index: int) -> tuple[str, bytes]:
+        name = self.reader.name(index)
+        if name not in self:
+            raise self.missing(name)
+        try:
+            return f"{self.path}: {name}", self._video.read(name)
         except PackError as error:
             raise ReadError(str(error)) from None
 
@@ -212,8 +209,8 @@ class _PackedClip(_ImageClip):
 class _Jpeg:
     """A JPEG that is not decoded yet, perhaps to be decoded at a fraction of its size."""
 
-    def __init__(self, name: str, data: bytes, factor: int = 1):
-        self.name, self.data, self.factor = name, data, factor
+    def __init__(self, path: str, data: bytes, factor: int = 1):
+        self.path, self.data, self.factor = path, data, factor
         height, width = jpeg.size(data)
         self.height, self.width = -(-height // factor), -(-width // factor)
 
@@ -221,19 +218,19 @@ class _Jpeg:
         try:
             pixels = jpeg.decode_reduced(self.data, self.factor) if self.factor > 1 else jpeg.decode(self.data, fast)
         except jpeg.JpegError as error:
-            raise _not_readable(self.name, error) from error
+            raise _not_readable(self.path, error) from error
         return pixels[box.top : box.bottom, box.left : box.right]
 
     def reduced(self, least_height: int, least_width: int) -> _Jpeg:
         factor = jpeg.reduction(self.height, self.width, least_height, least_width)
-        return self if factor == 1 else _Jpeg(self.name, self.data, factor)
+        return self if factor == 1 else _Jpeg(self.path, self.data, factor)
 
 
 class _Pixels:
     """An image that is decoded already."""
 
-    def __init__(self, name: str, pixels: np.ndarray):
-        self.name, self.pixels = name, pixels  # (H, W, 3)
+    def __init__(self, path: str, pixels: np.ndarray):
+        self.path, self.pixels = path, pixels  # (H, W, 3)
         self.height, self.width, _ = pixels.shape
 
     def decode(self, box: Box, fast: bool) -> np.ndarray:
@@ -243,37 +240,37 @@ class _Pixels:
         return self
 
 
-def _image(name: str, data: bytes) -> _Jpeg | _Pixels:
-    """JPEGs wait to be decoded; whatever else Pillow reads is decoded at once. Raises ReadError."""
+def _open_image(path: str, data: bytes) -> _Jpeg | _Pixels:
+    """A JPEG is decoded later; whatever else Pillow reads is decoded at once. Raises ReadError."""
     if jpeg.is_jpeg(data):
         with suppress(jpeg.JpegError):  # an unusual one, which Pillow may know, or a damaged one
-            return _Jpeg(name, data)
+            return _Jpeg(path, data)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _Pixels(name, np.asarray(image.convert("RGB")))
+            return _Pixels(path, np.asarray(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged images
-        raise _not_readable(name, error) from error
+        raise _not_readable(path, error) from error
 
 
-def _not_readable(name: str, error: Exception) -> ReadError:
+def _not_readable(path: str, error: Exception) -> ReadError:
     reason = str(error) if isinstance(error, jpeg.JpegError) else type(error).__name__
-    return ReadError(f"{name}: is not a readable image ({reason})")
+    return ReadError(f"{path}: is not a readable image ({reason})")
 
 
 class _ImageFrames:
-    """Images, each of which may be shown several times."""
+    """Images, each of which may be shown several times: frame t is images[order[t]]."""
 
-    def __init__(self, images: Sequence[_Jpeg | _Pixels], places: np.ndarray):
-        self.images, self.places = images, places
+    def __init__(self, images: Sequence[_Jpeg | _Pixels], order: np.ndarray):
+        self.images, self.order = images, order  # order: (T,)
         self.height, self.width = images[0].height, images[0].width
 
     def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
         box = box or Box(0, 0, self.height, self.width)
         frames = np.stack([image.decode(box, fast) for image in self.images])  # (unique, h, w, 3)
-        return frames if len(frames) == len(self.places) else frames[self.places]
+        return frames if len(frames) == len(self.order) else frames[self.order]
 
     def reduced(self, least_height: int, least_width: int) -> Frames:
-        return _ImageFrames([image.reduced(least_height, least_width) for image in self.images], self.places)
+        return _ImageFrames([image.reduced(least_height, least_width) for image in self.images], self.order)
 
 
 class _VideoClip(Clip):
@@ -292,7 +289,7 @@ class _VideoClip(Clip):
 
 
 class DecodedFrames:
-    """Frames that are pixels already: (T, H, W, 3) uint8 RGB."""
+    """Frames that are decoded already: (T, H, W, 3) uint8 RGB."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels = pixels  # (T, H, W, 3)

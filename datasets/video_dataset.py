@@ -55,7 +55,7 @@ class VideoSource:
         Of a folder of frames that is the folder's: a frame that is written over in place does not change it.
         """
         digest = hashlib.sha256()
-        for path in dict.fromkeys(self.reader.stamped(os.path.join(self.root, row.path)) for row in self.records):
+        for path in dict.fromkeys(self.reader.stored_at(os.path.join(self.root, row.path)) for row in self.records):
             try:
                 found = os.stat(path)
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())

@@ -17,12 +17,10 @@ from typing import Literal
 
 from configs.schema import DataConfig
 from datasets.annotation import AnnotationError, VideoRecord, read_rows
-from datasets.build import _reader, _setting, _source, class_names
+from datasets.build import build_reader, class_names, list_or_root, video_source
 from datasets.check.report import Finding, Table
 from datasets.check.rows import RowResult
-from datasets.pack.format import PackError
-from datasets.pack.workers import readable
-from datasets.readers import PackReader
+from datasets.packed_frames import PackedVideo, PackError
 from datasets.video_dataset import VideoSource
 
 Split = Literal["train", "val", "test"]
@@ -46,7 +44,7 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
     """The lists that training, validation and, where it has a list or root of its own, testing read.
 
     Raises:
-        ConfigError: a list or root is not set or not there. ReadError: a pack that cannot be opened.
+        ConfigError: a list or root is not set or not there.
             What is wrong with a list or a row is a finding; the other rows are there.
     """
     splits: list[Split] = ["train", "val"]
@@ -55,7 +53,7 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
     lists, findings = [], []
     for split in splits:
         try:
-            lists.append(CheckedList(split, _source(replace(data, num_classes=ANY_LABEL), split)))
+            lists.append(CheckedList(split, video_source(replace(data, num_classes=ANY_LABEL), split)))
         except AnnotationError:
             source, found = _good_rows(data, split)
             findings += [Finding("problem", "list", str(error)) for error in found]
@@ -65,8 +63,8 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
 
 
 def _good_rows(data: DataConfig, split: Split) -> tuple[VideoSource, list[AnnotationError]]:
-    """What `_source` gives where a list has bad rows: the source of the others, and what is wrong with each bad one."""
-    (list_key, list_file), (_, root) = _setting(data, split, "list"), _setting(data, split, "root")
+    """What `video_source` gives where a list has bad rows: the source of the others, and what is wrong with each bad one."""
+    (list_key, list_file), (_, root) = list_or_root(data, split, "list"), list_or_root(data, split, "root")
     records: list[VideoRecord] = []
     errors: list[AnnotationError] = []
     try:
@@ -83,7 +81,7 @@ def _good_rows(data: DataConfig, split: Split) -> tuple[VideoSource, list[Annota
             errors.append(AnnotationError(f"{list_file}: data.{list_key} has no rows"))
     except AnnotationError as error:
         errors.append(error)
-    return VideoSource(tuple(records), root, _reader(data, root), list_file), errors
+    return VideoSource(tuple(records), root, build_reader(data), list_file), errors
 
 
 def label_names(data: DataConfig) -> tuple[tuple[str, ...] | None, list[Finding]]:
@@ -193,16 +191,26 @@ def _digest(source: VideoSource, record: VideoRecord) -> bytes | None:
 
 
 def _content(source: VideoSource, record: VideoRecord) -> Iterator[bytes]:
-    if isinstance(source.reader, PackReader):
-        pack = source.reader.pack
-        yield from (pack.read(record.path, index) for index in range(pack.num_frames(record.path)))
-        return
     path = os.path.join(source.root, record.path)
+    stored = source.reader.stored_at(path)
+    if stored != path:
+        packed = PackedVideo(stored)
+        yield from (packed.read(name) for name in sorted(packed.sizes()))
+        return
     files = [path] if os.path.isfile(path) else sorted(entry.path for entry in os.scandir(path) if entry.is_file())
     for file in files:
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 yield block
+
+
+def readable(size: float) -> str:
+    """Bytes for people, e.g. 1.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def class_counts(checked: CheckedList, num_classes: int) -> list[int]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from common.workers import Workers
 from datasets.annotation import VideoRecord
-from datasets.readers import Clip, FrameFolderReader, PackReader, ReadError, VideoReader
+from datasets.packed_frames import PackedVideo, PackError
+from datasets.readers import Clip, FrameReader, ReadError, VideoReader
 from datasets.video_dataset import VideoSource
 
 CHUNK = 8  # rows that a process takes at a time
@@ -29,7 +30,7 @@ DECODED_AT_ONCE = 2**28  # bytes of pixels, where everything is decoded
 class RowResult:
     """What disk says of a row. `frames` and `size` (width, height; pixels) are None where they could not be found out.
 
-    `problems` and `notes` are (kind, sentence) pairs; `num_bytes` counts the files of the row's frames, in a pack, too.
+    `problems` and `notes` are (kind, sentence) pairs; `num_bytes` counts the files of the row's frames, packed ones too.
     """
 
     record: VideoRecord
@@ -45,7 +46,7 @@ class RowChecker:
     """Checks a row of `source`.
 
     Args:
-        full: decode every frame, instead of the first and last of a folder, the middle and last of a file or in a pack.
+        full: decode every frame, instead of the first and last of a folder, the middle and last of a file.
     """
 
     source: VideoSource
@@ -54,14 +55,14 @@ class RowChecker:
     def __call__(self, record: VideoRecord) -> RowResult:
         path = os.path.join(self.source.root, record.path)
         reader = self.source.reader
-        if isinstance(reader, FrameFolderReader | VideoReader) and not os.path.exists(path):
-            kind = "folder missing" if isinstance(reader, FrameFolderReader) else "file missing"
+        if isinstance(reader, FrameReader | VideoReader) and not os.path.exists(reader.stored_at(path)):
+            kind = "folder missing" if isinstance(reader, FrameReader) else "file missing"
             return RowResult(record, problems=((kind, f"{path}: is not there"),))
         try:
-            if isinstance(reader, FrameFolderReader):
-                return self._folder(record, path, reader)
+            if isinstance(reader, FrameReader):
+                return self._frames(record, path, reader)
             return self._video(record, path)
-        except ReadError as error:
+        except (ReadError, PackError) as error:
             num_bytes = os.path.getsize(path) if os.path.isfile(path) else 0
             return RowResult(record, num_bytes=num_bytes, problems=(("unreadable", str(error)),))
         except OSError as error:
@@ -70,13 +71,16 @@ class RowChecker:
             text = f"{path}: reading it failed with {type(error).__name__}: {error}"
             return RowResult(record, problems=(("unreadable", text),))
 
-    def _folder(self, record: VideoRecord, path: str, reader: FrameFolderReader) -> RowResult:
+    def _frames(self, record: VideoRecord, path: str, reader: FrameReader) -> RowResult:
         def name(index: int) -> str:
-            return os.path.basename(reader.image_tmpl.format(index + reader.index_base))
+            return os.path.basename(reader.name(index))
 
         declared = record.num_frames or 0
-        # a template may name a folder, too
-        sizes = _file_sizes(os.path.dirname(os.path.join(path, reader.image_tmpl.format(reader.index_base))))
+        stored = reader.stored_at(path)
+        if stored != path:
+            sizes = PackedVideo(stored).sizes()
+        else:  # a template may name a folder, too
+            sizes = _file_sizes(os.path.dirname(os.path.join(path, reader.name(0))))
         names = [name(index) for index in range(declared)]
         missing = [name for name in names if name not in sizes]
         present = [name for name in names if name in sizes]
@@ -108,8 +112,6 @@ class RowChecker:
             _decode_all(clip, pixels[0].nbytes)
         height, width = pixels.shape[1:3]
         num_bytes = os.path.getsize(path) if os.path.isfile(path) else 0
-        if isinstance(self.source.reader, PackReader):
-            num_bytes = self.source.reader.pack.num_bytes(record.path, frames)
         more = declared is not None and frames > declared
         return RowResult(record, frames, (width, height), num_bytes, notes=notes[:more])
 

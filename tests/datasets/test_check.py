@@ -22,7 +22,7 @@ from datasets.check.__main__ import main
 from datasets.check.pictures import to_pixels
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import Rate, advice, measure, need_of_run
-from datasets.pack.writer import write_pack
+from datasets.packed_frames import pack
 from datasets.prepare.synthetic import make
 from datasets.video_dataset import VideoSource
 
@@ -220,14 +220,14 @@ def test_leaks_and_repeated_rows(dataset, caplog):
     assert shared in warnings["shared videos"] and str(train) in warnings["shared videos"]
     assert f"{rows[0].split()[0]} (line 1) = val/copy (line 6)" in warnings["copies"]
 
-    write_pack(dataset / "frames", dataset / "data.pack")
-    packed = run(dataset, *(word for s in ("train", "val") for word in ("--set", f"data.{s}_root={dataset}/data.pack")))
+    pack(dataset / "frames", dataset / "packed")
+    packed = run(dataset, *(word for s in ("train", "val") for word in ("--set", f"data.{s}_root={dataset}/packed")))
     assert packed[0] == 0 and told(packed[1], "warning") == told(report, "warning")
     for split in ("train", "val"):
         assert packed[1]["values"][split]["bytes"] == report["values"][split]["bytes"] > 0
-    os.truncate(dataset / "data.pack/frames-00000.zip", 100)
-    assert main([str(dataset / "config.yaml"), "--set", f"data.val_root={dataset}/data.pack"]) == 1
-    assert "frames-00000.zip: holds 100 bytes" in caplog.messages[-1]
+    os.truncate(dataset / "packed/val/copy.zip", 100)
+    code, report = run(dataset, "--set", f"data.val_root={dataset}/packed")
+    assert code == 1 and any("copy.zip: is damaged or no zip" in text for *_, text in told(report, "problem"))
 
     code, report = run(dataset, "--set", f"data.test_list={val}", "--set", f"data.test_root={dataset}/frames")
     assert "test" not in report["values"]  # the validation list again

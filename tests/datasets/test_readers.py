@@ -1,5 +1,9 @@
 """Frames come out as stored, and every kind of broken storage is refused with one sentence that names it."""
 
+import multiprocessing
+import os
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +12,8 @@ from PIL import Image
 
 from datasets import jpeg
 from datasets.box import Box
-from datasets.pack.writer import write_pack
-from datasets.readers import FrameFolderReader, PackReader, ReadError, VideoReader
+from datasets.packed_frames import pack
+from datasets.readers import FrameReader, ReadError, VideoReader
 
 SAMPLES = Path(__file__).parents[3] / "shared/data/samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
@@ -32,7 +36,7 @@ def failure(reader, path, declared, indices=(0,)):
 
 
 def test_folder_reads_in_the_order_asked(folder):
-    clip = FrameFolderReader("{:06d}.jpg").open(str(folder), 10)
+    clip = FrameReader("{:06d}.jpg").open(str(folder), 10)
     frames = clip.read(np.array([9, 0, 3, 3]))
     assert clip.num_frames == 10 and frames.shape == (4, 20, 30, 3) and frames.dtype == np.uint8
     assert np.abs(frames.mean((1, 2, 3)) - [180, 0, 60, 60]).max() < 2
@@ -40,53 +44,53 @@ def test_folder_reads_in_the_order_asked(folder):
 
 def test_folder_numbered_from_zero_and_channel_order(tmp_path):
     Image.new("RGB", (8, 8), (200, 100, 0)).save(tmp_path / "frame0.png")
-    frames = FrameFolderReader("frame{:d}.png", index_base=0).open(str(tmp_path), 1).read(np.array([0]))
+    frames = FrameReader("frame{:d}.png", index_base=0).open(str(tmp_path), 1).read(np.array([0]))
     assert frames[0, 0, 0].tolist() == [200, 100, 0]
 
 
 def test_list_decides_the_number_of_frames(folder):
-    assert FrameFolderReader("{:06d}.jpg").open(str(folder), 4).num_frames == 4
+    assert FrameReader("{:06d}.jpg").open(str(folder), 4).num_frames == 4
 
 
 def test_grey_images_become_rgb(tmp_path):
     Image.new("L", (8, 8), 77).save(tmp_path / "1.png")
-    assert FrameFolderReader("{}.png").open(str(tmp_path), 1).read(np.array([0])).shape == (1, 8, 8, 3)
+    assert FrameReader("{}.png").open(str(tmp_path), 1).read(np.array([0])).shape == (1, 8, 8, 3)
 
 
 def test_repeated_frames_are_decoded_once(folder, monkeypatch):
     decoded = []
     real = jpeg.decode
     monkeypatch.setattr(jpeg, "decode", lambda *arguments: decoded.append(1) or real(*arguments))
-    FrameFolderReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
+    FrameReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
     assert len(decoded) == 2
 
 
 def test_fewer_frames_than_declared_even_if_not_asked_for(folder):
-    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 12)
+    message = failure(FrameReader("{:06d}.jpg"), folder, 12)
     assert "000012.jpg is missing" in message and "10 files" in message and "declares 12" in message
 
 
 def test_missing_frame_inside(folder):
     (folder / "000004.jpg").unlink()
-    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [3])
+    message = failure(FrameReader("{:06d}.jpg"), folder, 10, [3])
     assert "000004.jpg is missing" in message and "9 files" in message and "declares 10" in message
 
 
 def test_missing_folder_and_unknown_length(folder):
-    assert "no such folder" in failure(FrameFolderReader("{:06d}.jpg"), folder / "nothing", 3)
-    assert "how many frames" in failure(FrameFolderReader("{:06d}.jpg"), folder, None)
+    assert "there is no such folder" in failure(FrameReader("{:06d}.jpg"), folder / "nothing", 3)
+    assert "how many frames" in failure(FrameReader("{:06d}.jpg"), folder, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 def test_damaged_image(folder, content):
     file = folder / "000002.jpg"
     file.write_bytes(file.read_bytes()[:-200] if content == "truncated" else content)
-    assert "000002.jpg: is not a readable image" in failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1])
+    assert "000002.jpg: is not a readable image" in failure(FrameReader("{:06d}.jpg"), folder, 10, [1])
 
 
 def test_frames_of_different_sizes(folder):
     Image.new("RGB", (31, 20)).save(folder / "000003.jpg")
-    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1, 2])
+    message = failure(FrameReader("{:06d}.jpg"), folder, 10, [1, 2])
     assert "000003.jpg" in message and "31x20" in message and "30x20" in message
 
 
@@ -116,29 +120,89 @@ def test_no_video_at_all(tmp_path):
     assert "no such file" in failure(VideoReader(), tmp_path, None)
 
 
-def test_a_pack_reads_as_its_folders_do(tmp_path):
+@pytest.fixture
+def noise(tmp_path):
+    """Folders and zips of the same six frames of 90 x 60 pixels: `frames/a class/clip`, `packed/a class/clip.zip`."""
     rng = np.random.default_rng(0)
+    (tmp_path / "frames/a class/clip").mkdir(parents=True)
     for number in range(1, 7):
-        (tmp_path / "frames/a class/clip").mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (6, 9, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((90, 60)).save(tmp_path / f"frames/a class/clip/{number:06d}.jpg")
-    write_pack(tmp_path / "frames", tmp_path / "frames.pack")
-    packed = PackReader(str(tmp_path / "frames.pack"))
-    inside = str(tmp_path / "frames.pack/a class/clip")
+    pack(tmp_path / "frames", tmp_path / "packed")
+    return tmp_path
+
+
+def test_packed_frames_read_as_their_folder_does(noise):
+    reader = FrameReader("{:06d}.jpg")
     indices = np.array([5, 0, 2, 2])
-    clip = packed.open(inside, 6)
-    folder = FrameFolderReader("{:06d}.jpg").open(str(tmp_path / "frames/a class/clip"), 6)
-    assert clip.num_frames == 6 and packed.open(inside, None).num_frames == 6 and packed.open(inside, 4).num_frames == 4
-    assert (clip.read(indices) == folder.read(indices)).all()
-    assert (clip.fetch(indices).decode(Box(3, 5, 20, 50)) == folder.read(indices)[:, 3:20, 5:50]).all()
-    assert "holds 6 frames, the list declares 7" in failure(packed, inside, 7)
-    with pytest.raises(ReadError, match=r"frames\.pack: the pack holds no video a class/clip2"):
-        packed.open(f"{inside}2", 6)
+    folder = reader.open(str(noise / "frames/a class/clip"), 6)
+    for path in (noise / "packed/a class/clip", f"{noise}/packed/a class/clip/"):
+        clip = reader.open(str(path), 6)
+        assert clip.num_frames == 6 and reader.open(str(path), 4).num_frames == 4
+        assert (clip.read(indices) == folder.read(indices)).all()
+        assert (clip.fetch(indices).decode(Box(3, 5, 20, 50)) == folder.read(indices)[:, 3:20, 5:50]).all()
+
+
+def test_a_zip_goes_before_the_folder_beside_it(noise):
+    path, reader = noise / "frames/a class/clip", FrameReader("{:06d}.jpg")
+    assert reader.stored_at(str(path)) == str(path)
+    shutil.copy(noise / "packed/a class/clip.zip", f"{path}.zip")
+    assert reader.stored_at(str(path)) == f"{path}.zip"
+    expected = reader.open(str(path), 6).read(np.arange(6))
+    shutil.rmtree(path)
+    assert (reader.open(str(path), 6).read(np.arange(6)) == expected).all()
+
+
+def test_packed_frames_that_are_missing(noise):
+    reader, path = FrameReader("{:06d}.jpg"), noise / "packed/a class/clip"
+    message = failure(reader, path, 7)
+    assert "clip.zip: 000007.jpg is missing; there are 6 files, the list declares 7 frames" in message
+    message = failure(reader, f"{path}2", 6)
+    assert "clip2: there is no such folder, and no clip2.zip" in message
+    with pytest.raises(ReadError, match=r"clip\.zip: frame1\.jpg is missing; there are 6 files"):
+        FrameReader("frame{}.jpg").open(str(path), 1)
+
+
+def test_damaged_packed_frames(noise):
+    path = noise / "packed/a class/clip.zip"
+    whole = path.read_bytes()
+    reader = FrameReader("{:06d}.jpg")
+    clip = reader.open(str(path.with_suffix("")), 6)
+    path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    with pytest.raises(ReadError, match=r"clip\.zip: 00000\d\.jpg is damaged \(Bad CRC-32"):
+        clip.read(np.arange(6))  # changed while a run reads it
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "clip.zip: is damaged or no zip" in failure(reader, path.with_suffix(""), 6)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("000001.jpg", b"no image")
+    assert "clip.zip: 000001.jpg: is not a readable image" in failure(reader, path.with_suffix(""), 1)
+
+
+def read_packed(path):
+    return FrameReader("{:06d}.jpg").open(path, 6).read(np.arange(6)).sum()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_processes_read_packed_frames_at_the_same_time(noise, start):
+    """The parent has a zip open, so that forked processes inherit its handle and must not disturb each other."""
+    path = str(noise / "packed/a class/clip")
+    clip = FrameReader("{:06d}.jpg").open(path, 6)
+    expected = read_packed(path)
+    with multiprocessing.get_context(start).Pool(2) as pool:
+        assert set(pool.map(read_packed, [path] * 40)) == {expected}
+    assert clip.read(np.arange(6)).sum() == expected
+
+
+def test_no_handle_stays_open(noise):
+    path = str(noise / "packed/a class/clip")
+    before = len(os.listdir("/proc/self/fd"))
+    frames = [FrameReader("{:06d}.jpg").open(path, 6).fetch(np.arange(6)) for _ in range(20)]
+    assert len(os.listdir("/proc/self/fd")) == before and len(frames) == 20
 
 
 def test_large_images_are_decoded_small_and_never_too_small(tmp_path):
     Image.linear_gradient("L").convert("RGB").resize((200, 120)).save(tmp_path / "1.jpg", quality=95)
-    frames = FrameFolderReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
+    frames = FrameReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
     whole = frames.decode()
     for least, expected in (
         ((60, 100), (60, 100)),

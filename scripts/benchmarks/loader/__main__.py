@@ -43,7 +43,6 @@ from datasets.box import Box
 from datasets.build import train_loader
 from datasets.jpeg import decode as decode_jpeg
 from datasets.loader import PREFETCH, VideoLoader
-from datasets.pack.format import is_pack
 from datasets.seeding import seeded
 from datasets.video_dataset import BadVideo, TrainDataset, collate
 from engine.distributed import Process
@@ -109,8 +108,6 @@ def cases_of(path: str) -> Iterator[Case]:
         for decoder in ("pyav", "decord"):
             yield Case(f"video files by {decoder}", replace(data, decoder=decoder))
         return
-    if is_pack(data.train_root or ""):
-        raise ConfigError(f"{path}: data.train_root is a pack, which the recipe does not read")
     yield Case("frames", data)
     yield Case("frames, two draws a video", replace(data, num_sample=2))
     yield Case("frames, RandAugment", replace(data, rand_aug=True))
