@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from clip.towers.weights import OPENAI, find_weights
-from configs.schema import Config, ConfigError, load_config
+from configs.schema import Config, ConfigError, load_config, require_data_paths
 from datasets.build import class_names, test_loader
 from engine import checkpoint_file, results
 from engine.distributed import move_to_device, start
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="the YAML file that the checkpoint was trained with")
     parser.add_argument("--weights", help="a checkpoint, ours or the authors' (default: CLIP with network.head: text)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8"
+    )
     parser.add_argument(
         "--test_crops",
         type=int,
@@ -58,6 +60,7 @@ def main() -> None:
     setup_logging(process)
     overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
     config = load_config(arguments.config, overrides)
+    require_data_paths(config, ("test",), arguments.config)
     if arguments.test_clips < 1:
         raise ConfigError(f"--test_clips must be above 0, not {arguments.test_clips}")
     if not arguments.weights and config.network.head == "linear":

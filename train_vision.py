@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import logging
 
-from configs.schema import check_same_run, load_config
+from configs.schema import check_same_run, load_config, require_data_paths
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint_file, optim
 from engine.build import base_lr, build_training_state, clips_per_step
@@ -40,7 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; `--log_time` and `--precision` are the published script's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", "-cfg", required=True, help="a YAML file, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. solver.lr=5e-4")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. solver.lr=5e-4"
+    )
     parser.add_argument(
         "--output", help="run folder (default: the unfinished run of this configuration, else a new one)"
     )
@@ -59,6 +61,7 @@ def main() -> None:
     setup_logging(process)
     overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
     config = load_config(arguments.config, overrides)
+    require_data_paths(config, ("val",) if config.solver.evaluate else ("train", "val"), arguments.config)
     data, solver, saving = config.data, config.solver, config.checkpoint
     precision = optim.resolve_precision(solver.precision, process.device, solver.tf32)
     names = class_names(data)  # a label list that does not fit should not be found out at the end

@@ -153,7 +153,7 @@ class Filler:
                 self.found_ignored.append(dotted)
             elif key not in fields:
                 raise ConfigError(f"{dotted}: unknown key{self._hint(str(key), path, list(fields))}")
-            elif value is None and not is_optional(kinds[key]) and has_default(fields[key]):
+            elif value is None and not is_optional(kinds[key]):
                 continue  # an empty key, as the published files have them, means the default
             else:
                 filled[key] = self._convert(kinds[key], value, dotted)

@@ -592,9 +592,9 @@ def require_data_paths(config: Config, splits: Sequence[Literal["train", "val", 
             if not any(getattr(config.data, key) for key in keys):
                 missing.append(f"data.{keys[-1]}")
     if missing:
-        verb = "are" if len(missing) > 1 else "is"
+        verb, them = ("are", "them") if len(missing) > 1 else ("is", "it")
         raise ConfigError(
-            f"{source}: {', '.join(missing)} {verb} not set; write them into the file, or use --set {missing[0]}=PATH"
+            f"{source}: {', '.join(missing)} {verb} not set; write {them} into the file, or use --set {missing[0]}=PATH"
         )
 
 

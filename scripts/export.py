@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ends with .safetensors or .pt")
     parser.add_argument("--full", action="store_true", help="the frozen weights too")
     parser.add_argument("--config", type=Path, help="its configuration, where the checkpoint holds none")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, with --config")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, with --config"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:

@@ -51,7 +51,9 @@ FILES = ("report.md", "report.json", "contact_sheet.png", "class_balance.png")
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m datasets.check", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a YAML file, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: exp/check/DATASET)")
     parser.add_argument(
         "--jobs", type=_at_least_one, default=_cores(), help="processes that check (default: all cores)"

@@ -89,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         default=["configs/compare_gym10.yaml", QUICKSTART],
                         help="what is trained and tested (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in all configurations"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override in all configurations"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--jobs", type=profile.positive_number, default=default_jobs(), metavar="N",

@@ -273,7 +273,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compare", nargs="+", action="extend", default=[], metavar="CONFIG", help="others to measure in the same run"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in all configurations"
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override in all configurations"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA where there is a GPU")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16", "amp"], help="instead of solver.precision")

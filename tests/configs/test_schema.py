@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+from dotmap import DotMap
 
+from configs.parse import all_keys
 from configs.schema import (
     CLIP_STD,
     Config,
@@ -16,7 +19,9 @@ from configs.schema import (
     difference,
     load_config,
     parse_ratio,
+    require_data_paths,
 )
+from configs.synonyms import SYNONYMS
 
 ROOT = Path(__file__).parents[2]
 
@@ -290,3 +295,193 @@ def test_values_that_the_model_fills_in_make_no_other_run(write):
     with pytest.raises(ConfigError, match=r"data\.mean was \[0\.5, 0\.5, 0\.5\] in this run and is now \[0\.4"):
         check_same_run(filled.to_dict(), other, "a.pt")
     assert "data.mean was" in difference(filled.to_dict(), other, more_epochs=False, same_start=True)
+
+
+def test_a_mapping_or_a_dotmap_is_a_source(write):
+    config = load_config(write(SMALL), ["solver.lr=5e-4"])
+    values = config.to_dict()
+    assert load_config(values) == load_config(DotMap(values)) == config
+    assert load_config(values, ["seed=3"]).seed == 3 and values["seed"] == 1024
+    with pytest.raises(ConfigError, match=r"^solver.lrr: unknown key; did you mean solver.lr\?"):
+        load_config({"data": values["data"], "solver": DotMap(lrr=1)})
+    with pytest.raises(ConfigError, match="^base: only a file can build on another"):
+        load_config({"base": "other.yaml", **values})
+
+
+def test_a_dotmap_of_it_is_frozen_against_typos(write):
+    config = load_config(write(SMALL), ["network.options={feature: mean_tokens}"])
+    dotted = config.to_dotmap()
+    assert dotted.data.num_segments == 8 and dotted.network.options.feature == "mean_tokens"
+    assert dotted.toDict() == config.to_dict() and load_config(dotted) == config
+    for section in (dotted, dotted.data, dotted.network.text):
+        with pytest.raises(AttributeError):
+            _ = section.num_segmets
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "wanted"),
+    [
+        ("logging.skip_epoch=1,3,4", lambda config: config.logging.skip_epoch, (1, 3, 4)),
+        ("logging.skip_epoch=5", lambda config: config.logging.skip_epoch, (5,)),
+        ("logging.skip_epoch=", lambda config: config.logging.skip_epoch, ()),
+        ("solver.betas=0.9, 0.95", lambda config: config.solver.betas, (0.9, 0.95)),
+        ("data.mean=.5,.5,1e-1", lambda config: config.data.mean, (0.5, 0.5, 0.1)),
+        ("network.text.templates={}, in a gym", lambda config: config.network.text.templates, ("{}, in a gym",)),
+    ],
+)
+def test_lists_without_brackets(write, override, read, wanted):
+    assert read(load_config(write(SMALL), ["network.head=text", override])) == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("solver.betas=0.9", "solver.betas: must hold 2 values, not 1"),
+        ("logging.skip_epoch=1,x", r"logging.skip_epoch\[1\]: must be a whole number, not 'x'"),
+        ("logging.skip_epoch={a: 1}", "logging.skip_epoch: must be a list of whole numbers, not"),
+    ],
+)
+def test_lists_that_do_not_fit(write, override, message):
+    with pytest.raises(ConfigError, match=f"config.yaml with --set {re.escape(override)}: {message}"):
+        load_config(write(SMALL), [override])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("solver.learning_rate", "solver.lr"),
+        ("solver.base_lr", "solver.lr"),
+        ("data.learning_rate", "solver.lr"),
+        ("solver.wd", "solver.weight_decay"),
+        ("weight_decay", "solver.weight_decay"),
+        ("data.batch", "data.batch_size"),
+        ("solver.batchsize", "data.batch_size"),
+        ("data.n_classes", "data.num_classes"),
+        ("network.classes", "data.num_classes"),
+        ("data.num_frames", "data.num_segments"),
+        ("data.frames", "data.num_segments"),
+        ("solver.lr_scheduler", "solver.type"),
+        ("solver.scheduler", "solver.type"),
+        ("solver.warmup", "solver.lr_warmup_step"),
+        ("solver.warmup_epochs", "solver.lr_warmup_step"),
+        ("solver.optimizer", "solver.optim"),
+        ("optimizer", "solver.optim"),
+        ("solver.min_lr", "solver.lr_final"),
+        ("solver.label-smoothing", "solver.smoothing"),
+        ("network.dropout", "network.drop_fc"),
+        ("model_name", "network.model"),
+        ("network.vision.head", "network.vision.heads"),
+    ],
+)
+def test_hints_know_the_names_of_other_projects(write, given, meant):
+    with pytest.raises(ConfigError, match=rf"{given}: unknown key; did you mean {meant}\?"):
+        load_config(write(SMALL), [f"{given}=1"])
+
+
+def test_every_synonym_names_a_key_and_is_none():
+    known = set(all_keys(Config))
+    assert set(SYNONYMS.values()) <= known
+    leaves = {key.rpartition(".")[2] for key in known if not key.startswith("network.vision.")}
+    assert not leaves & (SYNONYMS.keys() - {"scale"})
+
+
+def test_network_method_is_an_alias(write, tmp_path):
+    path = write(SMALL + "network:\n  method: aim\n")
+    assert load_config(path).network.model == "aim"
+    assert load_config(path, ["network.method=linear_probe"]).network.model == "linear_probe"
+    assert load_config(path, ["network.model=linear_probe"]).network.model == "linear_probe"
+    child = tmp_path / "child.yaml"
+    child.write_text("base: config.yaml\nnetwork: {model: td4v_side}\n")
+    assert load_config(child).network.model == "td4v_side"
+    with pytest.raises(ConfigError, match=r"config.yaml, line 3: network.model: must be a text, not 3"):
+        load_config(write(SMALL + "network:\n  method: 3\n"))
+    both = "network:\n  model: aim\n  method: aim\n"
+    with pytest.raises(ConfigError, match=r"config.yaml, line 4: network.method: is another name of network.model"):
+        load_config(write(SMALL + both))
+
+
+class TestBase:
+    """Files that build on others."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        """Write files by name; the last one is returned."""
+
+        def files(**texts: str) -> Path:
+            for name, text in texts.items():
+                path = tmp_path / f"{name.replace('__', '/')}.yaml"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+            return path
+
+        return files
+
+    def test_sections_merge_and_lists_replace(self, files):
+        root = SMALL + "solver:\n  lr: 5e-4\n  epochs: 9\nlogging: {skip_epoch: [1, 2]}\nseed: 3\n"
+        middle = "base: ../root.yaml\nsolver: {epochs: 7}\nnetwork: {options: {feature: class_token, a: 1}}\n"
+        child = "base: middle.yaml\nnetwork:\n  options: {feature: mean_tokens}\nlogging:\n  skip_epoch: [4]\nseed:\n"
+        config = load_config(files(root=root, sub__middle=middle, sub__child=child), ["solver.lr=1e-4"])
+        assert (config.solver.lr, config.solver.epochs, config.logging.skip_epoch) == (1e-4, 7, (4,))
+        assert config.network.options == {"feature": "mean_tokens", "a": 1}
+        assert config.seed == 1024  # null means the default
+        assert "base" not in config.to_dict()
+
+    def test_null_means_what_it_means_in_one_file(self, files):
+        root = SMALL + "checkpoint: {every_minutes: 5}\nnetwork: {drop_fc: 0.5, text: }\n"
+        config = load_config(files(root=root, child="base: root.yaml\ncheckpoint: {every_minutes: }\nnetwork:\n"))
+        assert config.checkpoint.every_minutes is None and config.network.drop_fc == 0
+
+    @pytest.mark.parametrize(
+        ("texts", "message"),
+        [
+            (
+                {"root": SMALL + "solver:\n  lrr: 1\n", "child": "base: root.yaml\n"},
+                r"root\.yaml \(base of .*child\.yaml\), line 3: solver.lrr: unknown key; did you mean solver.lr\?",
+            ),
+            (
+                {"root": SMALL, "child": "base: root.yaml\nsolver:\n  epochs: x\n"},
+                r"^[^()]*child\.yaml, line 3: solver.epochs: must be a whole number",
+            ),
+            ({"child": "seed: 1\nbase: no.yaml\n"}, r"child\.yaml, line 2: base: there is no file .*no\.yaml"),
+            ({"child": "base: [a.yaml]\n"}, r"child\.yaml, line 1: base: must be the path of another configuration"),
+            ({"child": "base: child.yaml\n"}, r"line 1: base: the base files form a circle: .*child\.yaml -> .*child"),
+            (
+                {
+                    "a": "base: b.yaml\n",
+                    "b": "base: sub/c.yaml\n",
+                    "sub__c": "base: ../a.yaml\n",
+                    "child": "base: a.yaml",
+                },
+                r"c\.yaml \(base of .*b\.yaml\), line 1: base: .*child\.yaml -> .*a\.yaml -> .*b\.yaml -> .*c\.yaml -> .*a",
+            ),
+            (
+                {"root": "solver: [1\n", "child": "base: root.yaml\n"},
+                r"root\.yaml \(base of .*, line 2: not valid YAML",
+            ),
+            ({"root": "", "child": "base: root.yaml\n"}, r"root\.yaml \(base of .*\): must hold sections of keys"),
+            ({"child": "base: root.yaml\nbase: x\n"}, "line 2: base is given twice"),
+            (
+                {"root": SMALL, "child": "base: root.yaml\ndata: {dataset: }\n"},
+                r"child\.yaml, line 2: data.dataset: is required",
+            ),
+        ],
+    )
+    def test_errors_name_the_file_and_line(self, files, texts, message):
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_config(files(**texts))
+        assert "\n" not in str(caught.value)
+
+    def test_it_is_for_files(self, write):
+        with pytest.raises(ConfigError, match="base: only a file can build on another|base: unknown key"):
+            load_config(write(SMALL), ["base=other.yaml"])
+
+
+def test_what_is_not_set_is_named_together(write):
+    config = load_config(write(SMALL), ["data.val_list=v.txt"])
+    with pytest.raises(ConfigError) as caught:
+        require_data_paths(config, ("train", "val"), "a.yaml")
+    message = "a.yaml: data.train_list, data.train_root, data.val_root are not set; write them into the file"
+    assert str(caught.value).startswith(message)
+    with pytest.raises(ConfigError, match=r"a\.yaml: data\.val_root is not set; write it into the file"):
+        require_data_paths(config, ("test",), "a.yaml")
+    require_data_paths(load_config(write(SMALL), ["data.val_list=v", "data.test_root=r"]), ("test",), "a.yaml")
