@@ -24,8 +24,9 @@ from engine.log import setup_logging
 from engine.normalize import Normalizer
 from engine.optim import resolve_precision
 from engine.run_info import run_info
-from models.loading import load_weights
-from models.registry import build_model, check_untrained, parameter_report, with_pixel_statistics
+from models.loading import check_untrained, load_weights
+from models.parameters import parameter_report
+from models.registry import build_model, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -98,7 +99,7 @@ def main() -> None:
         epoch = content.get("epoch")
         about = {
             **views,
-            "weights": arguments.weights or f"{model.tower.name}, {model.tower.weights}",
+            "weights": arguments.weights or ", ".join(model.origin),
             "epoch": epoch if isinstance(epoch, int) else None,
             "parameters": dataclasses.asdict(parameter_report(model)),
             "config": config.to_dict(),

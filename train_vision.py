@@ -30,8 +30,8 @@ from engine.run_dir import RunDir
 from engine.run_info import run_info
 from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
 from models.loading import load_weights
-from models.parameters import parameter_groups
-from models.registry import build_model, check_trainable, frozen_identity, parameter_report, with_pixel_statistics
+from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
+from models.registry import build_model, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -109,7 +109,14 @@ def main() -> None:
     model = wrap(model, process, config.network.sync_bn, solver.compile)
     seed_everything(config.seed, process)
     clips, lr = clips_per_step(config, process), base_lr(config, process)
-    groups = parameter_groups(unwrap(model), lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
+    groups = parameter_groups(
+        unwrap(model),
+        lr=lr,
+        weight_decay=solver.weight_decay,
+        clip_ratio=solver.clip_ratio,
+        layer_decay=solver.layer_decay,
+        decay_norms=solver.decay_norms,
+    )
     steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
     trainee = build_training_state(config, model, groups, lr, precision, process, steps, backbone)
     settings = TrainerSettings(

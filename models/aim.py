@@ -18,6 +18,7 @@ from clip.layers import recomputed
 from clip.ops import gelu_linear
 from clip.towers.base import Feature, Tower, TowerError
 from configs.schema import Config, ConfigError, Ratio
+from models.parameters import Origin
 
 MOST_SEQUENCES = 65_535  # that one call of a GPU's attention takes
 
@@ -93,6 +94,7 @@ class AIM(nn.Module):
         self.frames, self.scale, self.drop_path = frames, scale, drop_path
         self.feature, self.recompute = feature, recompute
         self.tower = tower
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         skips = {"temporal_in": True, "temporal": False, "spatial": True, "joint": False}
         if temporal_adapters == 1:
             del skips["temporal_in"]

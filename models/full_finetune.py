@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip.towers.base import Block, Feature, Tower
 from configs.schema import Config
+from models.parameters import Origin
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class FullFinetune(nn.Module):
         tower.require(feature, "network.options.feature")
         self.feature, self.recompute = feature, recompute
         self.tower = tower
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(tower.width, num_classes)
 

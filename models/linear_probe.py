@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clip.towers.base import Feature, Tower
 from configs.schema import Config, ConfigError
+from models.parameters import Origin
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LinearProbe(nn.Module):
         tower.require(feature, "network.options.feature")
         self.feature = feature
         self.tower = tower
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(tower.width, num_classes)
 

@@ -1,19 +1,18 @@
-"""Loading a whole model's weights, by our names or as a method's authors publish them, and saying why they do not fit.
-
-Does not live here: building the model (build.py), reading files (engine/checkpoint.py), CLIP's own weights
-(weights.py), the names that authors give (a method's `from_published`).
-"""
+"""Loads weights into a model, under our names or its authors', or says in one sentence why they do not fit."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from clip.text_head import head_kind
-from models.registry import MODELS, frozen_identity
+from configs.schema import ConfigError
+from models.parameters import frozen_identity
+from models.registry import MODELS
 
 logger = logging.getLogger("td4v")
 
@@ -29,144 +28,175 @@ def load_weights(
     drop_head: bool = False,
     backbone: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a whole model's state_dict, by our names or as a method's authors publish it, strictly.
+    """Load a state dict strictly: to start from it, to test it, or to resume.
+
+    A text head keeps the class names it was built with.
 
     Args:
-        model: of `build_model`.
-        state_dict: our names or those that a method's `from_published` knows, with or without `module.`.
+        model: from `models.registry.build_model`.
+        state_dict: under our names or those of a model's `from_published`, with or without `module.`.
         source: the file, for messages.
-        drop_head: leave out the classifier.
-        backbone: of a checkpoint without the frozen weights: their identity, which the model's must have.
+        drop_head: ignore the classifier in the file and keep the model's.
+        backbone: `frozen_identity` of the weights that the file does not hold; the model's must be the same.
 
     Raises:
-        WeightsError: another frozen backbone, another method, another number of classes or frames, any other
+        WeightsError: other frozen weights, another model, another number of classes or frames, any other
             difference. Nothing is loaded then.
     """
-    values, named = _by_our_names({key.removeprefix("module."): value for key, value in state_dict.items()}, source)
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    saved, name_in_file = _with_our_names(state_dict, source)
     own = model.state_dict()
-    kept = {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & values.keys()
-    for key in kept:
-        if not torch.equal(values[key], own[key]):
-            logger.info("%s: its %s is left out for that of the names in data.label_list", source, key)
-        values[key] = own[key]
-    projection = values.get("head.projection")
-    if "head.classes" in kept and projection is not None and not torch.equal(projection, own["head.projection"]):
-        raise WeightsError(
-            f"{source}: its text head is of another CLIP than {model.tower.name} by network.weights, which the classes "
-            "in data.label_list are made of: give the same"
-        )
+    _keep_class_names(model, saved, own, source)
     if drop_head:
-        values, own = ({key: each[key] for key in each if not _of_head(key)} for each in (values, own))
-    if reason := getattr(model, "misfit", lambda _: None)(values) or _misfit(model, values, own, named, backbone):
+        saved, own = ({key: each[key] for key in each if not _of_head(key)} for each in (saved, own))
+    misfit = getattr(model, "misfit", lambda values: None)
+    comparison = _Comparison(
+        saved=saved,
+        own=own,
+        frozen={name for name, parameter in model.named_parameters() if not parameter.requires_grad},
+        may_lack_frozen=backbone is not None,
+        name_in_file=name_in_file,
+    )
+    if reason := misfit(saved) or comparison.misfit() or _other_backbone(model, backbone):
         raise WeightsError(f"{source}: {reason}")
-    model.load_state_dict(values, strict=backbone is None and not drop_head)
+    model.load_state_dict(saved, strict=backbone is None and not drop_head)
     if backbone is None:
-        model.tower.weights = f"those in {source}"
+        model.origin = model.origin._replace(weights=f"those in {source}")
 
 
-def _by_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:
-    """Weights by our names, whoever published them, and what gives one of our names as the file has it."""
-    for method in MODELS.values():
+def check_untrained(model: nn.Module) -> None:
+    """Raise ConfigError unless a model with a text head consists of CLIP's weights alone, so that it can be tested."""
+    model.head.require_filled()
+    if parts := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
+        raise ConfigError(
+            f"network.model: needs a checkpoint (--weights), for it has parts that CLIP does not have: {', '.join(parts)}"
+        )
+
+
+def _with_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:
+    """The weights under our names, and the function that gives the file's name for one of ours."""
+    for module in MODELS.values():
         try:
-            renamed = method.from_published(values) if hasattr(method, "from_published") else None
+            renamed = module.from_published(values) if hasattr(module, "from_published") else None
         except ValueError as error:
             raise WeightsError(f"{source}: {error}") from None
         if renamed is not None:
-            return renamed, getattr(method, "published_name", str)
+            return renamed, getattr(module, "published_name", str)
     return values, str
 
 
-def _misfit(
-    model: nn.Module,
-    values: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    named: Callable[[str], str],
-    backbone: Mapping[str, str] | None,
-) -> str | None:
-    """Why `values` cannot take the place of `own`, in words; None if they can."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    missing = [key for key in own if key not in values and (backbone is None or key not in frozen)]
-    unknown = [key for key in values if key not in own]
-    unfit = [key for key in values if key in own and values[key].shape != own[key].shape]
-    if missing or unknown:
-        return _explain_names(missing, unknown, frozen, values, own, named)
-    if unfit:
-        return _explain_shapes(unfit, values, own, named)
-    if backbone is not None and backbone["sha256"] != (ours := frozen_identity(model) or {}).get("sha256"):
-        return (
-            f"was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
-            f"(sha256 {backbone['sha256'][:12]}), here are {ours.get('name')}, {ours.get('weights')} "
-            f"({str(ours.get('sha256'))[:12]}): give the same network.weights and seed"
+def _keep_class_names(model: nn.Module, saved: dict[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """Replace what a file's text head makes of its class names by the model's. Raises WeightsError for another CLIP."""
+    kept = {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & saved.keys()
+    for key in kept:
+        if not torch.equal(saved[key], own[key]):
+            logger.info("%s: its %s is replaced by that of the names in data.label_list", source, key)
+        saved[key] = own[key]
+    projection = saved.get("head.projection")
+    if "head.classes" in kept and projection is not None and not torch.equal(projection, own["head.projection"]):
+        raise WeightsError(
+            f"{source}: its text head is of another CLIP than {model.origin.name} by network.weights, which the classes "
+            "in data.label_list are made of: give the same"
         )
-    return None
 
 
-def _explain_names(
-    missing: list[str],
-    unknown: list[str],
-    frozen: set[str],
-    values: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    named: Callable[[str], str],
-) -> str:
-    """Say what names that are too few or too many mean to the user."""
-    theirs, ours = (sorted({key.split(".")[0] for key in keys}) for keys in (values, own))
-    if not unknown and frozen == set(missing):
-        return f"lacks the frozen backbone{_first(missing, named)}, and does not say which it was"
-    if all(map(_of_head, [*missing, *unknown])):
-        if "head" not in theirs:
-            return "holds no classifier: name it in pretrain and set pretrain_head: drop"
-        if (kind := head_kind(values)) != (wanted := head_kind(own)):
+def _other_backbone(model: nn.Module, backbone: Mapping[str, str] | None) -> str | None:
+    """What differs between the frozen weights that a file was trained on and the model's."""
+    if backbone is None:
+        return None
+    own = frozen_identity(model)
+    if own is None:
+        return f"was trained on the frozen weights {backbone['name']}, and nothing is frozen in this model"
+    if own["sha256"] == backbone["sha256"]:
+        return None
+    return (
+        f"was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
+        f"(sha256 {backbone['sha256'][:12]}), here are {own['name']}, {own['weights']} "
+        f"({own['sha256'][:12]}): give the same network.weights and seed"
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The weights of a file beside those of a model, both under our names."""
+
+    saved: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    frozen: Collection[str]  # names of the model's frozen parameters
+    may_lack_frozen: bool  # the file says by their hash which they were
+    name_in_file: Callable[[str], str]
+
+    def misfit(self) -> str | None:
+        """Why the file's weights cannot replace the model's; None if they can."""
+        missing = [key for key in self.own if key not in self.saved and not self._may_lack(key)]
+        unexpected = [key for key in self.saved if key not in self.own]
+        shared = [key for key in self.saved if key in self.own]
+        reshaped = [key for key in shared if self.saved[key].shape != self.own[key].shape]
+        if missing or unexpected:
+            return self._explain_names(missing, unexpected)
+        return self._explain_shapes(reshaped) if reshaped else None
+
+    def _may_lack(self, key: str) -> bool:
+        return self.may_lack_frozen and key in self.frozen
+
+    def _explain_names(self, missing: list[str], unexpected: list[str]) -> str:
+        """What missing and unexpected names mean to the user."""
+        in_file, in_model = (sorted({key.split(".")[0] for key in keys}) for keys in (self.saved, self.own))
+        if not unexpected and set(self.frozen) == set(missing):
+            return f"lacks the frozen backbone{self._first(missing)}, and does not say which it was"
+        if all(map(_of_head, [*missing, *unexpected])):
+            if "head" not in in_file:
+                return "holds no classifier: name it in pretrain and set pretrain_head: drop"
+            if (kind := head_kind(self.saved)) != (wanted := head_kind(self.own)):
+                return (
+                    f"its classifier is {kind}, and the configuration asks for {wanted}; set that as it was, or, to "
+                    "start a new classifier, name the file in pretrain and set pretrain_head: drop"
+                )
+            problem = "its classifier does not fit" if unexpected else "its classifier is incomplete"
+        elif in_file != in_model:
+            problem = "holds the weights of another model or another network"
+        else:
+            problem = "does not fit this network"
+        return (
+            f"{problem}: {len(missing)} keys missing{self._first(missing)}, {len(unexpected)} unexpected"
+            f"{self._first(unexpected)}; it has the parts {', '.join(in_file)}, network.model builds {', '.join(in_model)}"
+        )
+
+    def _explain_shapes(self, keys: list[str]) -> str:
+        """What other shapes mean to the user."""
+        saved, own, key = self.saved, self.own, keys[0]
+        embedding = next((each for each in keys if each.endswith("temporal_embedding")), None)
+        if embedding and saved[embedding].shape[0] != own[embedding].shape[0]:
+            T = saved[embedding].shape[0]
             return (
-                f"its classifier is {kind}, and the configuration asks for {wanted}; set that as it was, or, to start "
-                "a new classifier, name the file in pretrain and set pretrain_head: drop"
+                f"was made for T = {T} frames, data.num_segments is {own[embedding].shape[0]}; "
+                f"set data.num_segments to {T}"
             )
-        kind = "its classifier does not fit" if unknown else "its classifier is incomplete"
-    elif theirs != ours:
-        kind = "holds another method's weights or another network"
-    else:
-        kind = "does not fit this network"
-    return (
-        f"{kind}: {len(missing)} keys missing{_first(missing, named)}, {len(unknown)} unknown{_first(unknown, named)}; "
-        f"it has the parts {', '.join(theirs)}, network.model builds {', '.join(ours)}"
-    )
+        if key in ("head.weight", "head.classes") and all(map(_of_head, keys)):
+            return (
+                f"its classifier has {saved[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
+                "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
+            )
+        if embedding:
+            return (
+                f"its network is {saved[embedding].shape[1]} wide at {self.name_in_file(embedding)}, and network.arch "
+                f"with network.pyramid make it {own[embedding].shape[1]} wide"
+            )
+        if key == "head.classes.tokens" and all(map(_of_head, keys)):
+            return (
+                f"its text head reads {len(saved[key])} texts, and data.num_classes times network.text.templates are "
+                f"{len(own[key])}: set both as they were; to train on other classes or templates, name the file in "
+                "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's own text tower"
+            )
+        return (
+            f"{len(keys)} shapes differ{self._first(keys)}: {tuple(saved[key].shape)} in the file, "
+            f"{tuple(own[key].shape)} in the model"
+        )
 
-
-def _explain_shapes(
-    unfit: list[str], values: Mapping[str, Tensor], own: Mapping[str, Tensor], named: Callable[[str], str]
-) -> str:
-    """Say what a difference in shapes means to the user."""
-    key = unfit[0]
-    frames = next((k for k in unfit if k.endswith("temporal_embedding")), None)
-    if frames and values[frames].shape[0] != own[frames].shape[0]:
-        T = values[frames].shape[0]
-        return f"was made for T = {T} frames, data.num_segments is {own[frames].shape[0]}; set data.num_segments to {T}"
-    if key in ("head.weight", "head.classes") and all(map(_of_head, unfit)):
-        return (
-            f"its classifier has {values[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
-            "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
-        )
-    if frames:
-        return (
-            f"its network is {values[frames].shape[1]} wide at {named(frames)}, and network.arch "
-            f"with network.pyramid make it {own[frames].shape[1]} wide"
-        )
-    if key == "head.classes.tokens" and all(map(_of_head, unfit)):
-        return (
-            f"its text head reads {len(values[key])} texts, and data.num_classes times network.text.templates are "
-            f"{len(own[key])}: set both as they were; to train on other classes or templates, name the file in "
-            "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's own text tower"
-        )
-    return (
-        f"{len(unfit)} shapes differ{_first(unfit, named)}: {tuple(values[key].shape)} in the file, "
-        f"{tuple(own[key].shape)} in the model"
-    )
+    def _first(self, keys: list[str]) -> str:
+        """The first few keys by the file's names."""
+        return f" (first {', '.join(map(self.name_in_file, keys[:3]))})" if keys else ""
 
 
 def _of_head(key: str) -> bool:
     return key.startswith("head.")
-
-
-def _first(keys: list[str], named: Callable[[str], str]) -> str:
-    """The first few keys by the file's names."""
-    return f" (first {', '.join(map(named, keys[:3]))})" if keys else ""

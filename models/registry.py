@@ -43,7 +43,6 @@ Does not live here: any layer, any loop, loading a model's weights (loading.py).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import warnings
 from collections.abc import Sequence
@@ -61,7 +60,7 @@ from clip.towers.timm_vit import build_timm_tower, find_timm_weights, is_timm_na
 from clip.towers.weights import clip_tags, fetch_weights, find_weights, stated_pixels
 from configs.schema import Config, ConfigError, fill_options, nearest
 from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
-from models.parameters import trainable_parts
+from models.parameters import freeze_all_but_trainable
 
 logger = logging.getLogger("td4v")
 
@@ -117,15 +116,13 @@ def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
 
     Raises ConfigError where data.seg_length is not what the model reads.
     """
-    frames = getattr(model, "frames_per_segment", 1)
+    frames = model.frames_per_segment
     if config.data.seg_length not in (None, frames):
         raise ConfigError(
             f"data.seg_length: {config.data.seg_length} is given, but network.model {config.network.model_name} "
             f"reads {frames} frames a segment"
         )
-    pixels = model if hasattr(model, "mean") else getattr(model, "tower", None)
-    mean, std = getattr(pixels, "mean", None), getattr(pixels, "std", None)
-    return dataclasses.replace(config, data=config.data.with_pixel_statistics(mean, std))
+    return dataclasses.replace(config, data=config.data.with_pixel_statistics(model.mean, model.std))
 
 
 def _text_head(
@@ -152,44 +149,8 @@ def _text_head(
     )  # fmt: skip
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raise ConfigError where there is nothing to train, or a text head to begin with is not there."""
-    if isinstance(model.head, TextHead):
-        model.head.require_filled()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "network.text.tuned: none leaves nothing to train in this model: "
-            "test it with test_vision.py, without --weights"
-        )
-
-
-def check_untrained(model: nn.Module) -> None:
-    """Raise ConfigError unless a model with a text head has CLIP's weights alone, so that it can be tested as it is."""
-    model.head.require_filled()
-    if others := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
-        raise ConfigError(
-            f"network.model: needs a checkpoint (--weights), for it has parts that CLIP has not: {', '.join(others)}"
-        )
-
-
 def _has_frozen_features(module: ModuleType) -> bool:
     return any(hasattr(value, "frozen_features") for value in vars(module).values() if isinstance(value, type))
-
-
-def frozen_identity(model: nn.Module) -> dict[str, str] | None:
-    """Which frozen weights a model of `build_model` stands on: their name, where they are from, and their sha256.
-
-    The hash goes over the names and bytes of all frozen parameters, on the CPU. None where nothing is frozen.
-    """
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    if not frozen:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(frozen):
-        value = frozen[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return {"name": model.tower.name, "weights": model.tower.weights, "sha256": digest.hexdigest()}
 
 
 def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
@@ -255,39 +216,3 @@ def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tup
     if source is not None:
         tower.mean, tower.std = stated_pixels(arch, source) or (tower.mean, tower.std)
     return tower, source
-
-
-def freeze_all_but_trainable(model: nn.Module) -> nn.Module:
-    """Require gradients of exactly what `trainable_modules` names."""
-    model.requires_grad_(False)
-    for part in model.trainable_modules().values():
-        part.requires_grad_(True)
-    return model
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterReport:
-    """Counts of parameters: all, tuned, and tuned by module."""
-
-    total: int
-    tuned: int
-    by_module: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """Tuned share, 0..1."""
-        return self.tuned / self.total
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {count:,}" for name, count in self.by_module.items())
-        return f"parameters: {self.total:,} in all, {self.tuned:,} tuned ({100 * self.share:.2f} %): {parts}"
-
-
-def parameter_report(model: nn.Module) -> ParameterReport:
-    """Count a method's parameters."""
-    by_module = {name: _count(part) for name, part in trainable_parts(model).items()}
-    return ParameterReport(_count(model), sum(by_module.values()), by_module)
-
-
-def _count(part: nn.Module | nn.Parameter) -> int:
-    return part.numel() if isinstance(part, torch.Tensor) else sum(p.numel() for p in part.parameters())

@@ -17,6 +17,7 @@ from clip.layers import recomputed
 from clip.ops import add_to_patches
 from clip.towers.base import Feature, Tower, TowerError
 from configs.schema import Config, ConfigError, NetworkConfig, Ratio
+from models.parameters import Origin
 
 logger = logging.getLogger("td4v")
 
@@ -65,6 +66,7 @@ class TD4VFinetune(nn.Module):
         tower.require(feature, "network.options.feature")
         self.frames, self.feature, self.recompute = frames, feature, recompute
         self.tower = tower
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         places = zip(("attention", "mlp"), PLACEMENTS[placement], strict=True)
         self.td4v = nn.ModuleDict(
             {

@@ -17,6 +17,7 @@ from clip.published import from_authors, is_authors_layout
 from clip.side_network import SideNetwork
 from clip.towers.base import Feature, Tower, TowerError
 from configs.schema import Config, ConfigError
+from models.parameters import Origin
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class TD4VSide(nn.Module):
         tower.require(token, "network.options.token")
         self.frames, self.recompute, self.token = frames, recompute, token
         self.tower = tower
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         self.side = SideNetwork(tower.width, tower.patch_size, frames, widths, mlp_ratio, ratio, mode, td4v,
                                 stem_kernel, token_shift, temporal_embedding)  # fmt: skip
         self.dropout = nn.Dropout(dropout)

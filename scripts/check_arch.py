@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 
 from configs.schema import Config, ConfigError, PyramidConfig, config_from_dict
-from models.registry import MODELS, build_config_tower, build_model, parameter_report
+from models.parameters import parameter_report
+from models.registry import MODELS, build_config_tower, build_model
 
 CLASSES = 10
 
@@ -114,7 +115,7 @@ def train_step(config: Config, clips: int, forward: bool) -> int:
     values = [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
     if not all(bool(value.isfinite().all()) for value in values):
         raise RuntimeError("results or gradients are not finite")
-    return parameter_report(model).tuned
+    return parameter_report(model).trainable
 
 
 if __name__ == "__main__":

@@ -75,8 +75,10 @@ def revisions(run: Run) -> list[str]:
 
 def trainable_parameters(run: Run) -> int | None:
     """From run.json, or from the results of a test."""
-    counts = run.recorded("parameters.tuned")
-    counts += [test["parameters"]["tuned"] for test in run.tests.values() if "tuned" in (test.get("parameters") or {})]
+    counts = run.recorded("parameters.trainable")
+    counts += [
+        test["parameters"]["trainable"] for test in run.tests.values() if "trainable" in (test.get("parameters") or {})
+    ]
     return counts[-1] if counts else None
 
 

@@ -25,7 +25,8 @@ from configs.schema import Config, ConfigError, config_from_dict, load_config
 from engine import checkpoint_file, checkpointer
 from engine.errors import EngineError
 from models.loading import load_weights
-from models.registry import build_model, frozen_identity
+from models.parameters import frozen_identity
+from models.registry import build_model
 
 logger = logging.getLogger("td4v")
 

@@ -121,7 +121,7 @@ def make_table(variants: Sequence[Variant], seeds: Sequence[int], results: Resul
     rows = []
     for variant in variants:
         scores = [results[variant.key, seed]["top1"] for seed in seeds]
-        trainable = results[variant.key, seeds[0]]["parameters"]["tuned"]
+        trainable = results[variant.key, seeds[0]]["parameters"]["trainable"]
         mean, span = f"{statistics.mean(scores):.1f} %", f"{min(scores):.1f} to {max(scores):.1f} %"
         rows.append([variant.title, mean, span, f"{trainable:,}"])
     columns = ["variant", f"top-1, mean of {len(seeds)} seeds", "lowest to highest", "trainable parameters"]

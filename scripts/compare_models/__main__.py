@@ -375,7 +375,7 @@ def accuracy_of(name: str, plan: Plan, results: dict[Experiment, dict[str, Any]]
 def scores_of(method: str, found: dict[int, dict[str, Any]]) -> Scores:
     parameters = next(iter(found.values()))["parameters"]
     revisions = Counter(short_revision(result["meta"]["git"]) for result in found.values())
-    return Scores(method, {seed: result["top1"] for seed, result in sorted(found.items())}, parameters["tuned"],
+    return Scores(method, {seed: result["top1"] for seed, result in sorted(found.items())}, parameters["trainable"],
                   parameters["total"], tuple(revisions))  # fmt: skip
 
 

@@ -34,7 +34,8 @@ from engine.errors import EngineError
 from engine.optim import resolve_precision, set_tf32
 from engine.run_info import run_info
 from engine.signals import ending_in_order
-from models.registry import build_model, parameter_report
+from models.parameters import parameter_report
+from models.registry import build_model
 from scripts.profile.plots import draw_saved, draw_scaling
 from scripts.profile.report import Row, clips, markdown, scaling, summary
 from scripts.profile.workload import random_batch, seconds_of_processes, threads_of_each, training_step
@@ -100,7 +101,7 @@ def measure(
     set_tf32(config.solver.tf32, device)
     logger.info("%s: building, from random weights", name)
     report = parameter_report(build_model(config, pretrained=False))
-    if report.tuned == 0:
+    if report.trainable == 0:
         raise ProfileError(
             f"{name}: nothing of this model is tuned (network.text.tuned: none), and training is measured"
         )
@@ -109,7 +110,7 @@ def measure(
     for batch in batches:
         row = Row(
             label=label, method=config.network.model_name, frames=config.data.num_segments, batch=batch,
-            precision=precision.name, recompute=config.network.recompute, total=report.total, tuned=report.tuned,
+            precision=precision.name, recompute=config.network.recompute, total=report.total, tuned=report.trainable,
             threads=torch.get_num_threads(), **flops,
         )  # fmt: skip
         with profiling.memory_limited(device):

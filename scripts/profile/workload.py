@@ -38,7 +38,14 @@ def training_step(model: nn.Module, config: Config, process: Process) -> TrainSt
     model = wrap(model, process, config.network.sync_bn, config.solver.compile).train()
     solver = replace(config.solver, mixup=False, ema_decay=None)
     config = replace(config, data=config.data.with_pixel_statistics(), solver=solver)
-    groups = parameter_groups(unwrap(model), solver.lr, solver.clip_ratio, solver.layer_decay, solver.decay_norms)
+    groups = parameter_groups(
+        unwrap(model),
+        lr=solver.lr,
+        weight_decay=solver.weight_decay,
+        clip_ratio=solver.clip_ratio,
+        layer_decay=solver.layer_decay,
+        decay_norms=solver.decay_norms,
+    )
     state = build_training_state(
         config,
         model,

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from clip.layers import recomputed
 from clip.ops import add_to_patches, difference_streams, gelu_linear, normed_linear, temporal_linear, temporal_sum
 from clip.towers.openclip_vit import build_custom_tower
-from models.registry import freeze_all_but_trainable
+from models.parameters import freeze_all_but_trainable
 from models.td4v_finetune import TD4VFinetune
 from models.td4v_side import TD4VSide
 

@@ -21,9 +21,9 @@ from configs.schema import Config, ConfigError, config_from_dict
 from engine.checkpointer import load_saved_weights, weights_to_save
 from engine.ema import ModelEma
 from engine.optim import check_groups
-from models.loading import WeightsError, load_weights
-from models.parameters import parameter_groups
-from models.registry import build_model, check_trainable, check_untrained, frozen_identity, parameter_report
+from models.loading import WeightsError, check_untrained, load_weights
+from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
+from models.registry import build_model
 from tests.clip.towers.test_openclip_vit import transformers_layout, write
 
 VISION = {"width": 64, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -253,7 +253,7 @@ def test_without_names_a_head_waits_for_a_checkpoint(file: str) -> None:
             check(build_model(config(file, tuned="classifier")))
     with pytest.raises(ConfigError, match="leaves nothing to train in this model: test it with test_vision.py"):
         check_trainable(build(file))
-    with pytest.raises(ConfigError, match="--weights.* parts that CLIP has not: td4v, temporal_embedding"):
+    with pytest.raises(ConfigError, match="--weights.* parts that CLIP does not have: td4v, temporal_embedding"):
         check_untrained(build(file, "td4v_finetune"))
     for method in ("linear_probe", "full_finetune"):
         check_untrained(build(file, method))
@@ -379,10 +379,10 @@ def test_what_is_tuned_learns_at_its_rate(file: str, method: str) -> None:
         report = parameter_report(model)
         texts = sum(p.numel() for p in model.head.classes.parameters()) if tuned == "tower" else 0
         head = {"none": 0, "classifier": 3 * 48 + 1, "tower": 1}[tuned]
-        assert report.tuned == linear.tuned - linear.by_module["head"] + texts + head
+        assert report.trainable == linear.trainable - linear.by_module["head"] + texts + head
         assert list(report.by_module)[-1] == "head" and report.by_module["head"] == head
         for decay in (1.0, 0.5):
-            groups = parameter_groups(model, 0.1, 0.5, decay)
+            groups = parameter_groups(model, lr=0.1, weight_decay=0.05, clip_ratio=0.5, layer_decay=decay)
             check_groups(model, groups)
             rates = {name: group["lr"] for group in groups for name in [group["name"].split("_0")[0]]}
             assert all(rate <= (0.1 if name == "head" else 0.05) for name, rate in rates.items())
@@ -390,7 +390,10 @@ def test_what_is_tuned_learns_at_its_rate(file: str, method: str) -> None:
 
 
 def test_the_text_towers_layers_end_with_the_methods(file: str) -> None:
-    rates = {group["name"]: group["lr"] for group in parameter_groups(build(file, "full_finetune", "tower"), 1, 1, 0.5)}
+    rates = {
+        group["name"]: group["lr"]
+        for group in parameter_groups(build(file, "full_finetune", "tower"), lr=1, weight_decay=0.05, layer_decay=0.5)
+    }
     # embedding, two blocks, norm, head; beside them embedding, three blocks, norm and projection, head
     assert {name: rate for name, rate in rates.items() if not name.startswith(("ln_pre", "class", "pos"))} == {
         "conv1_01": 0.5**4, "blocks_02": 0.5**3, "blocks_03": 0.5**2, "final_norm_04": 0.5, "text_00": 0.5**5,

@@ -34,7 +34,8 @@ from engine.feature_cache import FeatureCache, FeatureError, FeatureLoader, Feat
 from engine.normalize import Normalizer
 from engine.optim import resolve_precision
 from engine.run_info import run_info
-from models.registry import build_model, frozen_identity, with_pixel_statistics
+from models.parameters import frozen_identity
+from models.registry import build_model, with_pixel_statistics
 from tests.helpers.cli_harness import assert_same, command, content, metrics, settings, train, training_refusal
 from tests.helpers.processes import run_in_two
 

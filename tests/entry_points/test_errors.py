@@ -19,7 +19,7 @@ from tests.helpers.cli_harness import evaluated, metrics, refusal, rewritten, sc
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("network.model=td4v_finetune", "holds another method's weights or another network"),
+        ("network.model=td4v_finetune", "holds the weights of another model or another network"),
         ("data.num_segments=4", "was made for T = 8 frames, data.num_segments is 4"),
     ],
 )

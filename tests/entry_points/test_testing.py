@@ -38,7 +38,7 @@ def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
     assert result["mean_class"] == pytest.approx(per_class.mean().item()) and result["top5"] == 100
     assert (result["crops"], result["clips"], result["dense"], result["epoch"]) == (3, 2, False, 1)
     assert tuple(result["class_names"]) == CLASSES and result["weights"] == str(weights)
-    assert result["parameters"]["tuned"] == sum(result["parameters"]["by_module"].values()) > 0
+    assert result["parameters"]["trainable"] == sum(result["parameters"]["by_module"].values()) > 0
 
 
 def test_one_view_gives_the_validation_of_training(tiny: Path, varied: Path, tmp_path: Path):

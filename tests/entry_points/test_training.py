@@ -56,7 +56,7 @@ def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
     assert start["lists"]["train_list"]["rows"] == 32 and start["finished"] and start["seed"] == 5
     log = (folder / "log.txt").read_text()
     assert "32 training and 11 validation videos, 4 classes, T = 8" in log and "finished: best top-1" in log
-    assert "tuned" in log
+    assert "trainable" in log
 
 
 def test_a_dry_run_tells_and_keeps_nothing(tiny: Path, tmp_path: Path):

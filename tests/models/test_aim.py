@@ -18,8 +18,8 @@ from clip.towers.openclip_vit import build_tower
 from configs.schema import Config, ConfigError, config_from_dict
 from engine.profiling import saved_for_backward
 from models.aim import AIM, Options
-from models.parameters import parameter_groups
-from models.registry import build_model, freeze_all_but_trainable, parameter_report
+from models.parameters import freeze_all_but_trainable, parameter_groups, parameter_report
+from models.registry import build_model
 from scripts.profile.__main__ import block_calls
 
 WIDTH, LAYERS, HEADS, FRAMES, CLASSES, SIDE = 32, 3, 2, 4, 5, 16
@@ -167,8 +167,8 @@ def test_counts() -> None:
         with torch.device("meta"):
             model = freeze_all_but_trainable(AIM(build_tower(arch, 224), 51, 8, count))
         report = parameter_report(model)
-        assert report.tuned == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert report.tuned - report.by_module["head"] == tuned
+        assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert report.trainable - report.by_module["head"] == tuned
     assert round(report.total - report.by_module["head"], -6) == 341_000_000
 
 
@@ -181,12 +181,12 @@ def test_what_is_tuned_and_how_fast() -> None:
         moved = parameter.grad is not None and parameter.grad.abs().max() > 0
         assert moved == parameter.requires_grad == name.startswith(own), name
     assert not any(module.training for module in model.tower.modules())
-    groups = parameter_groups(model, 0.1, 1.0, layer_decay=0.5, decay_norms=False)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.5, decay_norms=False)
     rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     by_layer = [*(each["joint"].up.weight for each in model.adapters), model.tower.final_norm.weight, model.head.bias]
     assert [rates[parameter] for parameter in by_layer] == pytest.approx([0.1 * 0.5**n for n in (4, 3, 2, 1, 0)])
     assert rates[model.temporal_embedding] == rates[by_layer[0]]
-    exempt = {parameter for group in groups if group.get("weight_decay") == 0 for parameter in group["params"]}
+    exempt = {parameter for group in groups if group["weight_decay"] == 0 for parameter in group["params"]}
     assert exempt == {parameter for parameter in rates if parameter.ndim == 1}
 
 

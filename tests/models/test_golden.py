@@ -23,7 +23,7 @@ from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import parse_ratio
 from models import aim
 from models.aim import AIM, Adapter
-from models.registry import freeze_all_but_trainable
+from models.parameters import freeze_all_but_trainable
 from models.td4v_side import TD4VSide
 from tests.helpers.golden import ADDED, CASES, FOLDERS, TOLERANCE, check_sampling, fill_file, load_fill, tensor
 

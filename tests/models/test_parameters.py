@@ -8,8 +8,8 @@ from torch import nn
 
 from configs.schema import ConfigError, config_from_dict
 from engine.optim import build_optimizer, check_groups
-from models.parameters import parameter_groups
-from models.registry import MODELS, build_model, freeze_all_but_trainable
+from models.parameters import freeze_all_but_trainable, parameter_groups
+from models.registry import MODELS, build_model
 
 BATCH, LAYER = nn.BatchNorm1d, nn.LayerNorm
 
@@ -32,11 +32,12 @@ def names_of(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
 def test_by_default_one_group_a_tuned_module_in_its_own_order(method: str) -> None:
     """What optimizer states of earlier checkpoints count on: parameters go by their place, and nothing else is set."""
     model = tiny(method)
-    groups = parameter_groups(model, 0.1, 0.5)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.05, clip_ratio=0.5)
     assert [(group["name"], group["lr"]) for group in groups] == [
         (name, 0.1 if name == "head" else 0.05) for name in model.trainable_modules()
     ]
-    assert all(group.keys() == {"name", "params", "lr"} for group in groups)
+    assert all(group.keys() == {"name", "params", "lr", "weight_decay"} for group in groups)
+    assert {group["weight_decay"] for group in groups} == {0.05}
     for group, part in zip(groups, model.trainable_modules().values(), strict=True):
         expected = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         assert [id(p) for p in group["params"]] == [id(p) for p in expected]
@@ -47,7 +48,9 @@ def test_by_default_one_group_a_tuned_module_in_its_own_order(method: str) -> No
 @pytest.mark.parametrize("decay_norms", [True, False])
 def test_every_tuned_parameter_is_in_exactly_one_group(method: str, layer_decay: float, decay_norms: bool) -> None:
     model = tiny(method)
-    groups = parameter_groups(model, 0.1, 0.5, layer_decay, decay_norms)
+    groups = parameter_groups(
+        model, lr=0.1, weight_decay=0.05, clip_ratio=0.5, layer_decay=layer_decay, decay_norms=decay_norms
+    )
     check_groups(model, groups)
     assert len({group["name"] for group in groups}) == len(groups) and all(group["params"] for group in groups)
 
@@ -56,15 +59,15 @@ def test_every_tuned_parameter_is_in_exactly_one_group(method: str, layer_decay:
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_norms_biases_and_scalars_are_exempt_from_decay_and_nothing_else(method: str, layer_decay: float) -> None:
     model = tiny(method)
-    groups = parameter_groups(model, 0.1, 1.0, layer_decay, decay_norms=False)
-    exempt = [p for group in groups if group.get("weight_decay") == 0 for p in group["params"]]
-    assert {group["name"].endswith("_no_decay") for group in groups if "weight_decay" in group} == {True}
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=layer_decay, decay_norms=False)
+    exempt = [p for group in groups if group["weight_decay"] == 0 for p in group["params"]]
+    assert {group["name"].endswith("_no_decay") for group in groups if group["weight_decay"] == 0} == {True}
     tuned = [module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
     norms = sum(len(list(module.parameters())) for module in tuned if isinstance(module, (BATCH, LAYER)))
     biases = sum(isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) for module in tuned)
     scales = sum(hasattr(module, "scale") for module in tuned)
     assert len(exempt) == norms + biases + scales
-    weights = {parameter for group in groups if "weight_decay" not in group for parameter in group["params"]}
+    weights = {parameter for group in groups if group["weight_decay"] for parameter in group["params"]}
     assert {id(module.weight) for module in tuned if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))} <= {
         id(parameter) for parameter in weights
     }
@@ -74,7 +77,7 @@ def test_norms_biases_and_scalars_are_exempt_from_decay_and_nothing_else(method:
 
 def test_counts_of_the_side_methods_exemptions() -> None:
     """By hand: a TD4V has 2 of its norm, 4 biases, a scale; a side layer besides 3 norms, project, qkv, proj, fc1, fc2."""
-    groups = parameter_groups(tiny("td4v_side"), 0.1, 1.0, decay_norms=False)
+    groups = parameter_groups(tiny("td4v_side"), lr=0.1, weight_decay=0.05, decay_norms=False)
     sizes = {group["name"]: len(group["params"]) for group in groups}
     per_layer, upsample, stem, norm = 7 + 3 * 2 + 5, 2 + 1, 2 + 1, 2
     assert sizes["side_no_decay"] == 3 * per_layer + upsample + stem + norm
@@ -85,7 +88,7 @@ def test_counts_of_the_side_methods_exemptions() -> None:
 
 def test_layers_of_side_tuning_by_hand() -> None:
     model = tiny("td4v_side")
-    groups = parameter_groups(model, 0.1, 0.5, layer_decay=0.5)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.05, clip_ratio=0.5, layer_decay=0.5)
     body = {f"side_{k:02d}": 0.05 * 0.5 ** (5 - k) for k in range(5)}  # stem, three levels, norm; the head is layer 5
     assert {group["name"]: group["lr"] for group in groups} == {**body, "head_05": 0.1}
     held = names_of(model, groups)
@@ -100,7 +103,7 @@ def test_layers_of_side_tuning_by_hand() -> None:
 @pytest.mark.parametrize("placement", ["before_attention", "both"])
 def test_layers_of_fine_tuning_by_hand(placement: str) -> None:
     model = tiny("td4v_finetune", placement=placement)
-    groups = parameter_groups(model, 0.1, 1.0, layer_decay=0.8)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.8)
     factors = {"td4v_00": 0.8**3, "td4v_01": 0.8**2, "td4v_02": 0.8, "temporal_embedding_00": 0.8**3, "head_03": 1.0}
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == pytest.approx({name: 0.1 * factor for name, factor in factors.items()})
@@ -113,7 +116,7 @@ def test_layers_of_fine_tuning_by_hand(placement: str) -> None:
 def test_fine_tuning_without_temporal_embedding_has_layers_too() -> None:
     model = tiny("td4v_finetune", temporal_embedding=False)
     assert [len(layer) for layer in model.trainable_layers()] == [1, 1, 1, 1]
-    check_groups(model, parameter_groups(model, 0.1, 1.0, layer_decay=0.8))
+    check_groups(model, parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.8))
 
 
 def test_a_step_without_gradients_shrinks_what_decays_and_leaves_the_rest() -> None:
@@ -123,7 +126,7 @@ def test_a_step_without_gradients_shrinks_what_decays_and_leaves_the_rest() -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    groups = parameter_groups(model, 0.1, 1.0, layer_decay=0.5, decay_norms=False)
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.2, layer_decay=0.5, decay_norms=False)
     optimizer = build_optimizer(groups, "adamw", weight_decay=0.2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
@@ -153,7 +156,7 @@ class Layered(nn.Module):
 @pytest.mark.parametrize(
     ("pick", "message"),
     [
-        (None, "Layered does not say its layers"),
+        (None, "Layered does not name its layers"),
         (lambda m: [[m.body], [m.head]], "differ in more.bias"),
         (lambda m: [[m.body], [m.more, m.body], [m.head]], "in its layers 0 and 1"),
         (lambda m: [[m.body, m.more], [nn.Linear(2, 2)], [m.head]], "differ in a foreign parameter"),
@@ -161,6 +164,6 @@ class Layered(nn.Module):
 )
 def test_layers_that_are_not_the_tuned_ones_are_refused(pick, message: str) -> None:
     model = freeze_all_but_trainable(Layered(pick))
-    assert len(parameter_groups(model, 0.1, 1.0)) == 2
+    assert len(parameter_groups(model, lr=0.1, weight_decay=0.05)) == 2
     with pytest.raises(ConfigError, match=rf"solver\.layer_decay: .*{message}"):
-        parameter_groups(model, 0.1, 1.0, layer_decay=0.9)
+        parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.9)

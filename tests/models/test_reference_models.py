@@ -11,8 +11,8 @@ from engine.optim import check_groups
 from models.full_finetune import FullFinetune
 from models.linear_probe import LinearProbe
 from models.loading import load_weights
-from models.parameters import parameter_groups
-from models.registry import MODELS, build_model, freeze_all_but_trainable, frozen_identity, parameter_report
+from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups, parameter_report
+from models.registry import MODELS, build_model
 
 WIDTH, LAYERS, CLASSES, SIDE = 64, 3, 5, 32
 REFERENCES = ("linear_probe", "full_finetune")
@@ -42,7 +42,7 @@ def test_counts_of_a_small_tower_by_hand(method: str) -> None:
     report, tower = parameter_report(tiny(method)), tower_count(WIDTH, LAYERS, 8, SIDE)
     head = WIDTH * CLASSES + CLASSES
     assert report.total == tower + head
-    assert report.tuned == (head if method == "linear_probe" else tower + head)
+    assert report.trainable == (head if method == "linear_probe" else tower + head)
 
 
 def test_counts_of_vit_b16_with_51_classes() -> None:
@@ -54,8 +54,8 @@ def test_counts_of_vit_b16_with_51_classes() -> None:
         )
     whole = tower_count(768, 12, 16, 224)
     assert (whole, 768 * 51 + 51) == (85_799_424, 39_219)
-    assert parameter_report(full).tuned == parameter_report(full).total == whole + 39_219
-    assert parameter_report(probe).tuned == 39_219 and parameter_report(probe).total == whole + 39_219
+    assert parameter_report(full).trainable == parameter_report(full).total == whole + 39_219
+    assert parameter_report(probe).trainable == 39_219 and parameter_report(probe).total == whole + 39_219
 
 
 def test_exactly_the_named_parts_are_tuned() -> None:
@@ -75,7 +75,9 @@ def test_exactly_the_named_parts_are_tuned() -> None:
 def test_groups_of_full_fine_tuning(layer_decay: float, decay_norms: bool) -> None:
     """Layer 0 is the embedding, then the blocks, ln_post, the head."""
     model = tiny("full_finetune")
-    groups = parameter_groups(model, 0.1, 0.2, layer_decay, decay_norms)
+    groups = parameter_groups(
+        model, lr=0.1, weight_decay=0.05, clip_ratio=0.2, layer_decay=layer_decay, decay_norms=decay_norms
+    )
     check_groups(model, groups)
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     visual, last = model.tower.visual, LAYERS + 2
@@ -88,7 +90,7 @@ def test_groups_of_full_fine_tuning(layer_decay: float, decay_norms: bool) -> No
         assert rates[parameter] == pytest.approx(0.02 * layer_decay ** (last - layer))
     assert rates[visual.conv1.weight] == rates[visual.ln_pre.bias] == rates[visual.class_embedding] == rates[layers[0]]
     assert rates[model.head.weight] == 0.1
-    exempt = {p for group in groups if group.get("weight_decay") == 0 for p in group["params"]}
+    exempt = {p for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert exempt == (set() if decay_norms else {p for p in model.parameters() if p.ndim == 1})
 
 

@@ -11,8 +11,8 @@ import torch
 from configs.schema import ConfigError, config_from_dict
 from engine.profiling import saved_for_backward
 from models.loading import WeightsError, load_weights
-from models.parameters import parameter_groups
-from models.registry import MODELS, build_model, parameter_report
+from models.parameters import parameter_groups, parameter_report
+from models.registry import MODELS, build_model
 
 FROZEN = [method for method in MODELS if method != "full_finetune"]
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -33,18 +33,18 @@ def b16(method, classes, frames=8, **network):
 @pytest.mark.parametrize(("classes", "tuned"), [(174, 20_406_138), (51, 20_311_551), (101, 20_350_001)])
 def test_side_counts(classes, tuned):
     report = b16("td4v_side", classes)
-    assert report.tuned == tuned and report.by_module["side"] == 20_272_332
+    assert report.trainable == tuned and report.by_module["side"] == 20_272_332
 
 
 def test_side_counts_of_the_papers_figure():
-    assert b16("td4v_side", 174, frames=32).tuned == 20_440_698
+    assert b16("td4v_side", 174, frames=32).trainable == 20_440_698
     commented = {"n_embs": [96, 96, 96, 96, 192, 192, 192, 384, 384, 384, 768, 768], "mlp_ratio": 2}
-    assert b16("td4v_side", 174, pyramid=commented).tuned == 20_444_730
+    assert b16("td4v_side", 174, pyramid=commented).trainable == 20_444_730
 
 
 def test_finetune_counts():
     report = b16("td4v_finetune", 51)
-    assert report.tuned == 2_139_711
+    assert report.trainable == 2_139_711
     assert report.by_module == {"td4v": 2_094_348, "temporal_embedding": 6_144, "head": 39_219}
     assert b16("td4v_finetune", 51, options={"placement": "both"}).by_module["td4v"] == 2 * 2_094_348
 
@@ -61,7 +61,7 @@ def test_exactly_the_named_parts_are_tuned(method):
     last_norm = set(model.tower.final_norm.parameters()) if method == "aim" else set()
     assert tuned & set(model.tower.parameters()) == last_norm
     assert tuned | set(model.tower.parameters()) == set(model.parameters())
-    grouped = [id(p) for group in parameter_groups(model, 1.0, 1.0) for p in group["params"]]
+    grouped = [id(p) for group in parameter_groups(model, lr=1.0, weight_decay=0.05) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -187,7 +187,7 @@ def test_weights_in_and_out():
         ({"classes": 7}, "classifier has 5 classes, data.num_classes is 7; .* pretrain_head: drop"),
         ({"frames": 8}, "made for T = 4 frames, data.num_segments is 8"),
         ({"pyramid": {"n_embs": [32, 32, 64]}}, "its network is 16 wide at side.*temporal_embedding, .* make it 32 wide"),
-        ({"model": "td4v_finetune"}, "holds another method's weights"),
+        ({"model": "td4v_finetune"}, "holds the weights of another model"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit(change, message):
@@ -238,9 +238,9 @@ def test_drop_head():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"side.norm.weight": None}, r"does not fit this network: 1 keys missing \(first side.norm.weight\), 0 unknown"),
-        ({"side.a": 1}, r"does not fit this network: 0 keys missing, 1 unknown \(first side.a\)"),
-        ({"extra.a": 1}, "holds another method's weights .* it has the parts extra, side, tower, .* builds side, tower"),
+        ({"side.norm.weight": None}, r"does not fit this network: 1 keys missing \(first side.norm.weight\), 0 unexpected"),
+        ({"side.a": 1}, r"does not fit this network: 0 keys missing, 1 unexpected \(first side.a\)"),
+        ({"extra.a": 1}, "holds the weights of another model .* it has the parts extra, side, tower, .* builds side, tower"),
         ({"side.norm.weight": 1}, r"1 shapes differ \(first side.norm.weight\)"),
         ({"frames": 8}, "set data.num_segments to 4"),
     ],

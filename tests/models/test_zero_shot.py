@@ -62,7 +62,7 @@ def test_clip_as_it_is(zero: Path, clip) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(results.read_text())
     assert (result["videos"], result["epoch"]) == (VIDEOS, None)
-    assert result["weights"] == f"custom, {config.network.weights}" and result["parameters"]["tuned"] == 0
+    assert result["weights"] == f"custom, {config.network.weights}" and result["parameters"]["trainable"] == 0
     texts = [f"a video of a person {name.replace('_', ' ')}." for name in class_names(config.data)]
     normalizer = Normalizer(CLIP_MEAN, CLIP_STD)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_training_from_there_and_testing_it(zero: Path, tmp_path: Path, tuned: s
     nameless = (*chosen, "data.label_list=null")
     result = evaluated(zero, run / "model_best.pt", tmp_path / "best.json", *nameless)
     (row,) = metrics(run)
-    assert result["top1"] == row["top1"] and result["parameters"]["tuned"] > 4 * 24
+    assert result["top1"] == row["top1"] and result["parameters"]["trainable"] > 4 * 24
     for flags in ((), ("--full",)):
         assert export.main([str(run / "model_best.pt"), "--out", str(tmp_path / "out.safetensors"), *flags]) == 0
         evaluated(zero, tmp_path / "out.safetensors", tmp_path / "again.json", *nameless)
@@ -156,7 +156,7 @@ def test_pretraining_on_other_names(zero: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "changes", "sentence"), [
     ("test", ("network.head=linear",), "--weights: is needed, for network.head linear starts with a random classifier"),
-    ("test", ("network.model=td4v_finetune",), "network.model: needs a checkpoint (--weights), for it has parts that CLIP has not: td4v, temporal_embedding"),
+    ("test", ("network.model=td4v_finetune",), "network.model: needs a checkpoint (--weights), for it has parts that CLIP does not have: td4v, temporal_embedding"),
     ("test", ("network.model=td4v_side",), "network.head: text needs features in CLIP's space, which network.model td4v_side does not give"),
     ("test", ("network.init=false", "network.weights=null"), "network.head: text needs a pretrained CLIP, but network.init is false: set it to true, or network.head to linear"),
     ("test", ("data.label_list=null",), "network.head: text has no classes: it makes them of the names in data.label_list and of CLIP's weights, or takes a checkpoint's"),

@@ -14,7 +14,7 @@ from clip.adapter import TD4V
 from clip.side_network import SideBlock
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import ConfigError, load_config, parse_ratio
-from models.registry import freeze_all_but_trainable
+from models.parameters import freeze_all_but_trainable
 from models.td4v_finetune import PLACEMENTS, TD4VFinetune
 from models.td4v_side import TD4VSide
 from scripts.benchmarks.model import __main__ as bench_model

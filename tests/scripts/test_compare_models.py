@@ -84,7 +84,7 @@ def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> N
         ]
         scores = [result["top1"] for result in results]
         assert list(one["top1"].values()) == scores and one["mean"] == pytest.approx(sum(scores) / 2)
-        assert one["tuned"] == results[0]["parameters"]["tuned"]
+        assert one["tuned"] == results[0]["parameters"]["trainable"]
         assert [result["config"]["seed"] for result in results] == [0, 1]
         assert results[0]["epoch"] == 1 and Path(results[0]["weights"]).name == "last_model.pt"
     assert accuracy["chance"] == 25 and accuracy["videos"] == 11

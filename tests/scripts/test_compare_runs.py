@@ -49,7 +49,7 @@ def compare(*arguments: str | Path) -> int:
 
 def test_what_each_run_reached(tmp_path: Path) -> None:
     make_run(tmp_path / "side", [10.0, 30.0, 20.0], seed=4)
-    result = {"top1": 31.25, "crops": 3, "clips": 4, "weights": "x/model_best.pt", "parameters": {"tuned": 12345}}
+    result = {"top1": 31.25, "crops": 3, "clips": 4, "weights": "x/model_best.pt", "parameters": {"trainable": 12345}}
     (tmp_path / "side" / "model_best_3crops_4clips.json").write_text(json.dumps(result))
     (tmp_path / "side" / "notes.json").write_text("[1, 2]")
     make_run(tmp_path / "young", [None])

@@ -21,7 +21,8 @@ from engine.optim import build_scheduler
 from engine.results import load_scores
 from engine.train_step import TrainingState
 from models.loading import WeightsError, load_weights
-from models.registry import build_model, frozen_identity
+from models.parameters import frozen_identity
+from models.registry import build_model
 from scripts.export import main
 from tests.clip.test_published import authors_shapes
 from tests.helpers.cli_harness import command

@@ -17,7 +17,7 @@ def results(**changed: float) -> dict:
     """What test_vision.py reports of each run, as far as it is used; `side_3=40` changes one variant's one seed."""
     scores = {(key, seed): score + seed * (key == "finetune") for key, score in GOOD.items() for seed in SEEDS}
     scores |= {(name.rpartition("_")[0], int(name.rpartition("_")[2])): score for name, score in changed.items()}
-    return {run: {"top1": score, "parameters": {"tuned": 12345}} for run, score in scores.items()}
+    return {run: {"top1": score, "parameters": {"trainable": 12345}} for run, score in scores.items()}
 
 
 def test_good_results_pass():

@@ -17,8 +17,8 @@ from clip.towers.openclip_vit import timm_trunk
 from clip.towers.timm_vit import build_timm_tower, find_timm_weights, timm_names
 from configs.schema import CLIP_MEAN, CLIP_STD, config_from_dict
 from models.loading import load_weights
-from models.parameters import parameter_groups
-from models.registry import MODELS, build_model, freeze_all_but_trainable, frozen_identity
+from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups
+from models.registry import MODELS, build_model
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # name: tokens before the patches, whether one is a class token, pixels a side
@@ -190,7 +190,9 @@ def test_every_method_trains_on_every_trunk(arch, method):
     for name, parameter in model.named_parameters():
         assert (id(parameter) in tuned) == parameter.requires_grad
         assert (parameter.grad is None) == (id(parameter) not in tuned), name
-    grouped = [id(p) for group in parameter_groups(model, 1.0, 1.0, 0.7) for p in group["params"]]
+    grouped = [
+        id(p) for group in parameter_groups(model, lr=1.0, weight_decay=0.05, layer_decay=0.7) for p in group["params"]
+    ]
     assert sorted(grouped) == sorted(tuned)
     if method == "full_finetune":
         assert tuned == {id(p) for p in model.parameters()}
@@ -481,7 +483,7 @@ def test_sizes_and_class_tokens_are_asked_for():
 def test_random_weights_follow_the_seed():
     one, two = (build_model(config("eva02_base_patch14_224")) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert one.tower.weights.startswith("random weights of seed")
+    assert one.origin.weights.startswith("random weights of seed")
 
 
 def test_open_clips_names_stand_for_timms_models():
