@@ -1,7 +1,7 @@
 """Tests one checkpoint, or CLIP itself, with crops x clips, each video exactly once on any number of processes.
 
 python test_vision.py --config configs/ssv2.yaml --weights RUN/model_best.pt --test_crops 3 --test_clips 4
-python test_vision.py --config configs/ucf101_zero_shot.yaml          CLIP's own weights, its text head, nothing trained
+python test_vision.py --config configs/ucf101/zero_shot.yaml          CLIP's own weights, its text head, nothing trained
 bash scripts/run_test_vision.sh configs/ssv2.yaml RUN/model_best.pt --test_crops 3 --test_clips 4
 """
 

@@ -226,7 +226,7 @@ ALL = {"lr": 3e-4, "lr_base_batch": 64, "lr_warmup_step": 2.5, "optim": "adamw",
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_recipes(name: str) -> None:
-    chosen = load_config(ROOT / f"configs/{name}_aim.yaml")
+    chosen = load_config(ROOT / f"configs/{name}/aim.yaml")
     found = {**vars(chosen.data), **vars(chosen.network), **vars(chosen.solver), **chosen.network.options}
     wanted = {**ALL, **RECIPES[name]}
     assert {key: found[key] for key in wanted} == wanted
@@ -238,4 +238,4 @@ def test_the_recipes(name: str) -> None:
 
 
 def test_every_recipe_is_known() -> None:
-    assert {path.stem for path in (ROOT / "configs").glob("*_aim.yaml")} == {f"{name}_aim" for name in RECIPES}
+    assert {path.parent.name for path in (ROOT / "configs").glob("*/aim.yaml")} == set(RECIPES)

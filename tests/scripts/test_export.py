@@ -330,7 +330,7 @@ def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path)
         assert all(torch.allclose(found[name], wanted[name], atol=1e-12, rtol=0) for name in tuned)
 
 
-@pytest.mark.parametrize(("file", "millions", "megabytes"), [("hmdb51_finetune", 2.14, 8.7), ("ssv2", 20.4, 82)])
+@pytest.mark.parametrize(("file", "millions", "megabytes"), [("hmdb51/td4v_finetune", 2.14, 8.7), ("ssv2", 20.4, 82)])
 def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabytes: float):
     """What a checkpoint costs follows what is tuned, and not the 86 million frozen parameters below."""
     chosen = load_config(Path(__file__).parents[2] / "configs" / f"{file}.yaml", ["network.init=false"])
@@ -349,7 +349,7 @@ def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabyte
     assert tuned == pytest.approx(millions, abs=0.05) and frozen > 85
     assert size["best"] == pytest.approx(megabytes, rel=0.03) and size["lean"] == pytest.approx(size["best"], rel=0.03)
     assert size["last"] == pytest.approx(3 * size["best"], rel=0.03)  # and both of AdamW's moments
-    if file == "hmdb51_finetune":
+    if file == "hmdb51/td4v_finetune":
         full = exported(paths["best"], tmp_path / "full.safetensors", "--full").stat().st_size / 1e6
         assert full == pytest.approx(4 * (tuned + frozen), rel=0.01) and full > 350
         again = build_model(chosen, pretrained=False)

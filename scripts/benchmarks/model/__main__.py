@@ -1,6 +1,6 @@
 """The product against a plain transcription of its formulas: equal, and how much faster and lighter, in one run.
 
-    python -m scripts.benchmarks.model configs/hmdb51.yaml configs/hmdb51_finetune.yaml --batch 2 --precision fp32 bf16
+    python -m scripts.benchmarks.model configs/hmdb51.yaml configs/hmdb51/td4v_finetune.yaml --batch 2 --precision fp32 bf16
 
 For each configuration both models get the same random weights and the same random clips. First it is shown that they
 are the same function: logits and every tuned gradient in float64 (two clips) and in float32 (the batch), and twenty
@@ -49,7 +49,7 @@ from scripts.benchmarks.model.pair import (
 
 logger = logging.getLogger("td4v")
 
-CONFIGS = ("configs/hmdb51.yaml", "configs/hmdb51_finetune.yaml")
+CONFIGS = ("configs/hmdb51.yaml", "configs/hmdb51/td4v_finetune.yaml")
 # Largest difference; see bench_pair.differences. In float32 a single number of a small gradient may be rounded far off:
 # with few clips the last BatchNorm takes most of what reaches it away.
 ALLOWED = {
