@@ -1,10 +1,6 @@
-"""What a model costs: FLOPs, bytes kept for backward, peak memory, time, and the matrix rate of the device.
+"""Measures what any nn.Module costs: FLOPs, activation memory, peak memory, time, and the device's matrix rate.
 
-Lives here: the measuring, of any nn.Module and any input; it knows no method, no configuration and no data.
-Does not live here: what is measured, tables and pictures (scripts/profile.py, scripts/profile_report.py).
-
-One multiply-add counts as 2 FLOPs, and only products of matrices and convolutions count. Sizes are in bytes, times in
-seconds.
+One multiply-add counts as 2 FLOPs; only matrix products and convolutions count. Sizes are bytes, times seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
-Address = tuple[str, int]  # of a storage: device, place
+Address = tuple[str, int]  # of a storage: device, pointer
 
 FUSED_ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -46,15 +42,15 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 def _attention_backward_flops(
     _: Any, query: torch.Size, key: torch.Size, value: torch.Size, *__: Any, **___: Any
 ) -> int:
-    """Four products; kernels make the scores once more, which is no work of the model."""
+    """Four products; that kernels compute the scores again is not the model's work."""
     return 2 * _attention_flops(query, key, value)
 
 
 def count_flops(work: Callable[[], object]) -> int:
     """FLOPs of what `work` computes, eagerly, backward passes included.
 
-    Fused attention counts as its matrix products do, whichever kernel runs, so that the scores that its backward makes
-    once more are left out. Activations that `work` itself computes again (checkpointing) are counted again.
+    Fused attention counts as its matrix products, whichever kernel runs; the scores that its backward pass computes
+    again do not count. Activations that `work` itself recomputes (checkpointing) count again.
     """
     formulas = {
         getattr(aten, name + suffix): formula
@@ -63,7 +59,7 @@ def count_flops(work: Callable[[], object]) -> int:
         if hasattr(aten, name + suffix)
     }
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation, in which nothing can be counted
+    torch.backends.mha.set_fastpath_enabled(False)  # it is one operation, whose products are not counted
     try:
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             work()
@@ -73,10 +69,10 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Bytes that were first kept while `module` was the innermost running one.
+class SavedBytes:
+    """Bytes of storages that autograd first saved while `module` was the innermost running module.
 
-    `copied_weights`: copies of parameters in another number format, which are as large for one clip as for many.
+    `copied_weights`: copies of parameters in another number format, whose size does not depend on the batch.
     """
 
     module: str
@@ -86,44 +82,45 @@ class Saved:
 
 def saved_for_backward(
     model: nn.Module, *inputs: Tensor, calls: Mapping[str, tuple[object, str]] | None = None
-) -> list[Saved]:
-    """What one forward pass keeps for backward: storages that autograd saves, each once and whole however many views
-    of it are saved, without the model's parameters and buffers. In the order of the pass, one entry a module.
+) -> list[SavedBytes]:
+    """The activation memory of one forward pass, one entry a module, in the order of the pass.
 
-    The model runs twice as it is (training mode, autocast of the caller); outputs and graphs are dropped.
+    It counts the storages that autograd saves for backward, each once and in full however many views of it are saved,
+    without the model's parameters and buffers. The model runs twice as it is (training mode, autocast of the caller);
+    outputs and graphs are dropped.
 
     Args:
         calls: methods that count as modules, by the name they count under: (object, name of its method).
     """
     own = {_address(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    storages = [weakref.ref(tensor.untyped_storage()) for _, tensor in _kept(model, inputs, own, {}).values()]
+    storages = [weakref.ref(tensor.untyped_storage()) for _, tensor in _saved(model, inputs, own, {}).values()]
     gc.collect()
-    standing = {(str(storage.device), storage.data_ptr()) for ref in storages if (storage := ref()) is not None}
-    copies = _WeightCopies(own, standing - {_address(tensor) for tensor in inputs})
+    # What outlives the first run is not an activation: a copy of weights that the model caches.
+    cached = {(str(storage.device), storage.data_ptr()) for ref in storages if (storage := ref()) is not None}
+    copies = _WeightCopies(own, cached - {_address(tensor) for tensor in inputs})
     with copies:
-        kept = _kept(model, inputs, own, calls or {})
+        saved = _saved(model, inputs, own, calls or {})
     sums: dict[tuple[str, bool], int] = {}
-    for address, (module, tensor) in kept.items():
+    for address, (module, tensor) in saved.items():
         key = module, address in copies
         sums[key] = sums.get(key, 0) + tensor.untyped_storage().nbytes()
-    return [Saved(module, size, copied) for (module, copied), size in sums.items()]
+    return [SavedBytes(module, size, copied) for (module, copied), size in sums.items()]
 
 
-def _kept(
+def _saved(
     model: nn.Module, inputs: Sequence[Tensor], own: set[Address], calls: Mapping[str, tuple[object, str]]
 ) -> dict[Address, tuple[str, Tensor]]:
-    """Module and tensor of each storage that is saved. The tensors are held too, so that memory which is given back and
-    taken again does not pass for the same."""
+    """Module and tensor of each saved storage. The tensors are kept alive, so that no address is used twice."""
     running: list[str] = [""]
-    kept: dict[Address, tuple[str, Tensor]] = {}
+    saved: dict[Address, tuple[str, Tensor]] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()  # with its graph, which holds what is returned here, it would hold itself for ever
+    def save(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # with its graph, which holds what is returned here, it would keep itself alive
         if _address(tensor) not in own and tensor.untyped_storage().nbytes():
-            kept.setdefault(_address(tensor), (running[-1], tensor))
+            saved.setdefault(_address(tensor), (running[-1], tensor))
         return tensor
 
-    def named(method: Callable, name: str) -> Callable:
+    def as_module(method: Callable, name: str) -> Callable:
         def call(*args: Any, **kwargs: Any) -> Any:
             running.append(name)
             try:
@@ -134,34 +131,33 @@ def _kept(
         return call
 
     with ExitStack() as undo:
-        for prefix, module in model.named_modules():
-            begin = module.register_forward_pre_hook(lambda *_, prefix=prefix: running.append(prefix))
+        for name, module in model.named_modules():
+            begin = module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
             end = module.register_forward_hook(lambda *_: [running.pop(), None][1], always_call=True)
             undo.callback(begin.remove)
             undo.callback(end.remove)
         for name, (owner, method) in calls.items():
-            vars(owner)[method] = named(getattr(owner, method), name)
+            vars(owner)[method] = as_module(getattr(owner, method), name)
             undo.callback(vars(owner).pop, method)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             model(*inputs)
-    return kept
+    return saved
 
 
 class _WeightCopies(TorchDispatchMode):
-    """Addresses of copies of parameters: those that stand from before, and the casts that are made while this is
-    entered, which are held so that their addresses stay theirs."""
+    """Addresses of copies of parameters: cached ones, and casts made inside this context, which stay alive."""
 
-    def __init__(self, weights: set[Address], standing: set[Address]):
+    def __init__(self, weights: set[Address], cached: set[Address]):
         super().__init__()
-        self.weights, self.standing, self.made = weights, standing, {}
+        self.weights, self.cached, self.casts = weights, cached, {}
 
     def __contains__(self, address: Address) -> bool:
-        return address in self.standing or address in self.made
+        return address in self.cached or address in self.casts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is aten._to_copy.default and _address(args[0]) in self.weights:
-            self.made[_address(result)] = result
+            self.casts[_address(result)] = result
         return result
 
 
@@ -175,11 +171,11 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes of tensors that lived at once during `work`, beyond those that lived before.
+    """Most bytes of tensors that were alive at once during `work`, beyond those that were alive before.
 
-    On a GPU by torch's allocator. On a CPU by the same, from each allocation and release that torch.profiler notes:
-    exact, inner buffers of torch's operations included, memory that libraries take for themselves not. Memory that
-    lived before and is given back during `work` is not subtracted on a CPU.
+    Measured by torch's allocator: on a GPU by its statistics, on a CPU by torch.profiler's record of each allocation
+    and release. That is exact and includes buffers inside torch's operations, but not memory that libraries allocate
+    themselves. On a CPU, memory that was alive before and is released during `work` is not subtracted.
     """
     gc.collect()
     if device.type == "cuda":
@@ -189,10 +185,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its remarks that there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as noted:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no warning that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         work()
-    events = [event for event in noted.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
@@ -201,25 +197,27 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int, least: float = 0.2) -> list[float]:
-    """Time of one `work`, `repeats` times, each the mean over so many in a row that they last `least` seconds. It runs
-    twice before."""
+    """`repeats` times of one `work`, each the mean over as many calls in a row as take `least` seconds.
+
+    Two calls before warm up and choose that number.
+    """
     work()
-    number = max(1, min(1000, math.ceil(least / max(_lasts(work, device, 1), 1e-9))))
-    return [_lasts(work, device, number) / number for _ in range(repeats)]
+    number = max(1, min(1000, math.ceil(least / max(_time_calls(work, device, 1), 1e-9))))
+    return [_time_calls(work, device, number) / number for _ in range(repeats)]
 
 
-def _lasts(work: Callable[[], object], device: torch.device, number: int) -> float:
-    _wait(device)
-    since = time.perf_counter()
+def _time_calls(work: Callable[[], object], device: torch.device, number: int) -> float:
+    start = now(device)
     for _ in range(number):
         work()
-    _wait(device)
-    return time.perf_counter() - since
+    return now(device) - start
 
 
-def _wait(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """The time in seconds when all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 3) -> float:
@@ -235,38 +233,36 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the GPU's or the machine's memory does not suffice."""
+    """Whether the error means that the GPU or the machine is out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    lacks = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc", "_ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in lacks)
+    messages = ("can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc", "_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 @contextmanager
 def memory_limited(device: torch.device) -> Iterator[None]:
-    """Let the process ask for no more memory than is free now, so that too large a batch is an error that can be
-    caught, and not the end of the process. Does nothing with a GPU, and where the system does not tell or cannot."""
-    free, used = _free_memory(), _own_memory()
+    """Limit this process to the memory that is free now, so that too large a batch raises an error and kills nothing.
+
+    Does nothing on a GPU, nor where the system does not report its memory.
+    """
+    free, used = _free_memory(), _kilobytes("/proc/self/status", "VmData")
     if device.type != "cpu" or free is None or used is None:
         yield
         return
-    import resource  # of Unix alone
+    import resource  # Unix only
 
-    former = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [used + free, *(limit for limit in former if limit != resource.RLIM_INFINITY)]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), former[1]))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [used + free, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, former)
-
-
-def _own_memory() -> int | None:
-    return _kilobytes("/proc/self/status", "VmData")
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _free_memory() -> int | None:
-    """Of the machine, or of the container (cgroup 2) where that is less."""
+    """Free bytes of the machine, or of the container (cgroup 2) if that is less."""
     free = _kilobytes("/proc/meminfo", "MemAvailable")
     try:
         most, now = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
@@ -276,6 +272,7 @@ def _free_memory() -> int | None:
 
 
 def _kilobytes(path: str, name: str) -> int | None:
+    """The bytes of a line such as `MemAvailable: 123 kB`."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(f"{name}:")), None)

@@ -31,6 +31,11 @@ def number(value: float | None) -> str | None:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def megabytes(value: float | None) -> str | None:
+    """Bytes as a number of MB."""
+    return None if value is None else number(value / 1e6)
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Such as `1.52 (1.48 to 1.60)`: median, lowest, highest."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"

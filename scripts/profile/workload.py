@@ -1,7 +1,4 @@
-"""What scripts/profile.py has run: the engine's own training step on a random batch, on one process or several.
-
-Does not live here: which costs are taken of it (profile.py), and how (engine/profiling.py).
-"""
+"""The work that a profile times: the engine's training step on a random batch, in one process or several."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import Config
 from engine import profiling
@@ -25,12 +22,13 @@ from models.parameters import parameter_groups
 from models.registry import build_model
 
 
-def random_batch(config: Config, clips: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random video (B, T, 3, H, W) float32 and labels (B,)."""
+def random_batch(config: Config, model: nn.Module, clips: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random normalised pixels for a model, (B, T*f, 3, H, W) float32, and labels (B,)."""
     data = config.data
-    random = torch.Generator().manual_seed(config.seed)
-    video = torch.randn(clips, data.num_segments, 3, data.input_size, data.input_size, generator=random)
-    return video.to(device), torch.randint(data.num_classes, (clips,), generator=random).to(device)
+    generator = torch.Generator().manual_seed(config.seed)
+    frames = data.num_segments * getattr(model, "frames_per_segment", 1)
+    video = torch.randn(clips, frames, 3, data.input_size, data.input_size, generator=generator)
+    return video.to(device), torch.randint(data.num_classes, (clips,), generator=generator).to(device)
 
 
 def training_step(model: nn.Module, config: Config, process: Process) -> TrainStep:
@@ -64,28 +62,40 @@ def threads_of_each(processes: int) -> int:
 
 
 def seconds_of_processes(config: Config, clips: int, device: torch.device, repeats: int, processes: int) -> list[float]:
-    """Times of a training step over `processes`, each with `clips` clips and `threads_of_each`, as the first one sees
-    it. Raises torch.multiprocessing.ProcessRaisedException where one fails."""
+    """Times of a training step over several processes, each with `clips` clips, as the first one measures them.
+
+    Raises torch.multiprocessing.ProcessRaisedException if a process fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     times = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    work = (config, clips, device.type, repeats, processes, port, threads_of_each(processes), times)
-    torch.multiprocessing.spawn(_one_of_them, work, nprocs=processes)
+    variables = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = (config, clips, device.type, repeats, variables, threads_of_each(processes), times)
+    torch.multiprocessing.spawn(_time_steps, arguments, nprocs=processes)
     return times.get()
 
 
-def _one_of_them(rank: int, config: Config, clips: int, kind: str, repeats: int, processes: int, port: int, threads: int,
-                 times: Any) -> None:  # fmt: skip
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+def _time_steps(
+    rank: int,
+    config: Config,
+    clips: int,
+    device_type: str,
+    repeats: int,
+    variables: dict[str, str],
+    threads: int,
+    times: Any,
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **variables}
     torch.set_num_threads(threads)
-    process = start(kind)
+    process = start(device_type)
     set_tf32(config.solver.tf32, process.device)
-    stepper = training_step(build_model(config, pretrained=False), config, process)
-    video, label = random_batch(config, clips, process.device)
-    # every step waits for the others, so all make as many
-    found = profiling.seconds(lambda: stepper([{"video": video, "label": label}]), process.device, repeats, least=0)
+    model = build_model(config, pretrained=False)
+    step = training_step(model, config, process)
+    video, label = random_batch(config, model, clips, process.device)
+    batches = [{"video": video, "label": label}]
+    # a step waits for all processes, so all must make equally many: `least` 0 leaves the number to `repeats`
+    found = profiling.seconds(lambda: step(batches), process.device, repeats, least=0)
     if rank == 0:
         times.put(found)
     barrier()

@@ -22,7 +22,7 @@ from scripts import experiments
 from scripts.compare_models import __main__ as compare_methods
 from scripts.compare_models import report as compare_methods_report
 from scripts.compare_models.report import Accuracy, Scores, accuracy_findings
-from scripts.experiments import ExperimentError, seconds_left
+from scripts.experiments import ExperimentError, Work, seconds_left
 from tests.helpers.cli_harness import command
 
 PROBE, TUNED = "linear_probe", "td4v_finetune"
@@ -245,7 +245,7 @@ def test_every_seed_lies_within_its_panel(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_time_left() -> None:
-    assert seconds_left([("a", 5.0, 0, 4), ("b", 0.0, 0, 4)], 2) is None
-    work = [("a", 10.0, 5, 0), ("a", 4.0, 2, 3), ("b", 0.0, 0, 5), ("a", 0.0, 0, 5)]
+    assert seconds_left([Work("a", 5.0, 0, 4), Work("b", 0.0, 0, 4)], 2) is None
+    work = [Work(*run) for run in (("a", 10.0, 5, 0), ("a", 4.0, 2, 3), ("b", 0.0, 0, 5), ("a", 0.0, 0, 5))]
     assert seconds_left(work, 1) == pytest.approx(2 * 13) and seconds_left(work, 2) == pytest.approx(13)
     assert seconds_left(work, 8) == pytest.approx(10)  # no run is divided

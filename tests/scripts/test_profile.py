@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine import profiling
-from engine.profiling import Saved, count_flops, held_bytes, matrix_rate, peak_bytes, saved_for_backward, seconds
-from scripts.profile import __main__ as profile
-from scripts.profile.report import Row, place, saved_table, scaling
+from engine.profiling import SavedBytes, count_flops, held_bytes, matrix_rate, peak_bytes, saved_for_backward, seconds
+from scripts.profile import cases, measure
+from scripts.profile.command import main
+from scripts.profile.report import Row, locate, saved_table, scaling
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
 CPU = torch.device("cpu")
@@ -37,7 +38,7 @@ def two_layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, OUT))
 
 
-def by_name(entries: list[Saved]) -> dict[str, int]:
+def by_name(entries: list[SavedBytes]) -> dict[str, int]:
     return {entry.module: entry.bytes for entry in entries}
 
 
@@ -97,7 +98,7 @@ def test_copies_of_weights_are_told_apart() -> None:
     assert {(entry.module, entry.bytes) for entry in found if entry.copied_weights} == {("2", 2 * HIDDEN * OUT)}
     assert by_name([e for e in found if not e.copied_weights]) == {"0": 2 * ROWS * IN, "1": 2 * ROWS * HIDDEN}
     kept = saved_for_backward(CastOnce(), x.bfloat16().requires_grad_())
-    assert kept == [Saved("", 2 * IN * IN, copied_weights=True)]
+    assert kept == [SavedBytes("", 2 * IN * IN, copied_weights=True)]
 
 
 class Halves(nn.Module):
@@ -205,19 +206,21 @@ def test_out_of_memory_is_known_and_the_limit_is_lifted_again() -> None:
     assert resource.getrlimit(resource.RLIMIT_DATA) == former
 
 
-def test_places_of_modules() -> None:
-    assert place("side.layers.4.block.attn.qkv") == (4, "side.layers.*.block.attn")
-    assert place("tower.visual.transformer.resblocks.11.mlp.c_fc") == (11, "tower…resblocks.*.mlp.c_fc")
-    assert place("side.stem.conv") == (None, "side.stem") and place("") == (None, "the model itself")
+def test_layers_of_modules() -> None:
+    assert locate("side.layers.4.block.attn.qkv") == (4, "side.layers.*.block.attn")
+    assert locate("tower.visual.transformer.resblocks.11.mlp.c_fc") == (11, "tower…resblocks.*.mlp.c_fc")
+    assert locate("side.stem.conv") == (None, "side.stem") and locate("") == (None, "the model itself")
 
 
 def row(frames: int, time: float, **values: object) -> Row:
-    counts = {"total": 10, "tuned": 5, "forward_flops": 1e9 * frames, "training_flops": 3e9 * frames}
+    counts = {"total": 10, "trainable": 5, "forward_flops": 1e9 * frames, "training_flops": 3e9 * frames}
     return Row("m", "m", frames, 2, "fp32", False, **counts, training=[time, 2 * time, 3 * time], **values)
 
 
 def test_figures_of_a_row() -> None:
-    first = row(8, 0.5, rates=[1e11, 2e11], saved=[Saved("a.0.b", 6), Saved("a.0.b.c.d.e", 2), Saved("x", 2)])
+    first = row(
+        8, 0.5, rates=[1e11, 2e11], saved=[SavedBytes("a.0.b", 6), SavedBytes("a.0.b.c.d.e", 2), SavedBytes("x", 2)]
+    )
     assert first.clips_per_s("training") == (2.0, 2 / 1.5, 4.0) and first.clips_per_s("inference") is None
     assert first.mfu("training") == pytest.approx(24e9 * 2 / 2e11) and first.mfu("inference") is None
     assert first.saved_a_clip == 5 and first.peak is None
@@ -232,7 +235,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(profiling, "matrix_rate", partial(matrix_rate, size=64))
     monkeypatch.setattr(profiling, "seconds", partial(seconds, least=0))
     fixed = ["--device", "cpu", "--repeats", "2", "--output", str(tmp_path / "out")]
-    return lambda *arguments: profile.main([str(tmp_path / "tiny.yaml"), *fixed, *arguments])
+    return lambda *arguments: main([str(tmp_path / "tiny.yaml"), *fixed, *arguments])
 
 
 def test_the_command_and_its_files(command, tmp_path: Path, capsys) -> None:
@@ -243,16 +246,16 @@ def test_the_command_and_its_files(command, tmp_path: Path, capsys) -> None:
     printed, out = capsys.readouterr().out, tmp_path / "out"
     assert printed.startswith("| configuration") and "side-tuning needs at least two clips" in printed
     content = json.loads((out / "profile.json").read_text())
-    rows = {(row["method"], row["frames"], row["batch"]): row for row in content["rows"]}
+    rows = {(row["model"], row["frames"], row["batch"]): row for row in content["rows"]}
     assert len(rows) == 12 and content["meta"]["command"][:3] == ["python", "-m", "scripts.profile"]
     side, probe = rows["td4v_side", 4, 2], rows["linear_probe", 4, 2]
     assert side["training_flops"] > side["forward_flops"] > probe["forward_flops"] > 0
     assert side["saved_bytes_a_clip"] > 100 * probe["saved_bytes_a_clip"] > 0
-    assert side["peak_bytes"] > side["held"] > 4 * side["total"] and len(side["training"]) == 2
+    assert side["peak_bytes"] > side["standing"] > 4 * side["total"] and len(side["training"]) == 2
     assert side["beyond"] > 2 * side["saved_bytes_a_clip"] * 0.9  # what is kept is there at the peak
     assert rows["td4v_side", 4, 1]["training"] == [] and len(rows["td4v_side", 4, 1]["inference"]) == 2
     assert rows["td4v_side", 8, 2]["forward_flops"] == pytest.approx(2 * side["forward_flops"], rel=0.05)
-    assert {row["precision"] for row in content["rows"] if row["method"] == "td4v_finetune"} == {"bf16"}
+    assert {row["precision"] for row in content["rows"] if row["model"] == "td4v_finetune"} == {"bf16"}
     assert all(0 < row["inference_mfu"] for row in content["rows"])
     text = (out / "profile.md").read_text()
     assert "side.layers.*.block.attn" in text and "network.init false" in text and printed.splitlines()[2] in text
@@ -280,7 +283,7 @@ def test_the_rate_of_several_processes_is_that_of_their_threads(command, tmp_pat
     """However few threads one process has, each of several has one; the share is of what all of them could do."""
     used, threads = [], torch.get_num_threads()
     monkeypatch.setattr(profiling, "matrix_rate", lambda *_: used.append(torch.get_num_threads()) or 1e9 * used[-1])
-    monkeypatch.setattr(profile, "seconds_of_processes", lambda *_: [0.5])
+    monkeypatch.setattr(measure, "seconds_of_processes", lambda *_: [0.5])
     assert command("--set", "network.model=linear_probe", "--processes", str(4 * threads)) == 0
     alone, several = json.loads((tmp_path / "out" / "profile.json").read_text())["rows"]
     assert used == [threads, 4 * threads, 4 * threads, threads] and torch.get_num_threads() == threads
@@ -291,7 +294,7 @@ def test_the_rate_of_several_processes_is_that_of_their_threads(command, tmp_pat
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (OSError("no room"), 1)])
 def test_what_was_measured_stays_whatever_ends_the_run(command, tmp_path: Path, monkeypatch, error, status) -> None:
-    out, inference = tmp_path / "out", profile._inference
+    out, inference = tmp_path / "out", measure._inference
     out.mkdir()
     for name in ("profile.md", "saved_bytes.png", "scaling.png"):
         (out / name).write_text("of another run")
@@ -303,7 +306,7 @@ def test_what_was_measured_stays_whatever_ends_the_run(command, tmp_path: Path, 
             raise error
         inference(*arguments)
 
-    monkeypatch.setattr(profile, "_inference", ending)
+    monkeypatch.setattr(measure, "_inference", ending)
     assert command("--set", "network.model=full_finetune", "--batches", "1", "2") == status
     (row,) = json.loads((out / "profile.json").read_text())["rows"]
     assert row["batch"] == 1 and row["inference"] and "full_finetune" in (out / "profile.md").read_text()
@@ -322,7 +325,7 @@ def test_pictures_of_another_run_go(command, tmp_path: Path) -> None:
 def test_no_two_labels_are_alike() -> None:
     specs = [("a/x.yaml", []), ("b/x.yaml", []), ("c/x.yaml", ["solver.lr=1"]), ("d/x.yaml", []), ("a/x.yaml", []),
              ("a/x.yaml", ["network.model=m"]), ("a/x.yaml", ["data.flip=false"])]  # fmt: skip
-    assert profile.labels_of(specs, ["m"] * 7, "a/x.yaml") == [
+    assert cases.labels_of(specs, ["m"] * 7, "a/x.yaml") == [
         "m", "m, b/x", "m, x, lr=1", "m, d/x", "m #2", "m #3", "m, flip=false",
     ]  # fmt: skip
 
@@ -335,7 +338,7 @@ def test_numbers_that_are_none(command, number: str, capsys) -> None:
 
 
 def test_a_precision_is_said_once(command, caplog) -> None:
-    profile.precision_name.cache_clear()
+    cases._precision_name.cache_clear()
     with caplog.at_level("INFO", "td4v"):
         assert command("--set", "network.model=linear_probe", "--compare", "+data.num_segments=3", "--batch", "1") == 0
     said = [record.getMessage() for record in caplog.records]
