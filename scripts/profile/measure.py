@@ -15,7 +15,8 @@ from configs.schema import Config
 from engine import profiling
 from engine.distributed import Process, move_to_device
 from engine.optim import resolve_precision, set_tf32
-from models.registry import build_model, parameter_report
+from models.parameters import parameter_report
+from models.registry import build_model
 from scripts.profile.report import Row
 from scripts.profile.workload import random_batch, seconds_of_processes, threads_of_each, training_step
 from scripts.reports import plural
@@ -45,7 +46,7 @@ def measure(
     set_tf32(config.solver.tf32, device)
     logger.info("%s: building, from random weights", name)
     report = parameter_report(build_model(config, pretrained=False))
-    if report.tuned == 0:
+    if report.trainable == 0:
         raise ValueError(f"{name}: no parameter is trainable (network.text.tuned: none), and training is measured")
     flops = _flops(config, device, name)
     rates: list[float] = []  # shared by all rows: the rate measured after a row counts for it too
@@ -58,7 +59,7 @@ def measure(
             precision=precision.name,
             recompute=config.network.recompute,
             total=report.total,
-            trainable=report.tuned,
+            trainable=report.trainable,
             threads=torch.get_num_threads(),
             **flops,
         )

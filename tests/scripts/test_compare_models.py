@@ -1,4 +1,4 @@
-"""The comparison of methods: its table and files, going on after a break, failing runs, what it says of the numbers.
+"""The comparison of models: tables and files, resuming, failing runs, what it says about the numbers.
 
 The two commands run in this process (entry_bench.command) but for the run that fails, which is a real one.
 """
@@ -19,8 +19,11 @@ from PIL import Image
 from configs.schema import load_config
 from engine import profiling
 from scripts import experiments
-from scripts.compare_models import __main__ as compare_methods
-from scripts.compare_models import report as compare_methods_report
+from scripts.compare_models import accuracy as compare_accuracy
+from scripts.compare_models import report
+from scripts.compare_models.accuracy import prepare, recipe
+from scripts.compare_models.cases import CompareError, overrides_of
+from scripts.compare_models.command import main
 from scripts.compare_models.report import Accuracy, Scores, accuracy_findings
 from scripts.experiments import ExperimentError, Work, seconds_left
 from tests.helpers.cli_harness import command
@@ -30,7 +33,7 @@ PROBE, TUNED = "linear_probe", "td4v_finetune"
 
 @pytest.fixture
 def small(tiny: Path, tmp_path: Path) -> Path:
-    """The tiny configuration, of one epoch, with options that only its own method has."""
+    """The tiny configuration, of one epoch, with options that only its own model has."""
     values = yaml.safe_load(tiny.read_text())
     values["solver"]["epochs"] = 1
     values["network"] |= {"options": {"td4v": True}}
@@ -45,17 +48,17 @@ def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_
     monkeypatch.setattr(profiling, "matrix_rate", partial(profiling.matrix_rate, size=64))
     monkeypatch.setattr(profiling, "seconds", partial(profiling.seconds, least=0))
 
-    def call(self: object, trial: experiments.Experiment, script: str, *words: str) -> None:
-        start.calls.append((trial.folder.name, script))
-        if start.fails == (trial.folder.name, script):
-            raise ExperimentError(f"{trial.title}: broken")
+    def call(self: object, experiment: experiments.Experiment, script: str, *words: str) -> None:
+        start.calls.append((experiment.folder.name, script))
+        if start.fails == (experiment.folder.name, script):
+            raise ExperimentError(f"{experiment.title}: broken")
         status, said = command(script, *words)
         assert status == 0, said
 
     def start(*words: str) -> int:
         start.calls.clear()
         fixed = ["--costs", str(small), "--accuracy", str(small), "--output", str(tmp_path / "out"), "--jobs", "1"]
-        return compare_methods.main([*fixed, "--device", "cpu", "--repeats", "1", *words])
+        return main([*fixed, "--device", "cpu", "--repeats", "1", *words])
 
     start.calls, start.fails = [], None
     monkeypatch.setattr(experiments._Commands, "run", call)
@@ -63,10 +66,10 @@ def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_
 
 
 def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> None:
-    chosen, out = ["--methods", PROBE, TUNED, "--seeds", "0", "1"], tmp_path / "out"
+    chosen, out = ["--models", PROBE, TUNED, "--seeds", "0", "1"], tmp_path / "out"
     compare.fails = (f"{TUNED}_seed1", "test_vision.py")
     assert compare(*chosen) == 1
-    assert caplog.records[-1].getMessage() == f"small, {TUNED}, seed 1: broken" and not (out / "methods.md").exists()
+    assert caplog.records[-1].getMessage() == f"small, {TUNED}, seed 1: broken" and not (out / "models.md").exists()
     compare.fails = None
     capsys.readouterr()
     caplog.clear()
@@ -74,26 +77,26 @@ def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> N
         assert compare(*chosen) == 0
     assert compare.calls == [(f"{TUNED}_seed1", script) for script in ("train_vision.py", "test_vision.py")]
     said = [record.getMessage() for record in caplog.records]
-    assert "3 of 4 runs are already finished" in said and f"{TUNED}: costs are measured already, and kept" in said
-    record = json.loads((out / "methods.json").read_text())
-    assert [row["method"] for row in record["costs"]] == [PROBE, TUNED] and record["costs"][1]["saved_bytes_a_clip"] > 0
+    assert "3 of 4 runs are already finished" in said and f"{TUNED}: costs are already measured" in said
+    record = json.loads((out / "models.json").read_text())
+    assert [row["model"] for row in record["costs"]] == [PROBE, TUNED] and record["costs"][1]["saved_bytes_a_clip"] > 0
     (accuracy,) = record["accuracy"]
-    for one in accuracy["methods"]:
+    for one in accuracy["models"]:
         results = [
-            json.loads((out / f"runs/small/{one['method']}_seed{seed}/results.json").read_text()) for seed in (0, 1)
+            json.loads((out / f"runs/small/{one['model']}_seed{seed}/results.json").read_text()) for seed in (0, 1)
         ]
         scores = [result["top1"] for result in results]
         assert list(one["top1"].values()) == scores and one["mean"] == pytest.approx(sum(scores) / 2)
-        assert one["tuned"] == results[0]["parameters"]["trainable"]
+        assert one["trainable"] == results[0]["parameters"]["trainable"]
         assert [result["config"]["seed"] for result in results] == [0, 1]
         assert results[0]["epoch"] == 1 and Path(results[0]["weights"]).name == "last_model.pt"
     assert accuracy["chance"] == 25 and accuracy["videos"] == 11
-    text, printed = (out / "methods.md").read_text(), capsys.readouterr().out
+    text, printed = (out / "models.md").read_text(), capsys.readouterr().out
     assert "RANDOM weights" in text and "32 training and 11 test videos" in text and "Chance is 25.0 %" in text
     for line in printed.splitlines():
         assert line in text or line.startswith("Top-1 on small")
-    assert f"{accuracy['methods'][0]['tuned']:,}" in printed and "GFLOPs" in printed
-    with Image.open(out / "methods.png") as picture:
+    assert f"{accuracy['models'][0]['trainable']:,}" in printed and "GFLOPs" in printed
+    with Image.open(out / "models.png") as picture:
         assert min(picture.size) > 400 and len(picture.convert("RGB").getcolors(10**6)) > 50
     assert compare(*chosen, "--set", "solver.lr=0.1", "--skip", "costs") == 1 and not compare.calls
     assert "holds another run: solver.lr was 0.001 and is now 0.1; remove it" in caplog.records[-1].getMessage()
@@ -101,30 +104,32 @@ def test_tables_files_and_going_on(compare, tmp_path: Path, capsys, caplog) -> N
 
 def test_a_skipped_half_is_what_earlier_calls_left(compare, tmp_path: Path, monkeypatch, caplog) -> None:
     caplog.set_level("INFO", "td4v")
-    out, chosen = tmp_path / "out", ["--methods", PROBE, "--seeds", "0"]
+    out, chosen = tmp_path / "out", ["--models", PROBE, "--seeds", "0"]
 
-    def report(*words: str) -> tuple[int, int]:
+    def counts(*words: str) -> tuple[int, int]:
         """Numbers of rows of costs and of tables of accuracy."""
         caplog.clear()
         assert compare(*chosen, *words) == 0
-        record = json.loads((out / "methods.json").read_text())
+        record = json.loads((out / "models.json").read_text())
         return len(record["costs"]), len(record["accuracy"])
 
-    assert report("--skip", "accuracy") == (1, 0)
-    assert report("--skip", "costs") == (1, 1)
-    text = (out / "methods.md").read_text()
+    assert counts("--skip", "accuracy") == (1, 0)
+    assert counts("--skip", "costs") == (1, 1)
+    text = (out / "models.md").read_text()
     assert f"{torch.get_num_threads()} thread" in text and "## Top-1 on small" in text
-    assert report("--skip", "accuracy") == (1, 1) and not compare.calls
-    assert report("--skip", "accuracy", "--seeds", "0", "1") == (1, 0)  # seed 1 was never run
-    assert report("--skip", "costs", "--set", "solver.lr_warmup_step=0", "--repeats", "2") == (0, 1)
+    assert counts("--skip", "accuracy") == (1, 1) and not compare.calls
+    assert counts("--skip", "accuracy", "--seeds", "0", "1") == (1, 0)  # seed 1 was never run
+    assert counts("--skip", "costs", "--set", "solver.lr_warmup_step=0", "--repeats", "2") == (0, 1)
     file = out / "costs" / f"{PROBE}.json"
     file.write_text(file.read_text()[:100])
-    assert report("--skip", "costs") == (0, 1)
+    assert counts("--skip", "costs") == (0, 1)
     assert any("cannot be read" in record.getMessage() for record in caplog.records)
-    assert report("--skip", "accuracy") == (1, 1)
+    assert counts("--skip", "accuracy") == (1, 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    assert report("--skip", "costs") == (0, 1)
-    assert f"{PROBE}: kept costs are of another threads, and not used" in [one.getMessage() for one in caplog.records]
+    assert counts("--skip", "costs") == (0, 1)
+    assert f"{PROBE}: the costs of an earlier call are not used: threads changed" in [
+        one.getMessage() for one in caplog.records
+    ]
 
 
 def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: Path, caplog) -> None:
@@ -133,8 +138,8 @@ def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: P
     shutil.copytree(tiny_data / "frames", frames)
     first = frames / (tiny_data / "train.txt").read_text().split()[0] / "000004.jpg"
     first.unlink()
-    words = ["--accuracy", f"{small}+data.train_root={frames}", "--skip", "costs", "--methods", PROBE, "--seeds", "7"]
-    assert compare_methods.main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    words = ["--accuracy", f"{small}+data.train_root={frames}", "--skip", "costs", "--models", PROBE, "--seeds", "7"]
+    assert main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 1
     sentence = caplog.records[-1].getMessage()
     assert (
         sentence.startswith(f"small, {PROBE}, seed 7: train_vision.py ended with status 1: ") and "\n" not in sentence
@@ -145,14 +150,14 @@ def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--methods", PROBE, "td4v_sidee"], "network.model: 'td4v_sidee' is unknown; did you mean td4v_side?"),
-        (["--methods", f"{PROBE}+network.options={{widht: 1}}"], "network.options.widht"),
+        (["--models", PROBE, "td4v_sidee"], "network.model: 'td4v_sidee' is unknown; did you mean td4v_side?"),
+        (["--models", f"{PROBE}+network.options={{widht: 1}}"], "network.options.widht"),
         (
             ["--set", "data.train_list=none.txt"],
             "small.yaml: data.train_list: there is no file none.txt; choose --accuracy",
         ),
         (["--set", "network.head=text"], "network.head: text needs the pretrained CLIP"),
-        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # which no method but aim has
+        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # which no model but aim has
         (["--accuracy", "none.yaml"], "none.yaml: cannot read"),
         (["--accuracy", "a/small.yaml", "b/small.yaml"], "two configurations are called small"),
     ],
@@ -170,38 +175,38 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
     assert not compare.calls and not (tmp_path / "out").exists()
 
 
-def test_settings_of_the_command_line_hold_for_every_method(small: Path) -> None:
-    file, overrides = compare_methods.overrides_of(str(small), "aim", ["network.options={drop_path: 0.3}"])
+def test_settings_of_the_command_line_hold_for_every_model(small: Path) -> None:
+    file, overrides = overrides_of(str(small), "aim", ["network.options={drop_path: 0.3}"])
     assert load_config(file, overrides).network.options == {"drop_path": 0.3}
-    file, overrides = compare_methods.overrides_of(str(small), "aim", [])
+    file, overrides = overrides_of(str(small), "aim", [])
     assert load_config(file, overrides).network.options == {}
 
 
 def test_the_recipe_names_what_is_not_the_same(small: Path) -> None:
-    same = compare_methods.recipe(str(small), ["solver.lr=0.1"], [PROBE, "aim+network.options.drop_path=0"])
-    assert "with `solver.lr=0.1`, the same for all methods but for `network.model` and its options; the file" in same
-    other = compare_methods.recipe(str(small), [], [PROBE, "aim+solver.lr=1+solver.epochs=2"])
+    same = recipe(str(small), ["solver.lr=0.1"], [PROBE, "aim+network.options.drop_path=0"])
+    assert "with `solver.lr=0.1`, the same for all models but for `network.model` and its options; the file" in same
+    other = recipe(str(small), [], [PROBE, "aim+solver.lr=1+solver.epochs=2"])
     assert "its options, and for `solver.lr=1` of aim, `solver.epochs=2` of aim, which" in other
 
 
 def test_an_empty_folder_of_made_data_is_filled(small: Path, tmp_path: Path, monkeypatch, tiny_data: Path) -> None:
     folder, made = tmp_path / "made", []
     folder.mkdir()
-    monkeypatch.setattr(compare_methods, "make_data", lambda where: made.append(where))
+    monkeypatch.setattr(compare_accuracy, "make_data", lambda where: made.append(where))
     settings = [f"data.{split}_{what}" for split in ("train", "val") for what in ("root", "list")]
     places = [folder / "frames", folder / "train.txt", folder / "frames", folder / "val.txt"]
     words = tuple(f"{key}={place}" for key, place in zip(settings, places, strict=True))
-    with pytest.raises(compare_methods.CompareError, match=f"small.yaml: .*; remove {folder}, and the data"):
-        compare_methods.prepare(experiments.Experiment("x", "x", str(small), words, tmp_path))
+    with pytest.raises(CompareError, match=f"small.yaml: .*; remove {folder}, and the data"):
+        prepare(experiments.Experiment("x", "x", str(small), words, tmp_path))
     assert made == [folder]
     head = tmp_path / "prepared.yaml"
     head.write_text(f"# python -m datasets.prepare folder\n{small.read_text()}")
-    with pytest.raises(compare_methods.CompareError, match=f"make the data as the head of {head} says, or choose"):
-        compare_methods.prepare(experiments.Experiment("x", "x", str(head), ("data.val_list=none.txt",), tmp_path))
+    with pytest.raises(CompareError, match=f"make the data as the head of {head} says, or choose"):
+        prepare(experiments.Experiment("x", "x", str(head), ("data.val_list=none.txt",), tmp_path))
 
 
-def scores(method: str, *top1: float) -> Scores:
-    return Scores(method, dict(enumerate(top1)), 1, 2, ("abc",))
+def scores(model: str, *top1: float) -> Scores:
+    return Scores(model, dict(enumerate(top1)), 1, 2, ("abc",))
 
 
 def test_the_findings_name_who_wins_and_what_no_seed_tells_apart() -> None:
@@ -214,7 +219,7 @@ def test_the_findings_name_who_wins_and_what_no_seed_tells_apart() -> None:
     )
     assert chance.startswith("Not told from chance (a mean up to 16.0 %") and chance.endswith(": probe.")
     _, own, _ = accuracy_findings(Accuracy("x", "", 10.0, 12.0, 100, [scores("td4v_side", 40), scores("aim", 60)]))
-    assert "of one seed each" in own
+    assert "with one seed each" in own
 
 
 def test_a_tie_names_all_who_share_it() -> None:
@@ -224,22 +229,20 @@ def test_a_tie_names_all_who_share_it() -> None:
 
 
 def test_the_code_of_each_row_is_named_where_it_differs() -> None:
-    assert compare_methods_report.revisions_text({"aim": ("a1",), "probe": ("a1",)}) == ""
-    text = compare_methods_report.revisions_text({"aim": ("a1", "b2*"), "probe": ("a1",)})
+    assert report.revisions_text({"aim": ("a1",), "probe": ("a1",)}) == ""
+    text = report.revisions_text({"aim": ("a1", "b2*"), "probe": ("a1",)})
     assert text.endswith(": aim a1, b2*; probe a1.\n")
     meta = {"hardware": {"gpus": [], "cpu": "c", "cores": 1, "memory_gib": 1}, "versions": {}, "device": "cpu",
             "command": ["python", "a b"], "started": "now"}  # fmt: skip
     for revisions, legend in ((["a1"], False), (["a1", "b2*"], True)):
-        text = compare_methods_report.markdown([], {}, "", [], meta | {"revisions": revisions})
+        text = report.markdown([], {}, "", [], meta | {"revisions": revisions})
         assert ("uncommitted" in text) is legend and "`python 'a b'`" in text
 
 
 def test_every_seed_lies_within_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(compare_methods_report, "Figure", lambda **words: figures.append(Figure(**words)) or figures[0])
-    compare_methods_report.draw(
-        [], [Accuracy("x", "", 10.0, 12.0, 9, [scores("aim", 5, 90), scores("probe", 30)])], tmp_path / "x.png"
-    )
+    monkeypatch.setattr(report, "Figure", lambda **words: figures.append(Figure(**words)) or figures[0])
+    report.draw([], [Accuracy("x", "", 10.0, 12.0, 9, [scores("aim", 5, 90), scores("probe", 30)])], tmp_path / "x.png")
     low, high = figures[0].axes[0].get_xlim()
     assert low == 0 and 90 < high < 100
 

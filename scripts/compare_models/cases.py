@@ -1,0 +1,39 @@
+"""A model, with overrides of its own if need be, in a configuration that was written for another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from configs.schema import Config, load_config
+from scripts.profile.cases import BEFORE_OVERRIDE, parse_case
+
+
+class CompareError(ValueError):
+    """What cannot be compared; the message is one sentence."""
+
+
+def overrides_of(path: str, model: str, common: Sequence[str]) -> tuple[str, list[str]]:
+    """The file and the overrides that `CONFIG+KEY=VALUE` and `MODEL+KEY=VALUE` mean.
+
+    network.options of the file hold for the file's own model alone; those of `common` and of the two for every model.
+    """
+    file, own = parse_case(path, path)
+    name, *chosen = BEFORE_OVERRIDE.split(model)
+    is_files_model = load_config(file, [*common, *own]).network.model_name == name
+    options = [] if is_files_model else ["network.options={}"]
+    return file, [*options, *common, *own, f"network.model={name}", *chosen]
+
+
+def check_head(config: Config) -> None:
+    """Raises CompareError for a head that random weights cannot give."""
+    if config.network.head == "text":
+        raise CompareError(
+            "network.head: text needs the pretrained CLIP, and here all weights are random; compare with linear "
+            "(python -m scripts.profile measures what a text head costs)"
+        )
+
+
+def file_name(model: str) -> str:
+    """A model with its overrides as part of a path."""
+    return re.sub(r"[^\w.=-]+", "_", model)

@@ -1,0 +1,120 @@
+"""Compares models: what each costs, and what it reaches on small datasets with one recipe and several seeds.
+
+python -m scripts.compare_models --output exp/models --seeds 0 1 2
+python -m scripts.compare_models --costs configs/ssv2.yaml --skip accuracy --models aim td4v_side
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.cli import default_jobs, find_device, positive_int, write_json, write_text
+
+logger = logging.getLogger("td4v")
+
+QUICKSTART = "configs/quickstart.yaml"
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.compare_models",
+        description=__doc__.splitlines()[0],
+        epilog="A CONFIG or MODEL may carry overrides: configs/hmdb51.yaml+data.num_segments=16, "
+        "aim+network.options={...}. Weights are random. Rerunning the command resumes it; each call writes the report "
+        "for the models and seeds that it names.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("exp/models"), metavar="FOLDER",
+                        help="for models.md, models.json, models.png and all runs (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all")
+    parser.add_argument("--costs", default="configs/hmdb51.yaml", metavar="CONFIG",
+                        help="whose costs are measured (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--accuracy", nargs="+", metavar="CONFIG", default=["configs/compare_gym10.yaml", QUICKSTART],
+                        help="what is trained and tested (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                        help="overrides of all configurations")  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--jobs", type=positive_int, default=default_jobs(), metavar="N",
+                        help="runs at a time (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--skip", choices=["costs", "accuracy"],
+                        help="run nothing for this half; the report shows what earlier calls left in FOLDER, if it is "
+                        "complete for these models, seeds and settings")  # fmt: skip
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA if there is a GPU")
+    parser.add_argument("--repeats", type=positive_int, metavar="N",
+                        help="measurements of each time (default: 3 on a CPU, 10 on a GPU)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from engine.errors import EngineError  # here, as all that imports torch, so that --help is quick
+    from engine.profiling import is_out_of_memory
+    from engine.signals import ending_in_order
+    from scripts.experiments import ExperimentError
+
+    try:
+        with ending_in_order():
+            compare(options, ["python", "-m", "scripts.compare_models", *(sys.argv[1:] if argv is None else argv)])
+    except (ExperimentError, EngineError, ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.error("out of memory in counting FLOPs of %s; --skip costs does without them", options.costs)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted; rerun the command to resume it")
+        return 130
+    return 0
+
+
+def compare(options: argparse.Namespace, command: list[str]) -> None:
+    """Check everything, then measure the costs while nothing else runs, then train and test, then report."""
+    from engine.run_info import run_info
+    from models.registry import MODELS
+    from scripts.compare_models.accuracy import accuracy_of, checked_plans, finished_accuracies, plan_paths
+    from scripts.compare_models.costs import conditions, cost_cases, measured_cost, measured_costs
+    from scripts.compare_models.report import accuracy_table, costs_caption, draw, markdown
+    from scripts.experiments import run_experiments
+    from scripts.profile.report import summary
+
+    device = find_device(options.device)
+    meta = run_info() | {"command": command, "device": str(device)} | conditions(device)
+    models = list(dict.fromkeys(options.models or MODELS))
+    cases = [] if options.skip == "costs" else cost_cases(options, models, device)
+    paths = plan_paths(options.accuracy)
+    plans = {} if options.skip == "accuracy" else checked_plans(options, models, paths)
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.skip == "costs":
+        costs = measured_costs(options, models, device)
+    else:
+        costs = [measured_cost(options, model, config, device) for model, config in cases]
+    rows, made_by = [row for row, _ in costs], {row.label: (revision,) for row, revision in costs}
+    if rows:
+        print(summary(rows) + costs_caption(made_by, meta), end="", flush=True)
+    if options.skip == "accuracy":
+        accuracies = finished_accuracies(options, models, paths)
+    else:
+        experiments = [experiment for plan in plans.values() for experiment in plan.experiments.values()]
+        results = dict(zip(experiments, run_experiments(experiments, options.jobs, device.type), strict=True))
+        accuracies = [accuracy_of(name, plan, results) for name, plan in plans.items()]
+    for accuracy in accuracies:
+        print(f"\nTop-1 on {accuracy.name}, %:\n\n{accuracy_table(accuracy)}", end="", flush=True)
+    revisions = {revision for _, revision in costs}
+    revisions |= {revision for accuracy in accuracies for scores in accuracy.models for revision in scores.revisions}
+    meta |= {"revisions": sorted(revisions)}
+    record = {
+        "meta": meta,
+        "costs": [row.to_dict() | {"revision": revision} for row, revision in costs],
+        "accuracy": [accuracy.to_dict() for accuracy in accuracies],
+    }
+    write_json(options.output / "models.json", record)
+    write_text(options.output / "models.md", markdown(rows, made_by, options.costs, accuracies, meta))
+    draw(rows, accuracies, options.output / "models.png")
+    logger.info("all weights were random; models.md, models.json, models.png in %s", options.output)
