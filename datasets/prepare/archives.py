@@ -1,15 +1,15 @@
-"""Downloaded archives -> folders: .zip, .tar(.gz, .bz2, .xz), .tgz, .rar, and Something-Something's cut tar pieces.
-
-Each archive becomes a folder of its own, written beside under a hidden name and renamed when it is whole; archives found
-inside are unpacked likewise and then removed. A rerun goes on: finished archives are left alone, files already out of an
-interrupted zip or tar are not written again. Nothing is written outside the folder. rar needs one of EXTRACTORS.
+"""Unpacks downloaded archives: .zip, .tar(.gz, .bz2, .xz), .tgz, .rar, and the tar that Something-Something is cut from.
 
     unpack(find_archives(Path("downloads")), Path("out/unpacked/videos"))
+
+Each archive becomes one folder, which gets its name when it is complete. Archives inside archives are unpacked too and
+then removed. A rerun skips finished archives, and finished files of an interrupted zip or tar.
 """
 
 from __future__ import annotations
 
 import glob
+import gzip
 import io
 import logging
 import lzma
@@ -21,18 +21,18 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from common.files import walk
-from datasets.prepare.lists import PrepareError
-from datasets.prepare.pieces import PieceStream
-from datasets.prepare.space import require_space
+from datasets.prepare.output_dir import require_space
+from datasets.prepare.plan import PrepareError
 
 ZIP, TAR, RAR = (".zip",), (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), (".rar",)
-PIECE = re.compile(r"(?P<base>20bn-something-something-v[12])-(?P<number>\d\d)")
+SUFFIXES = sorted((*ZIP, *TAR, *RAR), key=len, reverse=True)
+PIECE = re.compile(r"(?P<base>20bn-something-something-v[12])-(?P<number>\d\d)")  # of one .tar.gz
 LATER_RAR = re.compile(r"\.part0*([2-9]|[1-9]\d+)\.rar$")  # further volumes, which the extractor finds by itself
 EXTRACTORS = {  # command -> arguments for (archive, folder); tried in this order
     "unrar": lambda file, folder: ["x", "-o+", "-y", "-idq", "-p-", file, f"{folder}/"],
@@ -41,30 +41,42 @@ EXTRACTORS = {  # command -> arguments for (archive, folder); tried in this orde
     "7zz": lambda file, folder: ["x", "-y", "-bd", f"-o{folder}", file],
     "7z": lambda file, folder: ["x", "-y", "-bd", f"-o{folder}", file],
 }
-PACKAGES = "unrar, unar or libarchive-tools"  # not 7zip, which some systems ship without its rar part
-DONE = ".unpacked"  # in the target folder: `size name` of each finished archive, one a line
-BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError)
+EXTRACTOR_PACKAGES = "unrar, unar or libarchive-tools"  # not 7zip, which some systems ship without its rar part
+DONE = ".unpacked"  # file in the target folder: `size name` of each finished archive, one a line
+UNFINISHED = ".unfinished"  # folder of the file that is being unpacked
+DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    RuntimeError,
+    NotImplementedError,
+)
 
 logger = logging.getLogger("td4v")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive: its name relative to where it was found, without suffix, and its file, or its pieces in order."""
+    """One archive."""
 
-    name: str
-    files: tuple[Path, ...]
+    name: str  # path below the folder where it was found, without suffix
+    files: tuple[Path, ...]  # one, or the pieces in order
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.files)
 
+    def is_kind(self, suffixes: tuple[str, ...]) -> bool:
+        return self.files[0].name.lower().endswith(suffixes)
+
     def unpacked_size(self) -> int:
-        """Bytes of what is in it, or, where only unpacking tells, of the archive: videos hardly compress."""
-        if self.files[0].name.lower().endswith(ZIP):
+        """Bytes of the content of a zip; otherwise those of the archive, as videos hardly compress."""
+        if self.is_kind(ZIP):
             with zipfile.ZipFile(self.files[0]) as archive:
-                return sum(item.file_size for item in archive.infolist())
+                return sum(member.file_size for member in archive.infolist())
         return self.size
 
     def __str__(self) -> str:
@@ -72,13 +84,13 @@ class Archive:
 
 
 def unpack(archives: Sequence[Archive], target: Path, suffixes: Collection[str] | None = None) -> None:
-    """Unpacks archives, and those inside them, to folders in `target`, unless an earlier run did.
+    """Unpack archives, and those inside them, to folders in `target`.
 
     Args:
-        suffixes: of the members that are wanted, in lower case; a rar is unpacked whole. None: all.
+        suffixes: of the files to unpack, in lower case; None: all. A rar is always unpacked completely.
 
     Raises:
-        PrepareError: an archive is broken, holds paths that lead out, there is no extractor for a rar, or no space.
+        PrepareError: an archive is damaged or unsafe, no rar extractor is installed, or there is too little space.
         OSError: `target` cannot be written.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -92,132 +104,169 @@ def unpack(archives: Sequence[Archive], target: Path, suffixes: Collection[str] 
 
 
 def find_archives(source: Path, skip: Path | None = None) -> list[Archive]:
-    """The archives below a folder (or the one that `source` is); pieces of one tar count as one archive."""
+    """The archives in the folder `source`, or `source` itself; the pieces of a tar are one archive."""
     if source.is_file():
         return [Archive(_stem(source.name), (source,))] if _stem(source.name) != source.name else []
     archives: dict[str, Archive] = {}
     pieces: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in (folder / name for folder, names in walk(source, skip) for name in names):
-        fit = PIECE.fullmatch(path.name)
-        if fit:
-            if other := pieces[fit["base"]].get(int(fit["number"])):
+        piece = PIECE.fullmatch(path.name)
+        if piece:
+            other = pieces[piece["base"]].setdefault(int(piece["number"]), path)
+            if other != path:
                 raise PrepareError(f"{other} and {path} are the same piece; keep one")
-            pieces[fit["base"]][int(fit["number"])] = path
         elif _stem(path.name) != path.name and not LATER_RAR.search(path.name.lower()):
             name = path.with_name(_stem(path.name)).relative_to(source).as_posix()
             if name in archives:
                 raise PrepareError(f"{archives[name]} and {path} would be unpacked to the same folder; keep one")
             archives[name] = Archive(name, (path,))
     for base, numbered in pieces.items():
-        absent = sorted(set(range(max(numbered) + 1)) - set(numbered))
-        if absent:
-            raise PrepareError(f"{source}: {base}-{absent[0]:02d} is missing, {base}-{max(numbered):02d} is there")
+        missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
+        if missing:
+            raise PrepareError(f"{source}: {base}-{missing[0]:02d} is missing, {base}-{max(numbered):02d} is there")
         archives[base] = Archive(base, tuple(numbered[number] for number in sorted(numbered)))
     return [archives[name] for name in sorted(archives)]
 
 
 def _stem(name: str) -> str:
-    """The name without an archive's suffix; unchanged where it has none."""
-    for suffix in sorted((*ZIP, *TAR, *RAR), key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name
+    """The name without an archive's suffix; unchanged if it has none."""
+    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def _unpack(archive: Archive, target: Path, suffixes: Collection[str] | None, which: str) -> None:
-    """Unpacks one archive to `target / archive.name`, unless an earlier run did."""
+    """Unpack one archive to `target / archive.name`, unless an earlier run did."""
     folder, done = target / archive.name, target / DONE
     record = f"{archive.size} {archive.name}"
-    recorded = done.exists() and record in done.read_text(encoding="utf-8").splitlines()
     if folder.exists():
-        if not recorded:
-            raise PrepareError(f"{folder}: is there, but not what {archive} holds now; remove it")
+        if not done.exists() or record not in done.read_text(encoding="utf-8").splitlines():
+            raise PrepareError(f"{folder}: exists, but does not hold what {archive} holds now; remove it")
         return
     logger.info("unpacking %s (%s)", archive, which)
-    partial = _partial(archive, folder)
+    unfinished = _unfinished_folder(archive, folder)
     try:
-        rar = archive.files[0].name.lower().endswith(RAR)
-        if rar or suffixes is None:
+        if archive.is_kind(RAR) or suffixes is None:
             require_space(target, archive.unpacked_size(), f"unpacking {archive}")
-        if rar:
-            shutil.rmtree(partial, ignore_errors=True)  # an extractor may leave a half-written file
-            partial.mkdir(parents=True)
-            _run_extractor(archive, partial)
+        if archive.is_kind(RAR):
+            shutil.rmtree(unfinished, ignore_errors=True)  # an extractor may leave a half-written file
+        unfinished.mkdir(parents=True, exist_ok=True)
+        if archive.is_kind(RAR):
+            _unpack_rar(archive, unfinished)
+        elif archive.is_kind(ZIP):
+            _unpack_zip(archive, unfinished, suffixes)
         else:
-            partial.mkdir(parents=True, exist_ok=True)
-            members = _zip_members if archive.files[0].name.lower().endswith(ZIP) else _tar_members
-            for name, size, content in members(archive):
-                if suffixes is None or Path(name).suffix.lower() in suffixes:
-                    _write(partial, name, size, content, archive)
-    except (*BROKEN, OSError) as error:
+            _unpack_tar(archive, unfinished, suffixes)
+    except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault, not the archive's
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        stays = f", what came out stays in {partial}" if any(path.is_file() for path in partial.rglob("*")) else ""
-        raise PrepareError(f"{archive}: is broken or incomplete ({reason}); download it again{stays}") from error
+        shutil.rmtree(unfinished / UNFINISHED, ignore_errors=True)
+        kept = any(path.is_file() for path in unfinished.rglob("*"))
+        kept = f"; the files before the damage are in {unfinished}" if kept else ""
+        raise PrepareError(f"{archive}: is damaged or incomplete ({reason}); download it again{kept}") from error
+    shutil.rmtree(unfinished / UNFINISHED, ignore_errors=True)
     with done.open("a", encoding="utf-8") as file:
         file.write(f"{record}\n")
-    os.replace(partial, folder)
+    os.replace(unfinished, folder)
 
 
-def _partial(archive: Archive, folder: Path) -> Path:
-    """The folder in which the archive as it is now is being unpacked; removes those of its former downloads."""
+def _unfinished_folder(archive: Archive, folder: Path) -> Path:
+    """The folder that becomes `folder`, named after the download; those of previous downloads are removed."""
     changed = max(file.stat().st_mtime_ns for file in archive.files)
-    partial = folder.with_name(f".{folder.name}.{archive.size}.{changed}.partial")
+    unfinished = folder.with_name(f".{folder.name}.{archive.size}.{changed}.partial")
     for other in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
-        if other != partial:
+        if other != unfinished:
             shutil.rmtree(other)
-    return partial
+    return unfinished
 
 
-def _write(folder: Path, name: str, size: int, content: BinaryIO, archive: Archive) -> None:
-    """Writes one file whole or not at all; one of the right size from an interrupted run stays."""
-    inside = os.path.normpath(name.replace("\\", "/"))
-    if os.path.isabs(inside) or inside.split("/")[0] == "..":
-        raise PrepareError(f"{archive}: holds {name!r}, which leads out of the folder; it is not unpacked")
-    path = folder / inside
-    if path.is_file() and path.stat().st_size == size:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        shutil.copyfileobj(content, file, 1 << 20)
-    os.replace(partial, path)
-
-
-def _zip_members(archive: Archive) -> Iterator[tuple[str, int, BinaryIO]]:
-    """(name, size, content) of the files; reading to the end of one checks its sum."""
+def _unpack_zip(archive: Archive, folder: Path, suffixes: Collection[str] | None) -> None:
     with zipfile.ZipFile(archive.files[0]) as file:
-        for item in file.infolist():
-            if not item.is_dir():
-                with file.open(item) as content:
-                    yield item.filename, item.file_size, content
+        for member in file.infolist():
+            if not member.is_dir() and _is_selected(member.filename, suffixes):
+                _extract(partial(file.extract, member), archive, member.filename, member.file_size, folder)
 
 
-def _tar_members(archive: Archive) -> Iterator[tuple[str, int, BinaryIO]]:
-    """(name, size, content) of the regular files; links and devices are left out and counted in a warning."""
-    left_out = 0
-    with io.BufferedReader(PieceStream(archive.files), 1 << 20) as stream, tarfile.open(fileobj=stream) as tar:
+def _unpack_tar(archive: Archive, folder: Path, suffixes: Collection[str] | None) -> None:
+    """Unpack the regular files; links and devices are skipped with a warning."""
+    if not hasattr(tarfile, "data_filter"):
+        raise PrepareError(f"{archive}: this Python cannot unpack a tar safely; use 3.10.12, 3.11.4, 3.12 or newer")
+    skipped = 0
+    with _open_tar(archive) as tar:
         for member in tar:
-            if member.isreg():
-                yield member.name, member.size, tar.extractfile(member)
-            elif not member.isdir():
-                left_out += 1
-        # tarfile takes a cut or damaged header for the end; the true end is a block of zeros.
+            if member.isreg() and _is_selected(member.name, suffixes):
+                _extract(partial(tar.extract, member, filter="data"), archive, member.name, member.size, folder)
+            skipped += not (member.isreg() or member.isdir())
+        _check_end(tar)
+    if skipped:
+        logger.warning("%s: %d links or devices are skipped", archive, skipped)
+
+
+def _open_tar(archive: Archive) -> tarfile.TarFile:
+    if len(archive.files) == 1:
+        return tarfile.open(archive.files[0])
+    pieces = gzip.GzipFile(fileobj=io.BufferedReader(_Pieces(archive.files), 1 << 20))
+    return tarfile.open(fileobj=pieces, mode="r:")
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raises TarError or EOFError if the tar is cut. tarfile takes a cut or damaged header for the end of the archive."""
+    if isinstance(tar.fileobj, io.BufferedReader):  # not compressed, so without a checksum; zeros mark the end
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512):
             raise tarfile.ReadError("its end is missing")
-        while tar.fileobj.read(1 << 20):  # to the end, where compressed files keep their check sum
-            continue
-    if left_out:
-        logger.warning("%s: %d links or devices are left out", archive, left_out)
+    while tar.fileobj.read(1 << 20):  # to the end, where compressed files hold their checksum
+        continue
 
 
-def _run_extractor(archive: Archive, folder: Path) -> None:
-    """Unpacks a rar with the first installed extractor that can."""
+class _Pieces(io.RawIOBase):
+    """Files cut from one file, as a stream from the first to the last."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._files = [path.open("rb", buffering=0) for path in paths]
+        self._current = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while self._current < len(self._files):
+            if count := self._files[self._current].readinto(buffer):
+                return count
+            self._current += 1
+        return 0
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
+
+
+def _is_selected(name: str, suffixes: Collection[str] | None) -> bool:
+    return suffixes is None or Path(name).suffix.lower() in suffixes
+
+
+def _extract(extract: Callable[..., object], archive: Archive, name: str, size: int, folder: Path) -> None:
+    """Write one file completely or not at all; skip it if an interrupted run has written it.
+
+    zipfile and tarfile rename some unsafe names silently, so those are refused first.
+    """
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or not parts[0]:
+        raise PrepareError(f"{archive}: holds {name!r}, which leads out of the folder; it is not unpacked")
+    path = folder / name
+    if path.is_file() and path.stat().st_size == size:
+        return
+    extract(path=folder / UNFINISHED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder / UNFINISHED / name, path)
+
+
+def _unpack_rar(archive: Archive, folder: Path) -> None:
+    """Run the installed extractors until one succeeds."""
     installed = [name for name in EXTRACTORS if shutil.which(name)]
     if not installed:
-        raise PrepareError(f"{archive}: no program that unpacks rar is installed; install {PACKAGES}")
+        raise PrepareError(f"{archive}: no program that unpacks rar is installed; install {EXTRACTOR_PACKAGES}")
     for name in installed:
         command = [name, *EXTRACTORS[name](str(archive.files[0].absolute()), str(folder.absolute()))]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
@@ -226,5 +275,5 @@ def _run_extractor(archive: Archive, folder: Path) -> None:
         lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
     raise PrepareError(
         f"{archive}: {name} cannot unpack it ({lines[0] if lines else f'exit code {result.returncode}'}); download it "
-        f"again, or install another of {PACKAGES}"
+        f"again, or install another of {EXTRACTOR_PACKAGES}"
     )

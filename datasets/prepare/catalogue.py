@@ -1,7 +1,4 @@
-"""What lies below --videos: every video file (or published frame folder) by name, and matching a plan's entries to it.
-
-Does not live here: opening a video (decode.py) or an archive (archives.py).
-"""
+"""Which videos (or published frame folders) lie below --videos, and which of them a plan names."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from common.files import walk
-from datasets.prepare.lists import PrepareError
-from datasets.prepare.plan import Entry, Plan
+from datasets.prepare.plan import Entry, Plan, PrepareError
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".mp4", ".webm", ".mkv", ".mov", ".mpg", ".mpeg", ".m4v", ".flv", ".wmv", ".3gp", ".ts")
@@ -20,33 +16,33 @@ VIDEO_SUFFIXES = frozenset(
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Catalogue:
-    """Videos below `root` as relative paths with `/`."""
+    """The videos below `root`; paths are relative to it and have `/`."""
 
     root: Path
-    by_name: dict[str, list[str]]  # file name without suffix, or name of the frame folder
-    suffixes: Counter[str] = field(default_factory=Counter)  # of all files there
-    example: str = ""
+    by_name: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # file (no suffix) or folder name
+    suffixes: Counter[str] = field(default_factory=Counter)  # of all files
+    example: str = ""  # one of all files
 
     def paths(self) -> list[str]:
-        """All videos in order."""
+        """All videos, sorted."""
         return sorted(path for paths in self.by_name.values() for path in paths)
 
     def find(self, entry: Entry) -> str | None:
-        """Where the entry's video is; None if nowhere. Raises PrepareError where two files could be it."""
+        """The path of the entry's video, or None. Raises PrepareError if two files could be it."""
         if entry.path is not None:
             return entry.path
         for name in entry.names:
             paths = self.by_name.get(name, ())
             if len(paths) > 1:
-                raise PrepareError(f"{self.root}: {paths[0]} and {paths[1]} both could be {name}; keep one of them")
+                raise PrepareError(f"{self.root}: {paths[0]} and {paths[1]} could both be {name}; keep one of them")
             if paths:
                 return paths[0]
         return None
 
     def describe(self) -> str:
-        """What is there, for a message that says that it is not what was looked for."""
+        """What there is, for a message that says what is missing."""
         if not self.suffixes:
             return "there is no file at all"
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.suffixes.most_common(4))
@@ -54,21 +50,23 @@ class Catalogue:
 
 
 def scan(root: Path, frame_folders: bool = False, skip: Path | None = None) -> Catalogue:
-    """Lists the videos below `root`, or with `frame_folders` the folders that hold JPEGs.
+    """List the videos below `root`, or with `frame_folders` the folders that hold JPEGs.
 
-    Hidden entries and the folder `skip` are passed over; links are followed. Raises PrepareError where `root` is not a
-    folder, OSError where a folder cannot be listed.
+    Hidden entries and the folder `skip` are ignored; links are followed.
+
+    Raises:
+        PrepareError: `root` is not a folder.
+        OSError: a folder cannot be listed.
     """
     if not root.is_dir():
         raise PrepareError(f"--videos {root}: is not a folder")
-    catalogue = Catalogue(root, defaultdict(list))
-    example = ""
+    catalogue = Catalogue(root)
     for absolute, names in walk(root, skip):
         folder = PurePosixPath(absolute.relative_to(root).as_posix())
         suffixes = Counter(os.path.splitext(name)[1].lower() for name in names)
         catalogue.suffixes.update(suffixes)
-        if names and not example:
-            example = (folder / names[0]).as_posix()
+        if names and not catalogue.example:
+            catalogue.example = (folder / names[0]).as_posix()
         if frame_folders:
             if IMAGE_SUFFIXES & suffixes.keys():
                 catalogue.by_name[folder.name].append(folder.as_posix())
@@ -77,24 +75,24 @@ def scan(root: Path, frame_folders: bool = False, skip: Path | None = None) -> C
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in VIDEO_SUFFIXES:
                 catalogue.by_name[stem].append((folder / name).as_posix())
-    return Catalogue(root, dict(catalogue.by_name), catalogue.suffixes, example)
+    return catalogue
 
 
 def match(plan: Plan, catalogue: Catalogue) -> tuple[dict[Entry, str], list[Entry]]:
-    """Finds the plan's videos: entry -> relative path, and the entries without a video.
+    """Find the plan's videos: entry -> path below the catalogue's root, and the entries without a video.
 
-    Raises PrepareError where no video at all is found, an entry has two, two entries have the same, or a path cannot
-    stand in a list file.
+    Raises:
+        PrepareError: no video is found, an entry has two, two entries have the same, or a list cannot hold a path.
     """
     found: dict[Entry, str] = {}
     missing: list[Entry] = []
-    owner: dict[str, Entry] = {}
+    entry_of: dict[str, Entry] = {}
     for entry in plan.entries:
         path = catalogue.find(entry)
         if path is None:
             missing.append(entry)
             continue
-        other = owner.setdefault(path, entry)
+        other = entry_of.setdefault(path, entry)
         if other is not entry:
             raise PrepareError(f"{catalogue.root / path} is the video of two rows: {other.where} and {entry.where}")
         _check_listable(catalogue.root, path)
@@ -109,11 +107,13 @@ def match(plan: Plan, catalogue: Catalogue) -> tuple[dict[Entry, str], list[Entr
 
 
 def _check_listable(root: Path, path: str) -> None:
-    """A list file is UTF-8, one row a line, its fields split at white space from the right."""
+    """A list file is UTF-8 with one row a line, whose fields are split at white space from the right."""
     stem = os.path.splitext(path)[0]
     try:
         path.encode()
     except UnicodeEncodeError:
         raise PrepareError(f"{root / path!r}: its name is not UTF-8, which a list file needs; rename it") from None
     if any(name != name.strip() for name in (path, stem)) or len(path.splitlines()) > 1:
-        raise PrepareError(f"{root / path!r}: a list file cannot hold a path with white space at an end or line breaks")
+        raise PrepareError(
+            f"{root / path!r}: a list file cannot hold a name with line breaks, or with white space at an end; rename it"
+        )

@@ -1,9 +1,4 @@
-"""One video in, frames out: what a worker process does. Frame folders are whole or absent.
-
-Lives here: a video from its first frame to its last, encoding JPEGs (`write_jpeg`, the only place), and the record of a
-finished folder. Does not live here: which videos, how many processes (extract.py), how a video is decoded
-(datasets/decoders/), and reading for training (datasets/readers.py).
-"""
+"""The frames of one video, as a worker process extracts them, and quick looks at a video that is not extracted."""
 
 from __future__ import annotations
 
@@ -15,83 +10,103 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import av
 import numpy as np
 from PIL import Image
 
-from datasets.decoders import DecodeError, Decoder, open_video
-from datasets.prepare.declared import declared_frames
+from datasets.decoders import DecodeError, Decoder, VideoFile, open_video
+from datasets.packed_frames import packed_path, write_packed
 
+LARGEST_LOSS = 0.1  # share of the declared frames; a video that loses more counts as unreadable
 SAMPLED_FRAMES = 8
-LARGEST_LOSS = 0.1  # share of the declared frames that may not decode; with more missing a video counts as unreadable
+HALF_FRAME_CONTAINERS = {"mpegts", "mpeg"}  # a packet may be half a frame, so packets cannot be counted
+EDITED_CONTAINER = "mov,mp4,m4a,3gp,3g2,mj2"  # its header counts frames that an edit list hides, its index marks them
+VP8_SHOWN = 0x10  # bit of the first byte of a VP8 packet; the others are references that are never shown
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How frames are extracted; the names are those of prepare.json."""
+
+    short_side: int = 256  # pixels; 0 keeps the video's size
+    quality: int = 90  # of the JPEGs, 1 to 100
+    decoder: Decoder = "pyav"
+    storage: Literal["folders", "zips"] = "folders"  # one a video
+
+
+@dataclass(frozen=True)
+class FrameStore:
+    """The frames of an output folder."""
+
+    out: Path
+    settings: FrameSettings
+
+    @property
+    def root(self) -> Path:
+        return self.out / "frames"
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of unfinished work, on the same disk."""
+        return self.out / "partial"
+
+    @property
+    def records(self) -> Path:
+        """File with one line for each finished video."""
+        return self.out / "frames.jsonl"
+
+    def name_of(self, video: str) -> str:
+        """The path of a video's frames below `root`, as it stands in a list row."""
+        return os.path.splitext(video)[0]
+
+    def path_of(self, video: str) -> Path:
+        """The folder or zip of a video's frames."""
+        folder = self.root / self.name_of(video)
+        return Path(packed_path(str(folder))) if self.settings.storage == "zips" else folder
+
+    def jpegs(self, video: VideoFile) -> Iterator[bytes]:
+        """All frames as JPEGs."""
+        for frame in video.frames():
+            yield encode_jpeg(frame, self.settings.short_side, self.settings.quality)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one video gave: frames its header declares, frames that decode (or are there), their bytes, or an error."""
+    """What became of one video."""
 
-    declared: int = 0
-    frames: int = 0
-    bytes: int = 0
-    error: str | None = None
+    declared: int = 0  # frames that the file says it holds
+    frames: int = 0  # that decode
+    bytes: int = 0  # of what training reads: the JPEGs, the zip or the video
+    error: str | None = None  # why the video cannot be used
 
-    def judged(self) -> Outcome:
-        """The same, or an error where more than LARGEST_LOSS of the declared frames do not decode."""
+    def checked(self) -> Outcome:
+        """The same, with an error if more than LARGEST_LOSS of the declared frames do not decode."""
         if self.error is None and self.declared - self.frames > LARGEST_LOSS * self.declared:
             return replace(self, error=f"only {self.frames} of {self.declared} frames decode")
         return self
 
 
 @dataclass(frozen=True)
-class Source:
-    """What tells whether a video is still the one that was extracted."""
+class FileStamp:
+    """Size and time of change of a video; both are equal if it is still the file that was extracted."""
 
     bytes: int
     mtime_ns: int
 
     @classmethod
-    def of(cls, video: Path) -> Source:
+    def of(cls, video: Path) -> FileStamp:
         """Raises OSError."""
         status = video.stat()
         return cls(status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One video to extract, and how."""
-
-    video: str  # relative path, the key in the records
-    source: Path
-    folder: Path
-    partial: Path  # folder for unfinished work, on the same disk
-    records: Path
-    short_side: int  # pixels; 0 keeps the video's size
-    quality: int
-    decoder: Decoder = "decord"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a video's first frames tell: frames declared and mean bytes of a JPEG."""
-
-    declared: int
-    frame_bytes: float
-
-
-def write_jpeg(path: Path, frame: np.ndarray, short_side: int, quality: int) -> int:
-    """Writes uint8 (H, W, 3) as a JPEG and returns its bytes. The short side becomes `short_side` pixels, unless 0.
-
-    The file is encoded in memory first: a full disk then is an OSError that says so.
-    """
-    data = encode_jpeg(frame, short_side, quality)
-    path.write_bytes(data)
-    return len(data)
-
-
 def encode_jpeg(frame: np.ndarray, short_side: int, quality: int) -> bytes:
-    """The bytes that `write_jpeg` writes."""
+    """uint8 (H, W, 3) -> a JPEG whose short side has `short_side` pixels; 0 keeps the size."""
     image = Image.fromarray(frame)
     if short_side and short_side != min(image.size):
         scale = short_side / min(image.size)
@@ -102,71 +117,116 @@ def encode_jpeg(frame: np.ndarray, short_side: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def extract(job: Job) -> Outcome:
-    """Extracts one video to its folder. A video that cannot be read is an outcome; OSError where it cannot be written."""
-    partial = Path(tempfile.mkdtemp(dir=job.partial))
-    partial.chmod(0o755)
-    declared = frames = size = 0
+def extract(store: FrameStore, videos: Path, video: str) -> Outcome:
+    """Extract the frames of `videos / video`; they are complete or absent.
+
+    A video that cannot be read gives an outcome with an error. Raises OSError if frames cannot be written.
+    """
+    source, target = videos / video, store.path_of(video)
+    unfinished = Path(tempfile.mkdtemp(dir=store.unfinished))
+    unfinished.chmod(0o755)
+    declared = 0
     try:
-        source = Source.of(job.source)  # before decoding: a video that changes meanwhile is done again
-        video = open_video(str(job.source), job.decoder)
-        declared = declared_frames(job.source, video)
-        for frames, frame in enumerate(video.frames(), 1):
-            size += write_jpeg(partial / f"{frames:06d}.jpg", frame, job.short_side, job.quality)
+        stamp = FileStamp.of(source)  # before decoding, so that a video that changes meanwhile is extracted again
+        opened = open_video(str(source), store.settings.decoder)
+        declared = declared_frames(source, opened)
+        written = unfinished / target.name
+        write = _write_zip if store.settings.storage == "zips" else _write_folder
+        frames, size = write(written, store.jpegs(opened))
         if frames == 0:
             return Outcome(declared, error="no frame decodes")
-        outcome = Outcome(max(declared, frames), frames, size).judged()
+        outcome = Outcome(max(declared, frames), frames, size).checked()
         if outcome.error:
             return outcome
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(job.folder, ignore_errors=True)  # of a video that has changed since
-        append_record(job.records, job.video, source, outcome)
-        os.replace(partial, job.folder)  # last: a folder in place is whole, and there is a record of it
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # of a video that has changed since
+        append_record(store.records, video, stamp, outcome)
+        os.replace(written, target)  # last: frames in their place are complete and have a record
         return outcome
     except DecodeError as error:
-        return Outcome(declared, error=_first_line(error, job.source))
+        return Outcome(declared, error=_reason(error, source))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def probe(source: Path, decoder: Decoder = "decord") -> Outcome:
-    """Opens a video and decodes its first, middle and last frame; `frames` are as many as training will ask for."""
+def _write_folder(folder: Path, jpegs: Iterator[bytes]) -> tuple[int, int]:
+    """Write 000001.jpg, ...; returns the number of frames and their bytes."""
+    folder.mkdir()
+    frames = size = 0
+    for frames, jpeg in enumerate(jpegs, 1):
+        size += (folder / f"{frames:06d}.jpg").write_bytes(jpeg)
+    return frames, size
+
+
+def _write_zip(path: Path, jpegs: Iterator[bytes]) -> tuple[int, int]:
+    """Write one stored zip of the same files; returns the number of frames and the bytes of the zip."""
+    frames = 0
+
+    def named() -> Iterator[tuple[str, bytes]]:
+        nonlocal frames
+        for frames, jpeg in enumerate(jpegs, 1):
+            yield f"{frames:06d}.jpg", jpeg
+
+    write_packed(path, named())
+    return frames, path.stat().st_size
+
+
+def declared_frames(source: Path, video: VideoFile) -> int:
+    """The frames that a file says it holds; more than decode if it is damaged or cut.
+
+    It is the larger of the packets' count and the header's, as a cut file lacks packets. Frames that are not shown do not
+    count. Containers without a count (Matroska, WebM) declare what is there.
+    """
+    try:
+        with av.open(str(source), metadata_errors="ignore") as container:
+            stream, kind = container.streams.video[0], container.format.name
+            vp8 = stream.codec_context.name == "vp8"
+            edited = kind == EDITED_CONTAINER
+            header = sum(not entry.is_discard for entry in stream.index_entries) if edited else stream.frames
+            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            shown = sum(not vp8 or bool(bytes(packet)[0] & VP8_SHOWN) for packet in packets)
+            return header if kind in HALF_FRAME_CONTAINERS else max(header, shown)
+    except (av.FFmpegError, IndexError):
+        return video.declared_frames
+
+
+def probe(source: Path, decoder: Decoder = "pyav") -> Outcome:
+    """Open a video and decode its first, middle and last frame."""
     try:
         video = open_video(str(source), decoder)
         count = video.num_frames
         declared = max(declared_frames(source, video), count)
         video.read(np.array([0, count // 2, count - 1]))
-        return Outcome(declared, count, source.stat().st_size).judged()
+        return Outcome(declared, count, source.stat().st_size).checked()
     except DecodeError as error:
-        return Outcome(error=_first_line(error, source))
+        return Outcome(error=_reason(error, source))
 
 
 def count_frames(folder: Path) -> Outcome:
-    """Looks at a published frame folder, which must hold 00001.jpg ... without a gap."""
+    """Look at a published frame folder, which must hold 00001.jpg, ... without a gap."""
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".jpg")}
-    absent = next((name for name in map("{:05d}.jpg".format, range(1, len(sizes) + 1)) if not sizes.get(name)), None)
-    if absent or not sizes:
-        return Outcome(error=f"{absent or '00001.jpg'} is missing or empty, the folder holds {len(sizes)} .jpg files")
+    missing = next((name for name in map("{:05d}.jpg".format, range(1, len(sizes) + 1)) if not sizes.get(name)), None)
+    if missing or not sizes:
+        return Outcome(error=f"{missing or '00001.jpg'} is missing or empty, the folder holds {len(sizes)} .jpg files")
     return Outcome(len(sizes), len(sizes), sum(sizes.values()))
 
 
-def sample(job: Job) -> Sample | None:
-    """Encodes a video's first frames without writing them; None where it cannot be read."""
+def sample(store: FrameStore, videos: Path, video: str) -> tuple[int, float] | None:
+    """The frames a video declares and the mean bytes of its first JPEGs, which are not written; None if unreadable."""
     try:
-        video = open_video(str(job.source), job.decoder)
-        first = itertools.islice(video.frames(), SAMPLED_FRAMES)
-        sizes = [len(encode_jpeg(frame, job.short_side, job.quality)) for frame in first]
+        opened = open_video(str(videos / video), store.settings.decoder)
+        sizes = [len(jpeg) for jpeg in itertools.islice(store.jpegs(opened), SAMPLED_FRAMES)]
     except DecodeError:
         return None
-    return Sample(video.declared_frames, sum(sizes) / len(sizes)) if sizes else None
+    return (opened.declared_frames, sum(sizes) / len(sizes)) if sizes else None
 
 
-def append_record(records: Path, video: str, source: Source, outcome: Outcome) -> None:
-    """Notes a finished video in one write, which the system appends as a whole even where several processes write.
+def append_record(records: Path, video: str, stamp: FileStamp, outcome: Outcome) -> None:
+    """Record a finished video in one write, so that lines of several processes do not mix.
 
     The line break comes first, so that a record that a full disk cut off spoils no other.
     """
-    record = {"video": video, "source_bytes": source.bytes, "source_mtime_ns": source.mtime_ns}
+    record = {"video": video, "source_bytes": stamp.bytes, "source_mtime_ns": stamp.mtime_ns}
     record |= {"declared": outcome.declared, "frames": outcome.frames, "bytes": outcome.bytes}
     data = ("\n" + json.dumps(record)).encode()
     handle = os.open(records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -177,6 +237,6 @@ def append_record(records: Path, video: str, source: Source, outcome: Outcome) -
         os.close(handle)
 
 
-def _first_line(error: Exception, source: Path) -> str:
-    """The reason of an error without the file, which the report names, and without what follows the first line."""
+def _reason(error: Exception, source: Path) -> str:
+    """The first line of an error without the file, which the report names."""
     return str(error).splitlines()[0].removeprefix(f"{source}: ")

@@ -1,39 +1,38 @@
-"""What a dataset's annotations come to: which videos, in which split, of which class. All formats return a `Plan`.
-
-Does not live here: reading annotation files (owners.py, formats/) and looking at the videos (catalogue.py).
-"""
+"""A dataset's annotations in one form: which videos, in which split, of which class. All formats return a `Plan`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets.prepare.lists import PrepareError
-
 SPLITS = ("train", "val", "test")
+
+
+class PrepareError(ValueError):
+    """A dataset that cannot be prepared; the message is one sentence that names the file, folder or option."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One video that the annotations name."""
 
-    names: tuple[str, ...]  # file names without suffix that the video may have on disk, the owners' first
+    names: tuple[str, ...]  # file names without suffix that the video may have on disk, the published one first
     split: str  # one of SPLITS
     label: int
-    where: str  # file and line that say so, for messages
-    path: str | None = None  # relative to the videos' folder, for a dataset whose list is the folder itself
+    where: str  # file and line that name the video, for messages
+    path: str | None = None  # below the videos' folder, if that folder itself is the annotation
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A dataset's videos and class names; `config_name` is what `data.dataset` of a configuration calls it."""
+    """A dataset's videos, and its class names in the order of their labels."""
 
     title: str
-    config_name: str
+    config_name: str  # its name in a configuration, `data.dataset`
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
-    style: str | None = None  # data.style, for a name that the configuration does not know
-    published_frames: bool = False  # the videos are folders of 00001.jpg ... already
+    style: str | None = None  # `data.style`, for a dataset that the configuration does not know
+    published_frames: bool = False  # the videos are already folders of 00001.jpg, 00002.jpg, ...
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -42,7 +41,7 @@ class Plan:
         return tuple(split for split in SPLITS if split in present)
 
     def check(self) -> None:
-        """Raises PrepareError where a video is named twice, in one split or in two, or nothing is named at all."""
+        """Raises PrepareError if there is no video, or one is named twice."""
         if not self.entries:
             raise PrepareError(f"the annotations of {self.title} name no video")
         first: dict[str, Entry] = {}
@@ -53,9 +52,9 @@ class Plan:
                 raise PrepareError(f"{entry.names[0]} is named {how}: {other.where} and {entry.where}")
 
 
-def choose_splits(title: str, known: Sequence[str], wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """The splits to prepare: `wanted` (--splits), or all of `known`; raises PrepareError for one that is not known."""
-    for split in wanted or ():
+def choose_splits(title: str, known: Sequence[str], requested: Sequence[str] | None) -> tuple[str, ...]:
+    """The `requested` splits (--splits) in the order of `known`; None: all. Raises PrepareError for an unknown one."""
+    for split in requested or ():
         if split not in known:
             raise PrepareError(f"--splits {split}: {title} has {', '.join(known)}")
-    return tuple(split for split in known if wanted is None or split in wanted)
+    return tuple(split for split in known if requested is None or split in requested)

@@ -1,27 +1,31 @@
-"""What a run found: counts of each split, and every video that is missing, unreadable or shorter than it claims.
+"""The results of a run: what was found, what is missing or unreadable, and the configuration that reads it.
 
-OUT/report.json   all of it
-OUT/report.txt    the same to read; its table is also printed
+OUT/report.json           all of it
+OUT/report.txt            the same to read; its table is also printed
+OUT/config_snippet.yaml   the part of a configuration that the dataset decides
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import yaml
+
+from common.tables import markdown_table
 from datasets.prepare.decode import Outcome
-from datasets.prepare.lists import write_text
-from datasets.prepare.plan import Entry, Plan
-from datasets.prepare.space import in_bytes
+from datasets.prepare.output_dir import format_bytes, write_text
+from datasets.prepare.plan import SPLITS, Entry, Plan
 
 COLUMNS = ("listed", "found", "missing", "unreadable", "frames", "bytes")
 
 
 @dataclass
 class Counts:
-    """One split's videos. `frames` and `bytes` are of what training reads: extracted frames, or the videos."""
+    """One split's videos. `frames` and `bytes` are those of what training reads: extracted frames, or the videos."""
 
     listed: int = 0
     found: int = 0
@@ -34,33 +38,32 @@ class Counts:
 
 @dataclass
 class Report:
-    """The result of a run; lists hold [name, reason or place] in the plan's order."""
+    """The result of a run; the lists are in the plan's order."""
 
     dataset: str
-    split: int | None  # number of the owners' split; None where they publish one
+    split: int | None  # number of the published split; None if there is only one
     classes: int
     splits: dict[str, Counts]
-    missing: list[tuple[str, str]] = field(default_factory=list)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    shorter_than_declared: list[tuple[str, int, int]] = field(default_factory=list)  # video, declared, decoded
-    identical_across_sides: list[tuple[str, str]] = field(default_factory=list)  # training video, validation video
+    missing: list[tuple[str, str]] = field(default_factory=list)  # video, split and class
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # video, reason
+    shorter_than_declared: list[tuple[str, int, int]] = field(default_factory=list)  # video, frames declared, decoded
+    identical_across_splits: list[tuple[str, str]] = field(default_factory=list)  # training video, validation video
     classes_without_video: list[str] = field(default_factory=list)
-    extracted_before: int = 0
+    extracted_before: int = 0  # videos that an earlier run had extracted
 
     def table(self) -> str:
-        """The counts as text, a line a split, and below what else there is to say."""
-        rows = [("", *COLUMNS)]
+        """The counts of each split, and what else is worth a line."""
+        rows = []
         for split, counts in self.splits.items():
-            values = asdict(counts)
-            rows.append((split, *(in_bytes(values[key]) if key == "bytes" else str(values[key]) for key in COLUMNS)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+            values = asdict(counts) | {"bytes": format_bytes(counts.bytes)}
+            rows.append([split, *(values[column] for column in COLUMNS)])
+        lines = [markdown_table(["", *COLUMNS], rows, align="l" + "r" * len(COLUMNS)).rstrip()]
         for split, counts in self.splits.items():
             if counts.classes_without_video:
                 lines.append(f"{split}: {counts.classes_without_video} of {self.classes} classes have no video")
         if self.shorter_than_declared:
             lines.append(f"{len(self.shorter_than_declared)} videos declare more frames than decode")
-        for train, val in self.identical_across_sides:
+        for train, val in self.identical_across_splits:
             lines.append(f"{train} (train) and {val} (val) are byte-identical")
         return "\n".join(lines)
 
@@ -79,7 +82,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def write(self, out: Path) -> None:
-        """Writes both files. Raises OSError."""
+        """Write report.json and report.txt. Raises OSError."""
         write_text(out / "report.json", json.dumps(asdict(self), indent=1) + "\n")
         write_text(out / "report.txt", self.text())
 
@@ -87,14 +90,14 @@ class Report:
 def make_report(
     plan: Plan, split: int | None, found: Mapping[Entry, str], missing: Sequence[Entry], outcomes: Mapping[str, Outcome]
 ) -> Report:
-    """Counts a plan's entries; videos without an outcome count as found and no more."""
+    """Count a plan's entries; videos without an outcome count as found only."""
     report = Report(plan.title, split, len(plan.classes), {split: Counts() for split in plan.splits})
     for entry in missing:
         counts = report.splits[entry.split]
         counts.listed += 1
         counts.missing += 1
         report.missing.append((entry.names[0], f"{entry.split}, {plan.classes[entry.label]}"))
-    used: set[tuple[str, int]] = set()
+    usable: set[tuple[str, int]] = set()  # (split, label)
     for entry, path in found.items():
         counts, outcome = report.splits[entry.split], outcomes.get(path, Outcome())
         counts.listed += 1
@@ -103,13 +106,58 @@ def make_report(
             counts.unreadable += 1
             report.unreadable.append((path, outcome.error))
             continue
-        used.add((entry.split, entry.label))
+        usable.add((entry.split, entry.label))
         counts.frames += outcome.frames
         counts.bytes += outcome.bytes
         if outcome.frames < outcome.declared:
             report.shorter_than_declared.append((path, outcome.declared, outcome.frames))
     for name, counts in report.splits.items():
-        counts.classes_without_video = len(plan.classes) - sum(side == name for side, _ in used)
-    with_video = {label for _, label in used}
+        counts.classes_without_video = len(plan.classes) - sum(split == name for split, _ in usable)
+    with_video = {label for _, label in usable}
     report.classes_without_video = [name for label, name in enumerate(plan.classes) if label not in with_video]
     return report
+
+
+def write_snippet(
+    out: Path,
+    plan: Plan,
+    split: int | None,
+    listed_splits: Sequence[str],
+    root: str,
+    extracted: bool,
+    decoder: str,
+) -> str:
+    """Write OUT/config_snippet.yaml and return it.
+
+    Args:
+        split: number of the published split; None if there is only one.
+        listed_splits: those that have a list.
+        root: absolute path that the list rows are relative to.
+        extracted: the rows name extracted frames; otherwise what was published.
+        decoder: of videos.
+    """
+    frames = extracted or plan.published_frames
+    data: dict[str, object] = {"dataset": plan.config_name}
+    if plan.style:
+        data["style"] = plan.style
+    data.update(modality="RGB" if frames else "video", num_classes=len(plan.classes))
+    if frames:
+        data["image_tmpl"] = "{:06d}.jpg" if extracted else "{:05d}.jpg"
+    else:
+        data["decoder"] = decoder
+    data.update({f"{name}_root": root if name in listed_splits else None for name in SPLITS})
+    for name in SPLITS:
+        data[f"{name}_list"] = os.path.abspath(out / f"{name}.txt") if name in listed_splits else None
+    data["label_list"] = os.path.abspath(out / "labels.csv")
+    lines = [
+        f"# {plan.title}{f', split {split}' if split else ''}: replaces the same keys under `data:` of a configuration.",
+        *(f"# There is no {name} list: it has no usable video." for name in plan.splits if name not in listed_splits),
+    ]
+    if plan.style:
+        lines.append(
+            "# Set `style: something` if the direction of a motion decides the class; nothing is mirrored then."
+        )
+    body = yaml.safe_dump({"data": data}, sort_keys=False, indent=4, width=1000, allow_unicode=True)
+    text = "\n".join([*lines, body])
+    write_text(out / "config_snippet.yaml", text)
+    return text

@@ -1,92 +1,222 @@
-"""One preparation from start to end: annotations, archives, videos, frames, report, lists.
-
-Lives here: the order of the steps, and when a run may not end in lists. Does not live here: any of the steps.
-"""
+"""One preparation from start to end: options, annotations, archives, videos, frames, report, lists."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from datasets.prepare.catalogue import match
-from datasets.prepare.decode import Outcome
-from datasets.prepare.extract import FrameStore, extract_all, look_at_all
-from datasets.prepare.formats.folder import identical_across_sides
-from datasets.prepare.lists import PrepareError, write_labels, write_rows
-from datasets.prepare.options import Options
-from datasets.prepare.output_dir import workplace
-from datasets.prepare.plan import Entry, Plan
-from datasets.prepare.report import Report, make_report
-from datasets.prepare.snippet import write_snippet
-from datasets.prepare.survey import survey
+from datasets.decoders import PACKAGES, Decoder
+from datasets.prepare.annotation_files import AnnotationFileMissing, AnnotationFiles
+from datasets.prepare.archives import find_archives, unpack
+from datasets.prepare.catalogue import Catalogue, match, scan
+from datasets.prepare.decode import FrameSettings, FrameStore, Outcome
+from datasets.prepare.extract import check_names, extract_all, inspect_all
+from datasets.prepare.formats import FORMATS
+from datasets.prepare.formats.folder import Grouping, identical_across_splits
+from datasets.prepare.formats.folder import read as read_folder
+from datasets.prepare.output_dir import UNPACKED, Settings, lock_output_dir, write_labels, write_rows
+from datasets.prepare.plan import Entry, Plan, PrepareError
+from datasets.prepare.report import Report, make_report, write_snippet
+
+ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
+LOOSE = "loose"  # link to --videos beside the folders of its unpacked archives
 
 logger = logging.getLogger("td4v")
 
 
+@dataclass(frozen=True)
+class Options:
+    """What to prepare, and how."""
+
+    dataset: str  # a name of FORMATS, or `folder`
+    videos: Path
+    out: Path
+    annotations: Path | None = None
+    split: int = 1  # number of the published split
+    splits: tuple[str, ...] | None = None  # of train, val and test; None: all that have published labels
+    frames: FrameSettings | None = FrameSettings()  # None: the videos are used as they are
+    decoder: Decoder = "pyav"
+    jobs: int = 2  # processes
+    allow_missing: bool = False
+    grouping: Grouping = field(default_factory=Grouping)  # how `folder` splits the videos
+
+    def check(self) -> None:
+        """Raises PrepareError for a value that no run can use."""
+        if self.jobs < 1:
+            raise PrepareError(f"--jobs must be positive, not {self.jobs}")
+        if self.out.exists() and self.videos.exists() and self.out.samefile(self.videos):
+            raise PrepareError(
+                f"--out must not be the videos' folder {self.videos}; a folder inside it or around it is fine"
+            )
+        if self.frames and self.frames.short_side < 0:
+            raise PrepareError(
+                f"--short-side must be positive, or 0 for the video's own size, not {self.frames.short_side}"
+            )
+        if self.frames and not 1 <= self.frames.quality <= 100:
+            raise PrepareError(f"--quality must be between 1 and 100, not {self.frames.quality}")
+        package = PACKAGES[self.decoder]
+        if importlib.util.find_spec(package) is None:
+            raise PrepareError(f"--decoder {self.decoder} needs the package {package}: pip install {package}")
+        if self.dataset == "folder":
+            self.grouping.check()
+            return
+        form = FORMATS[self.dataset]
+        if not 1 <= self.split <= form.num_splits:
+            has = f"splits 1 to {form.num_splits}" if form.num_splits > 1 else "one split"
+            raise PrepareError(f"--split {self.split}: {form.title} has {has}")
+        if self.annotations is None:
+            raise PrepareError(f"{self.dataset} needs --annotations, the folder of {form.title}'s annotation files")
+
+    def numbered_split(self) -> int | None:
+        """The number of the published split; None if there is only one."""
+        form = FORMATS.get(self.dataset)
+        return self.split if form and form.num_splits > 1 else None
+
+    def settings(self) -> Settings:
+        """What the output folder must agree with."""
+        frames = asdict(self.frames) if self.frames else None
+        return Settings(self.dataset, self.numbered_split(), self.decoder, frames)
+
+
 def prepare(options: Options) -> Report:
-    """Prepares a dataset; see the module for the files.
+    """Prepare a dataset; the lists are written last.
 
     Raises:
-        PrepareError: anything that a user can mend; what is finished stays, and no list is written.
+        PrepareError: something that the user can correct; finished work stays, and no list is written.
         OSError: the disk is full or fails.
     """
     options.check()
-    with workplace(options.out, options.use()) as place:
-        plan, catalogue = survey(options)
+    with lock_output_dir(options.out, options.settings()) as output_dir:
+        plan, catalogue = _survey(options)
         plan.check()
         found, missing = match(plan, catalogue)
-        report = make_report(plan, options.numbered_split(), found, missing, {})
-        if missing and not options.allow_missing:
-            report.write(options.out)
-            raise PrepareError(
-                f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {catalogue.root}, such "
-                f"as {missing[0].names[0]}: nothing was extracted; {options.out / 'report.txt'} names them, "
-                "--allow-missing goes on without them"
-            )
         if missing:
-            logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
-        store = FrameStore(options.out, options.short_side, options.quality, options.decoder)
+            _report_missing(options, plan, catalogue, found, missing)
         paths = sorted(found.values())
-        extracted_before = 0
-        if options.frames and not plan.published_frames:
-            store.check_apart(catalogue.root, paths)
-        place.begin()
-        if options.frames and not plan.published_frames:
-            outcomes, extracted_before = extract_all(store, catalogue.root, paths, options.jobs)
+        store = FrameStore(options.out, options.frames) if options.frames and not plan.published_frames else None
+        num_before = 0
+        if store is not None:
+            check_names(store, catalogue.root, paths)
+        output_dir.remove_lists()
+        if store is not None:
+            outcomes, num_before = extract_all(store, catalogue.root, paths, options.jobs)
         else:
-            store = None
-            outcomes = look_at_all(
-                catalogue.root, paths, None if plan.published_frames else options.decoder, options.jobs
-            )
+            decoder = None if plan.published_frames else options.decoder
+            outcomes = inspect_all(catalogue.root, paths, decoder, options.jobs)
         report = make_report(plan, options.numbered_split(), found, missing, outcomes)
-        report.extracted_before = extracted_before
+        report.extracted_before = num_before
         if options.dataset == "folder":
-            sides = ([p for e, p in found.items() if e.split == side] for side in ("train", "val"))
-            report.identical_across_sides = identical_across_sides(catalogue.root, *sides)
+            train, val = ([path for entry, path in found.items() if entry.split == split] for split in ("train", "val"))
+            report.identical_across_splits = identical_across_splits(catalogue.root, train, val)
         report.write(options.out)
         logger.info("%s", report.table())
-        _require_complete(report, options)
+        _check_usable(report, options)
         _write_lists(options, plan, catalogue.root, found, outcomes, store)
     return report
 
 
-def _require_complete(report: Report, options: Options) -> None:
-    """Warns of empty splits; raises PrepareError where all are, or videos are left out that nobody agreed to leave out."""
+def _survey(options: Options) -> tuple[Plan, Catalogue]:
+    """Read the annotations, before any archive of videos is unpacked, then list the videos."""
+    if options.dataset == "folder":
+        if options.annotations is not None:
+            logger.warning("--annotations %s: folder reads none", options.annotations)
+        catalogue = _list_videos(options, None)
+        return read_folder(catalogue, options.grouping, options.out.absolute().name), catalogue
+    plan = _read_annotations(options)
+    if plan.published_frames and options.frames is None:
+        raise PrepareError(f"--videos-only: {plan.title} is published as frames, not as videos")
+    if plan.published_frames and options.frames.storage == "zips":
+        raise PrepareError(
+            f"--pack: {plan.title} is published as frames; `python -m datasets.packed_frames` packs them"
+        )
+    return plan, _list_videos(options, plan)
+
+
+def _read_annotations(options: Options) -> Plan:
+    """Read the plan. Archives are unpacked, the smallest first, until no annotation file is missing."""
+    form, source = FORMATS[options.dataset], options.annotations
+    unpacked = options.out / UNPACKED / "annotations"
+    archives = find_archives(source, skip=options.out) if source.exists() else []
+    archives.sort(key=lambda archive: archive.size)
+    for archive in archives if archives and source.is_file() else [None, *archives]:
+        if archive is not None:
+            unpack([archive], unpacked, ANNOTATION_SUFFIXES)
+        files = AnnotationFiles(source, form.title, unpacked=unpacked if archive else None)
+        try:
+            return form.read(files, options.split, options.splits)
+        except AnnotationFileMissing as error:
+            missing = error
+    raise missing
+
+
+def _list_videos(options: Options, plan: Plan | None) -> Catalogue:
+    """List the videos in --videos and, if one of the plan's is not among them, those in archives there.
+
+    Without a plan (`folder`) archives count only if no video lies beside them. If both kinds are needed, what lies in
+    --videos is linked to beside what was unpacked, so that one folder holds all videos of the lists.
+    """
+    source, frame_folders = options.videos, plan is not None and plan.published_frames
+    archives = find_archives(source, skip=options.out) if source.exists() else []
+    if source.is_file() and not archives:
+        raise PrepareError(f"--videos {source}: is neither a folder nor an archive of a known kind")
+    loose = None if source.is_file() else scan(source, frame_folders, skip=options.out)
+    if not archives or (loose and plan and not _missing(plan, loose)):
+        return loose
+    if plan is None and loose and loose.by_name:
+        logger.warning("--videos %s: %s is not unpacked, as videos lie beside it", source, archives[0])
+        return loose
+    unpacked = options.out / UNPACKED / "videos"
+    link = unpacked / LOOSE
+    if link.is_symlink():
+        link.unlink()
+    unpack(archives, unpacked)
+    catalogue = scan(unpacked, frame_folders)
+    if loose and plan and len(_missing(plan, catalogue)) == len(plan.entries):
+        return loose  # the archives hold something else
+    if loose and plan and any(loose.find(entry) for entry in _missing(plan, catalogue)):
+        link.symlink_to(source.absolute(), target_is_directory=True)
+        return scan(unpacked, frame_folders, skip=options.out)
+    return catalogue
+
+
+def _missing(plan: Plan, catalogue: Catalogue) -> list[Entry]:
+    return [entry for entry in plan.entries if catalogue.find(entry) is None]
+
+
+def _report_missing(
+    options: Options, plan: Plan, catalogue: Catalogue, found: Mapping[Entry, str], missing: Sequence[Entry]
+) -> None:
+    """Warn of missing videos; without --allow-missing write the report and raise PrepareError."""
+    if options.allow_missing:
+        logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
+        return
+    make_report(plan, options.numbered_split(), found, missing, {}).write(options.out)
+    raise PrepareError(
+        f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {catalogue.root}, such as "
+        f"{missing[0].names[0]}: nothing was extracted; {options.out / 'report.txt'} lists them, --allow-missing "
+        "continues without them"
+    )
+
+
+def _check_usable(report: Report, options: Options) -> None:
+    """Warn of empty splits; raises PrepareError if all are empty, or for unreadable videos without --allow-missing."""
     if report.unreadable and not options.allow_missing:
         name, reason = report.unreadable[0]
         found = sum(counts.found for counts in report.splits.values())
         raise PrepareError(
             f"{len(report.unreadable)} of {found} videos cannot be read, such as {name} ({reason}), so no list is written; "
-            f"{options.out / 'report.txt'} names them, --allow-missing leaves them out"
+            f"{options.out / 'report.txt'} lists them, --allow-missing continues without them"
         )
     empty = [split for split, counts in report.splits.items() if counts.found == counts.unreadable]
     for split in empty:
         counts = report.splits[split]
-        why = "are missing or unreadable" if counts.missing and counts.unreadable else "cannot be read"
-        why = why if counts.unreadable else "are missing"
-        logger.warning("%s: all of its %d videos %s: no %s.txt", split, counts.listed, why, split)
+        reasons = {"missing": counts.missing, "unreadable": counts.unreadable}
+        reason = " or ".join(reason for reason, count in reasons.items() if count)
+        logger.warning("%s: all of its %d videos are %s: no %s.txt", split, counts.listed, reason, split)
     if len(empty) == len(report.splits):
         raise PrepareError(f"no video of {report.dataset} can be read; {options.out / 'report.txt'} says why")
 
@@ -99,23 +229,27 @@ def _write_lists(
     outcomes: Mapping[str, Outcome],
     store: FrameStore | None,
 ) -> None:
-    """Writes labels, lists that have rows and, last, the snippet; `store` has the frames, None: the videos themselves."""
+    """Write labels, the lists that have rows and, last, the snippet. `store` has the frames; None: the videos are used."""
     out = options.out
     write_labels(out / "labels.csv", plan.classes)
-    written = []
-    for split in plan.splits:
-        rows: list[Sequence[object]] = []
-        for entry, path in found.items():
-            outcome = outcomes[path]
-            if entry.split != split or outcome.error:
-                continue
-            if store is not None:
-                rows.append((store.folder_of(path), outcome.frames, entry.label))
-            else:
-                rows.append((path, outcome.frames, entry.label) if plan.published_frames else (path, entry.label))
-        if rows:
-            write_rows(out / f"{split}.txt", rows)
-            written.append(split)
-    root = os.path.abspath(store.root if store else videos)
-    text = write_snippet(out, plan, options.numbered_split(), written, root, store is not None, options.decoder)
-    logger.info("%s", text)
+    rows: dict[str, list[Sequence[object]]] = {split: [] for split in plan.splits}
+    for entry, path in found.items():
+        outcome = outcomes[path]
+        if outcome.error:
+            continue
+        name = store.name_of(path) if store else path
+        with_frames = store is not None or plan.published_frames
+        rows[entry.split].append((name, outcome.frames, entry.label) if with_frames else (name, entry.label))
+    listed_splits = [split for split, split_rows in rows.items() if split_rows]
+    for split in listed_splits:
+        write_rows(out / f"{split}.txt", rows[split])
+    snippet = write_snippet(
+        out,
+        plan,
+        split=options.numbered_split(),
+        listed_splits=listed_splits,
+        root=os.path.abspath(store.root if store else videos),
+        extracted=store is not None,
+        decoder=options.decoder,
+    )
+    logger.info("%s", snippet)

@@ -1,22 +1,19 @@
-"""A small dataset of JPEG frame folders whose four classes differ only in the order of the frames.
+"""Draws a small dataset of frame folders whose four classes differ only in the order of the frames.
 
     python -m datasets.prepare.synthetic --out data/frame_order
 
-A scene is a still coloured background before which one to three bright shapes travel along a horizontal torus. It is
-drawn at eight offsets k * W/8, k = 0..7, as eight JPEG images. Class c shows them in the order
-(phase + step * t) mod 8, t = 0..7, with step 1, 3, 5, 7: right slow, right fast, left fast, left slow. Every scene is
-written once a class, with phases drawn independently. So the four videos of a scene hold the same eight files: what
-does not see the order of frames (one frame, their average, their set) is at chance, exactly 1/4, by construction.
+A scene is a still coloured background with one to three bright shapes, which travel along a horizontal torus. It is
+drawn at the eight offsets k * W/8, k = 0..7, as eight JPEGs. Class c shows them in the order (phase + step * t) mod 8,
+t = 0..7, with step 1, 3, 5 or 7: right slow, right fast, left fast, left slow. Every scene is written once a class, with
+independently drawn phases. So the four videos of a scene hold the same eight files, and whatever ignores the order of
+frames (one frame, their average, their set) has an accuracy of exactly 1/4 by construction.
 
-Training on it needs two settings: a horizontal flip exchanges the classes (`flip: false`, or `flip_pairs` as in
-FLIP_PAIRS), and the steps survive only where all eight frames are taken (`num_segments: 8`, and `random_shift: false`
-or `style: something`).
+Training needs two settings. A horizontal flip exchanges the classes: use `flip: false`, or `flip_pairs` as in FLIP_PAIRS.
+The steps survive only if all eight frames are used: `num_segments: 8`, and `random_shift: false` or `style: something`.
 
-Lives here: drawing and writing the dataset. Does not live here: reading it (datasets/video_dataset.py).
-
-    DIR/frames/<train|val>/<video>/000001.jpg ... 000008.jpg     data root of both lists: DIR/frames
+    DIR/frames/<train|val>/<video>/000001.jpg ... 000008.jpg     root of both lists: DIR/frames
     DIR/train.txt  DIR/val.txt   rows `<split>/<video> 8 label`
-    DIR/labels.csv  DIR/dataset.json (the arguments; there only when all is written)
+    DIR/labels.csv  DIR/dataset.json (the arguments)
 """
 
 from __future__ import annotations
@@ -33,33 +30,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datasets.prepare.lists import PrepareError, write_labels, write_rows, write_text
+from datasets.prepare.output_dir import write_labels, write_rows, write_text
+from datasets.prepare.plan import PrepareError
 
-FRAMES = 8  # frames of a video, and places on the torus
-STEPS = (1, 3, 5, 7)  # places travelled a frame, by label; 5 and 7 are -3 and -1 mod 8
+FRAMES = 8  # of a video; also the positions on the torus
+STEPS = (1, 3, 5, 7)  # positions travelled a frame, by label; 5 and 7 are -3 and -1 mod 8
 CLASSES = ("right slow", "right fast", "left fast", "left slow")
 FLIP_PAIRS = ((0, 3), (1, 2))  # labels that a horizontal flip exchanges
 JPEG_QUALITY = 90
-SHARPNESS = 4  # shapes are drawn so many times larger, for smooth edges
+SUPERSAMPLING = 4  # shapes are drawn this many times larger, for smooth edges
 
 logger = logging.getLogger("td4v")
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draws one scene at its eight places on the torus.
+    """Draw one scene at its eight positions on the torus.
 
     Args:
-        rng: source of the scene.
+        rng: determines the scene.
         size: height and width in pixels, a multiple of 8.
 
     Returns:
-        uint8 (8, size, size, 3), RGB; image k has every shape k * size / 8 pixels right of where image 0 has it,
-        modulo size. No two are alike: the shapes of a scene differ in hue and keep to bands of their own.
+        uint8 (8, size, size, 3), RGB. In image k every shape is k * size / 8 pixels right of its position in image 0,
+        modulo size. No two images are equal: the shapes of a scene differ in hue and each has a horizontal band.
     """
     coarse = Image.fromarray(rng.integers(10, 130, (5, 5, 3), dtype=np.uint8))
     background = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
     colour = np.zeros((size, size, 3), np.float32)
-    cover = np.zeros((size, size, 1), np.float32)
+    opacity = np.zeros((size, size, 1), np.float32)
     count = int(rng.integers(1, 4))
     first_hue = rng.random()
     for index in range(count):
@@ -67,18 +65,18 @@ def draw_scene(rng: np.random.Generator, size: int) -> np.ndarray:
         hue = first_hue + (index + rng.uniform(-0.2, 0.2)) / count
         rgb = np.multiply(255, colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.6, 1), 1), dtype=np.float32)
         colour = np.where(shape > 0, rgb, colour)
-        cover = np.maximum(cover, shape)
+        opacity = np.maximum(opacity, shape)
     images = []
-    for place in range(FRAMES):
-        shift = place * size // FRAMES
-        alpha = np.roll(cover, shift, axis=1)
+    for position in range(FRAMES):
+        shift = position * size // FRAMES
+        alpha = np.roll(opacity, shift, axis=1)
         images.append(background * (1 - alpha) + np.roll(colour, shift, axis=1) * alpha)
     return np.stack(images).round().astype(np.uint8)  # (8, H, W, 3)
 
 
 def _draw_shape(rng: np.random.Generator, size: int, centre_y: float) -> np.ndarray:
-    """One filled shape at a random column of the torus: its cover (size, size, 1), float32 in 0..1."""
-    canvas = Image.new("L", (size * SHARPNESS, size * SHARPNESS))
+    """One filled shape at a random column of the torus: its opacity (size, size, 1), float32 in 0..1."""
+    canvas = Image.new("L", (size * SUPERSAMPLING, size * SUPERSAMPLING))
     pen = ImageDraw.Draw(canvas)
     x, y = canvas.width / 2, centre_y * canvas.height
     radius = rng.uniform(0.09, 0.13) * canvas.width
@@ -87,24 +85,24 @@ def _draw_shape(rng: np.random.Generator, size: int, centre_y: float) -> np.ndar
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
     else:
         pen.regular_polygon((x, y, radius * 1.2), sides, rotation=int(rng.integers(360)), fill=255)
-    cover = np.asarray(canvas.reduce(SHARPNESS), dtype=np.float32)[..., None] / 255  # (H, W, 1)
-    return np.roll(cover, int(rng.integers(size)), axis=1)
+    opacity = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)[..., None] / 255  # (H, W, 1)
+    return np.roll(opacity, int(rng.integers(size)), axis=1)
 
 
 def make(out: Path, train: int = 256, val: int = 128, seed: int = 0, size: int = 64) -> bool:
-    """Writes the dataset under a temporary name beside `out`, then renames it.
+    """Write the dataset under a temporary name beside `out`, then rename it.
 
     Args:
-        out: folder to make; absent, empty, or the finished output of the same arguments.
-        train, val: videos of a split, four a scene.
-        seed: seed of the scenes and phases; no scene depends on the number of others.
+        out: folder to make; missing, empty, or the finished output of the same arguments.
+        train, val: videos of each split, four a scene.
+        seed: of the scenes and phases; no scene depends on the number of others.
         size: height and width in pixels.
 
     Returns:
-        False where the finished output was there already, else True.
+        False if the finished output existed already, else True.
 
     Raises:
-        PrepareError: an argument out of range, or `out` holds something else.
+        PrepareError: an argument is out of range, or `out` holds something else.
         OSError: the folder cannot be written.
     """
     for name, videos in (("--train", train), ("--val", val)):
@@ -135,23 +133,23 @@ def make(out: Path, train: int = 256, val: int = 128, seed: int = 0, size: int =
 
 
 def _is_finished(out: Path, arguments: dict[str, object]) -> bool:
-    """Whether `out` holds the output of these arguments; raises PrepareError where it holds anything else."""
+    """Whether `out` holds the output of these arguments. Raises PrepareError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        there = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+        existing = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        there = None
-    if not isinstance(there, dict) or there.get("maker") != arguments["maker"]:
-        raise PrepareError(f"{out} is not empty and not an output of this command; choose another --out")
-    if there != arguments:
-        changed = [f"--{key} {there.get(key)}" for key in arguments if there.get(key) != arguments[key]]
+        existing = None
+    if not isinstance(existing, dict) or existing.get("maker") != arguments["maker"]:
+        raise PrepareError(f"{out} is not empty and was not made by this command; choose another --out")
+    if existing != arguments:
+        changed = [f"--{key} {existing.get(key)}" for key in arguments if existing.get(key) != arguments[key]]
         raise PrepareError(f"{out} was made with {', '.join(changed)}; remove it or choose another --out")
     return True
 
 
 def _write_scene(root: Path, split: str, scene: int, rng: np.random.Generator, size: int) -> list[tuple[str, int, int]]:
-    """Writes a scene's four videos below root / split and returns their list rows."""
+    """Write a scene's four videos below root / split and return their list rows."""
     jpegs = []
     for image in draw_scene(rng, size):
         buffer = io.BytesIO()
@@ -170,13 +168,13 @@ def _write_scene(root: Path, split: str, scene: int, rng: np.random.Generator, s
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--train", type=int, default=256, help="training videos, four a scene (default 256)")
-    parser.add_argument("--val", type=int, default=128, help="validation videos, four a scene (default 128)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default 64)")
+    parser.add_argument("--train", type=int, default=256, help="training videos, four a scene (default: 256)")
+    parser.add_argument("--val", type=int, default=128, help="validation videos, four a scene (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default: 64)")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -184,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     except (PrepareError, OSError) as error:
         logger.error("%s", error)
         return 1
-    logger.info("%s: %d + %d videos%s", options.out, options.train, options.val, "" if made else ", there already")
+    logger.info("%s: %d + %d videos%s", options.out, options.train, options.val, "" if made else ", already there")
     return 0
 
 

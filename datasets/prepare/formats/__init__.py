@@ -1,8 +1,6 @@
-"""The datasets that `python -m datasets.prepare` knows: one file each, from the owners' annotations to a `Plan`.
+"""The datasets that `python -m datasets.prepare` knows: one file each, from published annotations to a `Plan`.
 
-ucf101.py  hmdb51.py  something.py (versions 1 and 2)  kinetics.py  diving48.py  folder.py (no annotations, any videos)
-
-A new dataset is a file here and a line in FORMATS. Does not live here: anything that looks into a video.
+A new dataset is a file here and a line in FORMATS; folder.py needs no annotations.
 """
 
 from __future__ import annotations
@@ -17,16 +15,22 @@ from datasets.prepare.plan import Plan
 
 @dataclass(frozen=True)
 class Format:
-    """An annotated dataset: its name in sentences, and `read(owners, number of the split, wanted splits) -> Plan`."""
+    """An annotated dataset.
+
+    Args:
+        title: its name in messages.
+        read: (annotation files, number of the published split, requested splits or None) -> Plan; raises PrepareError.
+        num_splits: how many alternative splits are published.
+    """
 
     title: str
     read: Callable[[AnnotationFiles, int, Sequence[str] | None], Plan]
-    numbered_splits: int = 1  # how many alternative splits its owners publish
+    num_splits: int = 1
 
 
 FORMATS = {
-    "ucf101": Format("UCF101", ucf101.read, numbered_splits=3),
-    "hmdb51": Format("HMDB51", hmdb51.read, numbered_splits=3),
+    "ucf101": Format("UCF101", ucf101.read, num_splits=3),
+    "hmdb51": Format("HMDB51", hmdb51.read, num_splits=3),
     "ssv2": Format("Something-Something v2", something.read_v2),
     "ssv1": Format("Something-Something v1", something.read_v1),
     "k400": Format("Kinetics-400", kinetics.read),

@@ -1,8 +1,8 @@
-"""Any videos in class folders, without annotations: `<Class>/.../<video>`, split by whole groups.
+"""Any videos in class folders, `<Class>/.../<video>`, without annotations; split by groups.
 
-Clips that were cut from one recording look alike, so they must not be divided between training and validation: a
-pattern finds each video's group in its file name, and a group goes to one side as a whole. UCF101's pattern is
-`_g(\\d+)_`. Labels follow the class folders' names, letter case ignored, which for UCF101 is the owners' order.
+Clips cut from one recording look alike, so they must not be divided between training and validation. A pattern finds
+each video's group in its file name, for UCF101 `_g(\\d+)_`, and all videos of a group go to the same split. Labels follow
+the sorted names of the class folders, ignoring case, which is the published order of UCF101.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from datasets.prepare.catalogue import Catalogue
-from datasets.prepare.lists import PrepareError
-from datasets.prepare.plan import Entry, Plan
+from datasets.prepare.plan import Entry, Plan, PrepareError
 
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """How class-per-folder videos are split.
+    """How videos in class folders are split.
 
     Args:
-        pattern: found in a file name without suffix; its first bracket (or all of it) is the group. None: every video is
-            a group of its own.
-        across_classes: the same group in two classes is one group; otherwise a group belongs to a class.
-        val_groups: numbers of the groups that are validation; None: they are drawn.
-        val_share: share of the videos (of each class, or of all with `across_classes`) that are drawn for validation.
+        pattern: regular expression searched in a file name without suffix; its first bracket, or all of it, is the group.
+            None: every video is a group.
+        across_classes: the same group in two classes is one group; otherwise a group belongs to one class.
+        val_groups: numbers of the validation groups; None: they are drawn.
+        val_share: share of the videos (of each class, or of all with `across_classes`) drawn for validation.
         seed: of the draw.
     """
 
@@ -42,9 +41,9 @@ class Grouping:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises PrepareError for settings that do not go together."""
+        """Raises PrepareError for values that are wrong or do not go together."""
         if not 0 < self.val_share < 1:
-            raise PrepareError(f"--val-share must lie between 0 and 1, not be {self.val_share}")
+            raise PrepareError(f"--val-share must be between 0 and 1, not {self.val_share}")
         if self.pattern is None and (self.val_groups is not None or self.across_classes):
             raise PrepareError("--val-groups and --groups-across-classes need --group-pattern")
         try:
@@ -54,10 +53,10 @@ class Grouping:
 
 
 def read(catalogue: Catalogue, grouping: Grouping, name: str) -> Plan:
-    """Classes, labels and split of the videos in class folders; `name` becomes the dataset's name.
+    """Classes, labels and splits of the videos in class folders; `name` becomes the dataset's name.
 
-    Raises PrepareError where there are no class folders, a video is in none or has no group, or two videos differ only in
-    their suffix.
+    Raises:
+        PrepareError: there are no class folders, a video is in none or has no group, or two differ only in suffix.
     """
     grouping.check()
     paths = [PurePosixPath(path) for path in catalogue.paths()]
@@ -77,16 +76,21 @@ def read(catalogue: Catalogue, grouping: Grouping, name: str) -> Plan:
         stem = path.with_suffix("").as_posix()
         if stem in entries:
             raise PrepareError(f"{catalogue.root}: {entries[stem].path} and {path} differ only in suffix; keep one")
-        side, label = "val" if path in val else "train", label_of[path.parts[depth]]
-        entries[stem] = Entry((stem,), side, label, str(catalogue.root / path), path.as_posix())
+        entries[stem] = Entry(
+            names=(stem,),
+            split="val" if path in val else "train",
+            label=label_of[path.parts[depth]],
+            where=str(catalogue.root / path),
+            path=path.as_posix(),
+        )
     return Plan(name, name, tuple(classes), tuple(entries.values()), style="kinetics")
 
 
 def _class_folders(root: Path, paths: Sequence[PurePosixPath]) -> tuple[PurePosixPath, list[str]]:
-    """The folder that holds the class folders, relative to `root`, and their names in the order of labels."""
+    """The folder of the class folders, below `root`, and the class names in the order of their labels."""
     shared = 0
     while all(len(path.parts) > shared + 1 and path.parts[shared] == paths[0].parts[shared] for path in paths):
-        shared += 1  # one folder around everything, as archives have it
+        shared += 1  # a folder around everything, as in archives
     base = PurePosixPath(*paths[0].parts[:shared])
     outside = [path for path in paths if len(path.parts) < shared + 2]
     if outside:
@@ -100,22 +104,22 @@ def _class_folders(root: Path, paths: Sequence[PurePosixPath]) -> tuple[PurePosi
 def _group(root: Path, path: PurePosixPath, pattern: str | None) -> str:
     if pattern is None:
         return path.as_posix()
-    fit = re.search(pattern, path.stem)
-    if fit is None:
+    match = re.search(pattern, path.stem)
+    if match is None:
         raise PrepareError(f"{root / path}: --group-pattern {pattern!r} is not found in its name")
-    return fit[1] if fit.re.groups else fit[0]
+    return match[1] if match.re.groups else match[0]
 
 
 def _validation(pool: str, groups: dict[str, list[PurePosixPath]], grouping: Grouping) -> list[PurePosixPath]:
-    """The videos of the groups that are validation; whether a class is drawn so depends on its own videos only."""
+    """The validation videos of one pool of groups. A draw depends on the pool's own videos only."""
     if grouping.val_groups is not None:
         return [path for group, paths in groups.items() if _number(group) in grouping.val_groups for path in paths]
     order = sorted(groups)
     random.Random(f"{grouping.seed}/{pool}").shuffle(order)
-    wanted = grouping.val_share * sum(map(len, groups.values()))
+    target = grouping.val_share * sum(map(len, groups.values()))
     taken: list[PurePosixPath] = []
-    for group in order[:-1]:  # one group at least stays for training
-        if taken and abs(len(taken) + len(groups[group]) - wanted) >= abs(len(taken) - wanted):
+    for group in order[:-1]:  # at least one group stays for training
+        if taken and abs(len(taken) + len(groups[group]) - target) >= abs(len(taken) - target):
             break
         taken += groups[group]
     return taken
@@ -131,24 +135,24 @@ def parse_groups(text: str) -> frozenset[int]:
     """`8-12` or `1,3,8-12` -> the group numbers, ends included; raises PrepareError."""
     groups: set[int] = set()
     for part in text.split(","):
-        fit = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if fit is None or int(fit[2] or fit[1]) < int(fit[1]):
-            raise PrepareError(f"--val-groups: {text!r} is not of the form 8-12 or 1,3,8-12")
-        groups.update(range(int(fit[1]), int(fit[2] or fit[1]) + 1))
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise PrepareError(f"--val-groups: {text!r} must look like 8-12 or 1,3,8-12")
+        groups.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(groups)
 
 
-def identical_across_sides(root: Path, train: Sequence[str], val: Sequence[str]) -> list[tuple[str, str]]:
+def identical_across_splits(root: Path, train: Sequence[str], val: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs (training video, validation video) of byte-identical files; only files of equal size are read."""
     by_size: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for side, paths in enumerate((train, val)):
+    for index, paths in enumerate((train, val)):
         for path in paths:
-            by_size[(root / path).stat().st_size][side].append(path)
+            by_size[(root / path).stat().st_size][index].append(path)
     pairs = []
-    for ours, theirs in by_size.values():
-        if ours and theirs:
-            digests = {path: _digest(root / path) for path in (*ours, *theirs)}
-            pairs += [(a, b) for a in ours for b in theirs if digests[a] == digests[b]]
+    for of_train, of_val in by_size.values():
+        if of_train and of_val:
+            digests = {path: _digest(root / path) for path in (*of_train, *of_val)}
+            pairs += [(one, other) for one in of_train for other in of_val if digests[one] == digests[other]]
     return pairs
 
 

@@ -1,14 +1,14 @@
 """Something-Something (Goyal et al. 2017), versions 2 (.webm videos) and 1 (folders of 00001.jpg ...).
 
-Version 2, in the names of the current release or the former `something-something-v2-` ones:
+Version 2; file names are those of the current release, or the older ones with the prefix `something-something-v2-`:
     labels.json       {"Putting something onto something": "108", ...}
     train.json        [{"id": "78687", "template": "Putting [something] onto [something]", ...}, ...]
     validation.json   the same
-    test.json         [{"id": "1420"}, ...]; test-answers.csv `id;template` where given
+    test.json         [{"id": "1420"}, ...]; the labels are in test-answers.csv `id;template`, if published
     A template without its brackets is a name of labels.json.
-Version 1, all `something-something-v1-` .csv with `;`:
-    labels            one template a line, numbered from 0 in that order
-    train, validation `id;template`; test: ids only
+Version 1; file names have the prefix `something-something-v1-`:
+    labels.csv        one template a line, numbered from 0 in that order
+    train.csv         `id;template`; validation.csv likewise; test.csv has ids only
 """
 
 from __future__ import annotations
@@ -21,64 +21,65 @@ from datasets.prepare.annotation_files import (
     AnnotationFiles,
     class_names,
     json_field,
+    parse_number,
     read_json,
     read_lines,
     read_table,
-    whole_number,
 )
-from datasets.prepare.lists import PrepareError
-from datasets.prepare.plan import Entry, Plan
+from datasets.prepare.plan import Entry, Plan, PrepareError
 
 V1, V2 = "something-something-v1-", "something-something-v2-"
 
 logger = logging.getLogger("td4v")
 
 
-def read_v2(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
-    """Version 2; the test split only where its answers are given."""
-    label_file = owners.need("labels.json", f"{V2}labels.json")
+def read_v2(annotations: AnnotationFiles, split_number: int, requested: Sequence[str] | None) -> Plan:
+    """Version 2; the test split only if its answers are there."""
+    label_file = annotations.require("labels.json", f"{V2}labels.json")
     ids = {
-        name: whole_number(number, "the id", f"{label_file}: {name!r}")
+        name: parse_number(number, "the id", f"{label_file}: {name!r}")
         for name, number in read_json(label_file, dict).items()
     }
-    files = owners.split_files(
+    files = annotations.split_files(
         {
             "train": ("train.json", f"{V2}train.json"),
             "val": ("validation.json", f"{V2}validation.json"),
             "test": ("test-answers.csv", f"{V2}test-answers.csv"),
         },
-        wanted,
+        requested,
     )
-    if "test" not in files and owners.find("test.json", f"{V2}test.json"):
-        logger.warning("%s: test.json has no labels and test-answers.csv is not there: no test.txt", owners.root)
+    if "test" not in files and annotations.find("test.json", f"{V2}test.json"):
+        logger.warning("%s: test.json has no labels and test-answers.csv is not there: no test.txt", annotations.root)
     entries: list[Entry] = []
-    for side, path in files.items():
-        rows = _csv_rows(path) if side == "test" else _json_rows(path)
-        entries += _entries(rows, side, ids, label_file)
+    for split, path in files.items():
+        rows = _csv_rows(path) if split == "test" else _json_rows(path)
+        entries += _entries(rows, split, ids, label_file)
     return Plan("Something-Something v2", "ssv2", class_names(ids, label_file), tuple(entries))
 
 
-def read_v1(owners: AnnotationFiles, split: int, wanted: Sequence[str] | None) -> Plan:
+def read_v1(annotations: AnnotationFiles, split_number: int, requested: Sequence[str] | None) -> Plan:
     """Version 1; its test split has no published labels."""
-    label_file = owners.need(f"{V1}labels.csv")
+    label_file = annotations.require(f"{V1}labels.csv")
     names = [line for _, line in read_lines(label_file)]
     ids = {name: label for label, name in enumerate(names)}
     if len(ids) < len(names):
         raise PrepareError(f"{label_file}: names a template twice")
-    files = owners.split_files({"train": (f"{V1}train.csv",), "val": (f"{V1}validation.csv",)}, wanted)
+    files = annotations.split_files({"train": (f"{V1}train.csv",), "val": (f"{V1}validation.csv",)}, requested)
     entries: list[Entry] = []
-    for side, path in files.items():
-        entries += _entries(_csv_rows(path), side, ids, label_file)
+    for split, path in files.items():
+        entries += _entries(_csv_rows(path), split, ids, label_file)
     return Plan("Something-Something v1", "ssv1", tuple(names), tuple(entries), published_frames=True)
 
 
-def _entries(rows: Iterable[tuple[str, str, str]], side: str, ids: dict[str, int], label_file: Path) -> Iterable[Entry]:
+def _entries(
+    rows: Iterable[tuple[str, str, str]], split: str, ids: dict[str, int], label_file: Path
+) -> Iterable[Entry]:
     """(where, video id, template) -> entries."""
     for where, video, template in rows:
         name = template.replace("[", "").replace("]", "")
         if name not in ids:
             raise PrepareError(f"{where}: template {template!r} is not in {label_file}; are both of one version?")
-        yield Entry((video,), side, ids[name], where)
+        yield Entry((video,), split, ids[name], where)
 
 
 def _json_rows(path: Path) -> Iterable[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Unpacking: every kind of archive, broken ones, going on after an interruption, and staying inside the folder."""
+"""Unpacking: every kind of archive, damaged ones, resuming, and nothing outside the folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from datasets.prepare import archives
 from datasets.prepare.archives import find_archives, unpack
-from datasets.prepare.lists import PrepareError
+from datasets.prepare.plan import PrepareError
 from tests.helpers.video_files import write_rar
 
 FILES = {"UCF-101/A/a.avi": b"a" * 3000, "UCF-101/B/b.avi": bytes(range(256)) * 2000, "UCF-101/B/empty.avi": b""}
@@ -108,14 +108,16 @@ def test_truncated(tmp_path, mode, share):
     path = write_zip(path.with_suffix(".zip")) if mode == "zip" else write_tar(path.with_suffix(".tar"), mode=mode)
     if mode == "w":
         share *= 0.98  # a tar ends in 10 kB of zeros, which nobody misses
-    with pytest.raises(PrepareError, match=r"u\.(zip|tar): is broken or incomplete \(.+\); download it again") as error:
+    with pytest.raises(
+        PrepareError, match=r"u\.(zip|tar): is damaged or incomplete \(.+\); download it again"
+    ) as error:
         run(cut(path, share).parent, tmp_path / "out")
     came_out = any(file.is_file() for file in (tmp_path / "out").rglob("*.avi"))
-    assert ("what came out stays in" in str(error.value)) >= came_out
+    assert ("the files before the damage are in" in str(error.value)) >= came_out
     assert not (tmp_path / "out" / "videos" / "u").exists()
 
 
-def test_tar_cut_between_two_files_is_not_taken_for_whole(tmp_path):
+def test_a_tar_cut_between_two_files_is_damaged(tmp_path):
     path = write_tar(tmp_path / "in" / "u.tar", mode="w")
     path.write_bytes(path.read_bytes()[: 512 + 3072])  # the first file with its padding
     with pytest.raises(PrepareError, match="its end is missing"):
@@ -127,36 +129,41 @@ def test_damaged_inside(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    with pytest.raises(PrepareError, match="is broken"):
-        run(path, tmp_path / "out")
+    for _ in range(2):  # a file with a wrong checksum is not kept for the next run
+        with pytest.raises(PrepareError, match="is damaged"):
+            run(path, tmp_path / "out")
 
 
-def test_interrupted_archive_goes_on_and_another_download_starts_anew(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "in" / "u.tar.gz")
-    whole = path.read_bytes()
-    copy, written = shutil.copyfileobj, []
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_interrupted_archive_resumes_and_another_download_starts_again(tmp_path, monkeypatch, write):
+    path = write(tmp_path / "in" / ("u.zip" if write is write_zip else "u.tar.gz"))
+    complete = path.read_bytes()
+    extract, written = archives._extract, []
 
-    def stop_after_one(content, file, length):
+    def stop_in_the_second(extract_member, archive, name, size, folder):
         if len(written) == 1:
+            half = folder / archives.UNFINISHED / name
+            half.parent.mkdir(parents=True)
+            half.write_bytes(b"half")
             raise KeyboardInterrupt
-        written.append(file.name)
-        copy(content, file, length)
+        written.append(name)
+        extract(extract_member, archive, name, size, folder)
 
-    monkeypatch.setattr(archives.shutil, "copyfileobj", stop_after_one)
+    monkeypatch.setattr(archives, "_extract", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "out")
-    (half,) = (tmp_path / "out" / "videos").glob(".u.*.partial")
-    first = half / "UCF-101/A/a.avi"
+    (unfinished,) = (tmp_path / "out" / "videos").glob(".u.*.partial")
+    first = unfinished / "UCF-101/A/a.avi"
     first.write_bytes(b"A" * 3000)  # to see whether it is written again
-    monkeypatch.setattr(archives.shutil, "copyfileobj", copy)
-    assert contents(run(path, tmp_path / "out") / "u")["UCF-101/A/a.avi"] == b"A" * 3000
+    monkeypatch.setattr(archives, "_extract", extract)
+    assert contents(run(path, tmp_path / "out") / "u") == {**FILES, "UCF-101/A/a.avi": b"A" * 3000}
 
-    path.write_bytes(whole[:-20])
-    with pytest.raises(PrepareError, match="is there, but not what .* holds now"):
+    path.write_bytes(complete[:-20])
+    with pytest.raises(PrepareError, match="exists, but does not hold what .* holds now"):
         run(path, tmp_path / "out")
-    with pytest.raises(PrepareError, match="broken"):
+    with pytest.raises(PrepareError, match="damaged"):
         run(path, tmp_path / "out2")
-    path.write_bytes(whole)
+    path.write_bytes(complete)
     assert contents(run(path, tmp_path / "out2") / "u") == FILES
 
 
@@ -169,14 +176,20 @@ def test_nothing_is_written_outside(tmp_path, name, write):
     assert not list(tmp_path.rglob("out.avi"))
 
 
-def test_links_in_a_tar_are_left_out_with_a_warning(tmp_path, caplog):
+def test_a_python_without_safe_extraction_of_tars(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(PrepareError, match="u.tgz: this Python cannot unpack a tar safely; use 3.10.12"):
+        run(write_tar(tmp_path / "u.tgz"), tmp_path / "out")
+
+
+def test_links_in_a_tar_are_skipped_with_a_warning(tmp_path, caplog):
     path = tmp_path / "u.tar"
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("a.avi")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     root = run(path, tmp_path / "out")
-    assert not contents(root) and "1 links or devices are left out" in caplog.text
+    assert not contents(root) and "1 links or devices are skipped" in caplog.text
 
 
 def test_rar_without_an_extractor(tmp_path, monkeypatch):
@@ -229,7 +242,7 @@ def test_rar_by_a_real_extractor(tmp_path):
 def test_too_little_space(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "in" / "u.zip", {"a.avi": bytes(10)})
     monkeypatch.setattr(archives.Archive, "unpacked_size", lambda self: 10**18)
-    with pytest.raises(PrepareError, match=r"unpacking .*u\.zip needs about 1000000\.0 TB, .* are free"):
+    with pytest.raises(PrepareError, match=r"unpacking .*u\.zip needs about 1000000\.0 TB, the disk has .* free"):
         run(path, tmp_path / "out")
 
 
@@ -240,7 +253,7 @@ def test_names_that_would_share_a_folder(tmp_path):
         find_archives(tmp_path)
 
 
-def test_a_folder_in_the_way_is_not_taken_for_unpacked(tmp_path):
+def test_a_folder_with_the_name_of_an_archive_is_refused(tmp_path):
     path = write_zip(tmp_path / "in" / "outer.zip", {"u/keep.avi": b"k", "u.zip": b"", "x.avi": b"x"})
     inner = write_zip(tmp_path / "u.zip").read_bytes()
     write_zip(path, {"u/keep.avi": b"k", "u.zip": inner})

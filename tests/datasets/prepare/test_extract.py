@@ -1,10 +1,10 @@
-"""Extraction: the right frames, kill -9 and going on, a full disk, crashes, broken videos, and one run at a time."""
+"""Extraction: the right frames, kill -9 and resuming, a full disk, crashes, damaged videos, and one run at a time."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import importlib.util
+import io
 import json
 import os
 import re
@@ -22,8 +22,9 @@ from PIL import Image
 from common import workers
 from datasets.annotation import read_list
 from datasets.prepare import __main__ as command
-from datasets.prepare import decode, extract, space
-from datasets.prepare.decode import Job, Outcome, count_frames, probe, write_jpeg
+from datasets.prepare import decode, extract, output_dir
+from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, count_frames, encode_jpeg, probe
+from datasets.prepare.plan import PrepareError
 from tests.helpers.video_files import write_avi
 
 ROOT = Path(__file__).parents[3]
@@ -81,14 +82,13 @@ def test_videos_stay_as_they_are(videos, tmp_path):
     assert not (out / "frames").exists()
 
 
-def test_write_jpeg(tmp_path):
+def test_encode_jpeg():
     frame = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
     frame = np.asarray(Image.fromarray(frame).resize((600, 500)))
     for short_side, size in ((250, (300, 250)), (0, (600, 500)), (1000, (1200, 1000))):
-        count = write_jpeg(tmp_path / "a.jpg", frame, short_side, 90)
-        data = (tmp_path / "a.jpg").read_bytes()
-        assert len(data) == count and Image.open(tmp_path / "a.jpg").size == size
-    Image.open(tmp_path / "a.jpg").load()
+        image = Image.open(io.BytesIO(encode_jpeg(frame, short_side, 90)))
+        image.load()
+        assert image.size == size
 
 
 @needs_ucf
@@ -115,7 +115,7 @@ def wait_for(condition, seconds: float = 30.0) -> None:
         time.sleep(0.005)
 
 
-def test_kill_and_go_on(tmp_path):
+def test_kill_and_resume(tmp_path):
     """kill -9 in mid-extraction: finished videos stay untouched, the half-written one is done again, workers end."""
     for number in range(12):
         write_avi(tmp_path / "in" / "ab"[number % 2] / f"{number}.avi", frames=60, size=(320, 240), seed=number)
@@ -125,7 +125,7 @@ def test_kill_and_go_on(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "datasets.prepare", *arguments], env=environment, stderr=subprocess.DEVNULL
     )
-    wait_for(lambda: len(list(out.glob("frames/*/*"))) >= 3 and any(out.glob("partial/*/000005.jpg")))
+    wait_for(lambda: len(list(out.glob("frames/*/*"))) >= 3 and any(out.glob("partial/*/*/000005.jpg")))
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -176,7 +176,10 @@ def test_other_settings_and_other_datasets_are_refused(videos, tmp_path, caplog)
     assert folder(videos, out) == 0
     lists = (out / "train.txt").read_text()
     assert folder(videos, out, "--short-side", "128") == 1
-    assert "was made with short_side 256, quality 90, decoder decord, not short_side 128, quality 90" in caplog.text
+    assert (
+        "was made with short_side 256, quality 90, decoder pyav, storage folders, not short_side 128, quality 90"
+        in caplog.text
+    )
     assert command.main(["ucf101", "--videos", str(videos), "--annotations", str(videos), "--out", str(out)]) == 1
     assert f"--out {out}: holds folder, not ucf101" in caplog.text
     assert (out / "train.txt").read_text() == lists
@@ -241,9 +244,15 @@ def test_foreign_output_is_left_alone(videos, tmp_path, caplog):
 
 def test_second_run_at_the_same_time(videos, tmp_path, caplog):
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    arguments = [sys.executable, "-c", hold, str(tmp_path / "out" / ".lock")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()  # it has the lock
         assert folder(videos, tmp_path / "out") == 1
+        other.communicate(b"\n")
+    assert folder(videos, tmp_path / "out") == 0
     assert "another run is writing there" in caplog.text
 
 
@@ -332,9 +341,10 @@ def test_videos_narrower_than_64_pixels(tmp_path, decoder):
 def test_transport_streams(videos, tmp_path, mode):
     """decord misses their first frames, so it is not trusted with them; PyAV reads them."""
     make = pytest.importorskip("tests.datasets.test_decoders").make
+    pytest.importorskip("decord")
     make(videos / "class 0" / "stream.ts", **{"x264-params": "bframes=2:keyint=15"})
     out = tmp_path / "out"
-    assert folder(videos, out, mode) == 1
+    assert folder(videos, out, mode, "--decoder", "decord") == 1
     assert re.search(r"class 0/stream\.ts: only \d+ of 40 frames can be decoded\n", (out / "report.txt").read_text())
     assert folder(videos, tmp_path / "out2", mode, "--decoder", "pyav") == 0
     assert "stream" in "".join((tmp_path / "out2" / f"{side}.txt").read_text() for side in ("train", "val"))
@@ -347,19 +357,19 @@ def full(*_: object) -> int:
 def test_full_disk(videos, tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     monkeypatch.setattr(extract, "Workers", InProcess)
-    written, original = [], decode.write_jpeg
+    written, original = [], Path.write_bytes
 
-    def fill_up(*arguments):
-        written.append(arguments)
-        return original(*arguments) if len(written) < 12 else full()
+    def fill_up(path, data):
+        written.append(path)
+        return original(path, data) if len(written) < 12 else full()
 
-    monkeypatch.setattr(decode, "write_jpeg", fill_up)
+    monkeypatch.setattr(Path, "write_bytes", fill_up)
     assert folder(videos, out) == 1
-    assert f"{out}: the disk is full; what is finished is kept" in caplog.text and "Traceback" not in caplog.text
+    assert f"{out}: the disk is full; finished videos are kept" in caplog.text and "Traceback" not in caplog.text
     before = state(out)
     assert 3 <= len(before) < 12 and not (out / "train.txt").exists()
     assert not any((out / "partial").iterdir())
-    monkeypatch.setattr(decode, "write_jpeg", original)
+    monkeypatch.setattr(Path, "write_bytes", original)
     assert folder(videos, out) == 0
     assert before.items() <= state(out).items()
 
@@ -375,7 +385,7 @@ def test_full_disk_for_real(tmp_path, caplog, monkeypatch):
         for number in range(8):
             write_avi(tmp_path / "in" / "ab"[number % 2] / f"{number}.avi", frames=100, size=(320, 240))
         assert folder(tmp_path / "in", out) == 1
-        assert "extracting 8 videos needs about" in caplog.text and "are free on that disk" in caplog.text
+        assert "extracting 8 videos needs about" in caplog.text and "free" in caplog.text
         monkeypatch.setattr(extract, "require_space", lambda *_, **__: None)
         assert folder(tmp_path / "in", out) == 1
         assert "the disk is full" in caplog.text
@@ -403,12 +413,12 @@ class InProcess(workers.Workers):
 
 
 def test_space_that_is_not_there(tmp_path, caplog):
-    with pytest.raises(space.PrepareError, match=r"work needs about 1000000\.0 TB, .* are free"):
-        space.require_space(tmp_path, 10**18, "work")
-    with pytest.raises(space.PrepareError, match="work makes about 1000000000000000 files"):
-        space.require_space(tmp_path, 0, "work", files=10**15)
+    with pytest.raises(PrepareError, match=r"work needs about 1000000\.0 TB, the disk has .* free"):
+        output_dir.require_space(tmp_path, 10**18, "work")
+    with pytest.raises(PrepareError, match="work creates about 1000000000000000 files"):
+        output_dir.require_space(tmp_path, 0, "work", files=10**15)
     free = os.statvfs(tmp_path)
-    space.require_space(tmp_path, int(free.f_bavail * free.f_frsize * 0.9), "work")
+    output_dir.require_space(tmp_path, int(free.f_bavail * free.f_frsize * 0.9), "work")
     assert "free" in caplog.text
 
 
@@ -434,7 +444,8 @@ def test_no_frame_decodes(tmp_path):
     data = video.read_bytes()
     first, last = data.index(b"\xff\xd8"), data.index(b"idx1")
     video.write_bytes(data[:first] + bytes(last - first) + data[last:])
-    (tmp_path / "partial").mkdir()
-    job = Job("a.avi", video, tmp_path / "f" / "a", tmp_path / "partial", tmp_path / "r.jsonl", 32, 90)
-    assert decode.extract(job).error and not job.folder.exists() and not job.records.exists()
+    store = FrameStore(tmp_path / "out", FrameSettings(short_side=32))
+    store.unfinished.mkdir(parents=True)
+    assert decode.extract(store, tmp_path, "a.avi").error
+    assert not store.path_of("a.avi").exists() and not store.records.exists()
     assert probe(video).error

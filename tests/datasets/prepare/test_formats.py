@@ -1,4 +1,4 @@
-"""Every dataset from the owners' formats to lists, and what is said about annotations and videos that do not fit."""
+"""Every dataset from the published annotations to lists, and messages about annotations and videos that do not fit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from tests.helpers.video_files import write_avi
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data"
 ANNOTATIONS = DATA / "annotations"
-needs_annotations = pytest.mark.skipif(not ANNOTATIONS.is_dir(), reason=f"{ANNOTATIONS} is not there")
-needs_ucf = pytest.mark.skipif(not (DATA / "ucf101_10").is_dir(), reason=f"{DATA / 'ucf101_10'} is not there")
+needs_annotations = pytest.mark.skipif(
+    not ANNOTATIONS.is_dir(), reason=f"the published annotations are not in {ANNOTATIONS}"
+)
+UCF_CLIPS = DATA / "ucf101_10" / "UCF-101"
+needs_ucf = pytest.mark.skipif(not UCF_CLIPS.is_dir(), reason=f"the UCF101 clips are not in {UCF_CLIPS}")
 
 UCF = {
     "classInd.txt": "1 Archery\r\n2 HandstandPushups\r\n",
@@ -208,8 +211,8 @@ def test_diving48(run):
 
 
 @needs_annotations
-def test_the_owners_files():
-    """The counts that the owners state."""
+def test_the_published_files():
+    """The counts that the publishers state."""
     for split, train in ((1, 9537), (2, 9586), (3, 9624)):
         plan = FORMATS["ucf101"].read(AnnotationFiles(ANNOTATIONS / "ucf101", "UCF101"), split, None)
         plan.check()
@@ -226,27 +229,50 @@ def test_the_owners_files():
     assert plan.classes[entry.label] == "Spinning something that quickly stops spinning"
 
 
-@needs_annotations
-@needs_ucf
-@pytest.mark.parametrize(("split", "train", "val"), [("1", 337, None), ("2", 205, 132)])
-def test_a_part_of_ucf101_with_the_official_split(run, split, train, val):
-    videos, more = DATA / "ucf101_10" / "UCF-101", ("--videos-only", "--split", split)
-    if split == "1":
-        code, out, said = run("ucf101", ANNOTATIONS / "ucf101", videos, *more)
-        assert code == 1 and "12983 of 13320 videos of UCF101 are missing" in said and not (out / "train.txt").exists()
-        assert ": train, ApplyEyeMakeup\n" in (out / "report.txt").read_text()
-    code, out, said = run("ucf101", ANNOTATIONS / "ucf101", videos, *more, "--allow-missing")
+def check_part_of_ucf101(run, annotations, videos, split: str, counts: dict[str, int | None]) -> None:
+    """Prepare the videos that are there with a published split; `counts` are of videos and classes."""
+    train, val, listed, classes = (counts[key] for key in ("train", "val", "listed", "classes"))
+    more = ("--videos-only", "--split", split)
+    code, out, said = run("ucf101", annotations, videos, *more)
+    assert code == 1 and f"{listed - train - (val or 0)} of {listed} videos of UCF101 are missing" in said
+    assert not (out / "train.txt").exists() and ": train, ApplyEyeMakeup\n" in (out / "report.txt").read_text()
+    code, out, said = run("ucf101", annotations, videos, *more, "--allow-missing")
     assert code == 0, said
-    assert len(read_list(str(out / "train.txt"), "video", 101)) == train
-    assert "train: 91 of 101 classes have no video" in said
+    assert len(read_list(str(out / "train.txt"), "video", classes)) == train
+    assert f"train: {counts['classes_without_video']} of {classes} classes have no video" in said
     assert (out / "val.txt").exists() == (val is not None)
-    if val is None:  # split 1 tests on groups 1 to 7
-        assert "val: all of its 3783 videos are missing: no val.txt" in said
+    if val is None:
+        assert f"val: all of its {counts['listed_val']} videos are missing: no val.txt" in said
         snippet = (out / "config_snippet.yaml").read_text()
         assert "# There is no val list" in snippet and yaml.safe_load(snippet)["data"]["val_list"] is None
     else:
-        assert len(read_list(str(out / "val.txt"), "video", 101)) == val
-    assert len(read_labels(str(out / "labels.csv"), 101)) == 101
+        assert len(read_list(str(out / "val.txt"), "video", classes)) == val
+    assert len(read_labels(str(out / "labels.csv"), classes)) == classes
+
+
+@pytest.mark.parametrize(("split", "train", "val"), [("1", 20, None), ("2", 3, 17)])
+def test_a_part_of_ucf101_with_a_published_split(run, split, train, val):
+    """Four classes of 15 groups. As published, split 1 tests on groups 1 to 7 and split 2 on 8 to 14; 1 to 7 are missing."""
+    classes = ["ApplyEyeMakeup", "HandstandPushups", "TaiChi", "YoYo"]
+    names = {c: [f"{c}/v_{c.replace('stand', 'Stand')}_g{g:02d}_c01.avi" for g in range(1, 16)] for c in classes}
+    annotations = {"classInd.txt": "".join(f"{number} {name}\r\n" for number, name in enumerate(classes, 1))}
+    for number, tested in ((1, range(7)), (2, range(7, 14))):
+        train_rows = [(c, g) for c in classes for g in range(15) if g not in tested]
+        trained = "".join(f"{names[c][g]} {classes.index(c) + 1}\r\n" for c, g in train_rows)
+        annotations[f"trainlist0{number}.txt"] = trained
+        annotations[f"testlist0{number}.txt"] = "".join(f"{names[c][g]}\r\n" for c in classes for g in tested)
+    videos = names["HandstandPushups"][7:] + names["TaiChi"][7:] + names["YoYo"][11:]
+    counts = {"train": train, "val": val, "listed": 60, "listed_val": 28, "classes": 4, "classes_without_video": 1}
+    check_part_of_ucf101(run, annotations, videos, split, counts)
+
+
+@needs_annotations
+@needs_ucf
+@pytest.mark.parametrize(("split", "train", "val"), [("1", 337, None), ("2", 205, 132)])
+def test_a_part_of_the_published_ucf101(run, split, train, val):
+    counts = {"train": train, "val": val, "listed": 13320, "listed_val": 3783}
+    counts |= {"classes": 101, "classes_without_video": 91}
+    check_part_of_ucf101(run, ANNOTATIONS / "ucf101", UCF_CLIPS, split, counts)
 
 
 def test_annotations_in_an_archive(run, tmp_path):
@@ -274,7 +300,7 @@ def test_everything_in_one_folder(run, tmp_path):
     assert code == 1 and f"1 of 4 videos of UCF101 are missing below {out}/unpacked/videos" in said
     write_avi(downloads / f"{UCF_NAMES[3]}.avi")
     code, out, said = run("ucf101", downloads, downloads, "--videos-only")
-    assert code == 1 and f"{UCF_NAMES[0]}.avi both could be {UCF_NAMES[0]}; keep one" in said
+    assert code == 1 and f"{UCF_NAMES[0]}.avi could both be {UCF_NAMES[0]}; keep one" in said
     (downloads / f"{UCF_NAMES[0]}.avi").unlink()
     for _ in range(2):
         code, out, said = run("ucf101", downloads, downloads, "--videos-only")
@@ -290,7 +316,7 @@ def test_archives_beside_class_folders_are_left_alone(tmp_path, caplog):
     shutil.make_archive(str(tmp_path / "more"), "zip", tmp_path / "in")
     shutil.move(tmp_path / "more.zip", tmp_path / "in" / "more.zip")
     arguments = ["folder", "--videos", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--jobs", "1"]
-    assert command.main(arguments) == 0 and "more.zip is left alone, videos lie beside it" in caplog.text
+    assert command.main(arguments) == 0 and "more.zip is not unpacked, as videos lie beside it" in caplog.text
 
 
 def test_videos_in_an_archive(run, tmp_path):
@@ -310,17 +336,17 @@ LABELS = SSV2["labels.json"]
 @pytest.mark.parametrize(
     ("dataset", "annotations", "videos", "more", "sentence"),
     [
-        ("ucf101", {}, [], [], r"needs classInd\.txt; there is nothing"),
+        ("ucf101", {}, [], [], r"needs classInd\.txt; found no files"),
         ("ucf101", UCF, ALL_UCF, ["--split", "4"], r"--split 4: UCF101 has splits 1 to 3"),
         ("ssv2", SSV2, [], ["--split", "2"], r"--split 2: Something-Something v2 has one split"),
         ("ucf101", UCF, ALL_UCF, ["--splits", "test"], r"--splits test: UCF101 has train, val"),
-        ("ucf101", UCF, ALL_UCF, ["--split", "2"], r"needs trainlist02\.txt; there is classInd\.txt, testlist01\.txt"),
+        ("ucf101", UCF, ALL_UCF, ["--split", "2"], r"needs trainlist02\.txt; found classInd\.txt, testlist01\.txt"),
         ("ucf101", UCF, ALL_UCF, ["--jobs", "0"], "--jobs must be positive, not 0"),
         ("ucf101", UCF, ALL_UCF, ["--short-side", "-1"], "--short-side must be positive, or 0"),
-        ("ucf101", UCF, ALL_UCF, ["--quality", "0"], "--quality must lie between 1 and 100, not be 0"),
+        ("ucf101", UCF, ALL_UCF, ["--quality", "0"], "--quality must be between 1 and 100, not 0"),
         ("ucf101", UCF, [], [], r"holds none of the 4 videos of UCF101, .* v_Archery_g08_c01; there is no file at all"),
         ("ucf101", UCF, ["a/1.webm", "b.avi"], [], r"there are 2 files \(1 \.avi, 1 \.webm\), such as b\.avi"),
-        ("ucf101", UCF, [*ALL_UCF, f"x/{ALL_UCF[0]}"], [], r"v_Archery_g08_c01\.avi and x/v_Archery_g08_c01\.avi both"),
+        ("ucf101", UCF, [*ALL_UCF, f"x/{ALL_UCF[0]}"], [], r"v_Archery_g08_c01\.avi and x/v_Archery_g08_c01\.avi could both"),
         ("ucf101", UCF, ALL_UCF[1:], [], r"1 of 4 videos of UCF101 are missing .*, such as v_Archery_g08_c01: nothing"),
         (
             "ucf101",
@@ -345,7 +371,7 @@ LABELS = SSV2["labels.json"]
         ),
         ("ucf101", UCF | {"trainlist01.txt": "Archery/v_Archery_g08_c01.avi 2\n"}, [], [], r"gives Archery the id 2, .* 1"),
         ("ucf101", UCF | {"trainlist01.txt": "what\n"}, [], [], r"trainlist01\.txt, line 1: must be `Class/v_"),
-        ("ucf101", UCF | {"classInd.txt": "1 Archery\n3 HandstandPushups\n"}, [], [], "not numbered in one go"),
+        ("ucf101", UCF | {"classInd.txt": "1 Archery\n3 HandstandPushups\n"}, [], [], "not numbered without gaps"),
         ("hmdb51", HMDB | {"wave_test_split1.txt": "a.avi 3\n"}, [], [], r"wave_test_split1\.txt, line 1: must be `name"),
         ("hmdb51", HMDB | {"run_test_split2.txt": ""}, [], [], r"needs run_test_split1\.txt"),
         ("ssv2", SSV2 | {"train.json": '[{"id": "1"},\n oops]'}, [], [], r"train\.json, line 2: is not valid JSON"),
@@ -356,7 +382,7 @@ LABELS = SSV2["labels.json"]
         ("ssv2", SSV2, ["10/00001.jpg", "11/00001.jpg"], [], r"none of the 2 videos .* video file named 1; .*\(2 \.jpg\)"),
         ("ssv1", SSV1, ["10.webm", "11.webm"], [], r"none of the 2 videos .*frame folder named 10; .*\(2 \.webm\)"),
         ("ssv1", SSV1, [], ["--videos-only"], "is published as frames"),
-        ("ssv1", SSV2, [], [], r"needs something-something-v1-labels\.csv; there is labels\.json"),
+        ("ssv1", SSV2, [], [], r"needs something-something-v1-labels\.csv; found labels\.json"),
         (
             "ssv1",
             SSV1 | {"something-something-v1-train.csv": "1;Holding something\n2\n"},
@@ -368,7 +394,7 @@ LABELS = SSV2["labels.json"]
         ("k400", K400 | {"train.csv": f"{HEADER}juggling,x,1,2,train\n"}, [], [], r"train\.csv, line 2: class 'juggling' is not in"),
         ("k400", K400 | {"train.csv": "a,b\n"}, [], [], r"train\.csv: its header has no label, youtube_id"),
         ("k400", K400 | {"train.csv": f'{HEADER}"abs'}, [], [], r"train\.csv, line 2: is not valid csv"),
-        ("k400", K400 | {"train.csv": f"{HEADER}abseiling,x,1,2,val\n"}, [], [], "is of the split 'val', in the file of train"),
+        ("k400", K400 | {"train.csv": f"{HEADER}abseiling,x,1,2,val\n"}, [], [], "names the split 'val', in the file of train"),
         ("diving48", DIVING | {"Diving48_V2_test.json": [{"vid_name": "x", "label": 2}]}, [], [], "label 2 is not one of"),
     ],
 )  # fmt: skip

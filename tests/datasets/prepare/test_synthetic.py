@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets.prepare import synthetic
-from datasets.prepare.lists import PrepareError
+from datasets.prepare.plan import PrepareError
 from datasets.prepare.synthetic import CLASSES, FLIP_PAIRS, FRAMES, STEPS
 
 Video = tuple[str, int, np.ndarray]  # path, label, frames (8, H, W, 3) uint8
