@@ -59,7 +59,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("words", nargs="*", metavar="PYTEST", help="after --: arguments for pytest, e.g. -k tmpfs")
     options = parser.parse_args(arguments)
     os.environ |= {"FAULT_ROUNDS": str(options.rounds), "FAULT_SEED": str(options.seed)}
-    counts, here = Counts(), [str(path) for path in sorted(Path(__file__).parent.glob("test_faults*.py"))]
+    counts, here = (
+        Counts(),
+        [str(path) for path in sorted((Path(__file__).parents[1] / "entry_points").glob("test_faults*.py"))],
+    )
     status = pytest.main(["-q", "-p", "no:cacheprovider", *here, *options.words], plugins=[counts])
     print(f"\nSeed {options.seed}, {options.rounds} rounds.\n\n{counts.table()}")
     return int(status)

@@ -1,0 +1,98 @@
+"""torch.hub entry points: the models of this repository for other programs.
+
+model = torch.hub.load("PATH/TO/THIS/REPOSITORY", "td4v_side", source="local", num_classes=174)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+dependencies = ["torch", "torchvision", "open_clip", "timm", "safetensors", "yaml"]  # torch.hub checks these
+
+_ROOT = Path(__file__).resolve().parent
+_PACKAGES = ("clip", "common", "configs", "engine", "models")  # without `datasets`, which may be Hugging Face's
+
+
+def model(
+    name: str = "td4v_side",
+    *,
+    config: str | Path | Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    overrides: Sequence[str] = (),
+) -> nn.Module:
+    """A model, on the CPU, in evaluation mode.
+
+    Args:
+        name: of the model, as `network.model`: td4v_side, td4v_finetune, aim, linear_probe, full_finetune.
+        config: a YAML file or a mapping with the same sections. None: that of `weights`, else the defaults, which are
+            CLIP ViT-B/16 with 8 frames of 224 pixels.
+        num_classes: K; needed where neither `config` nor `weights` says it.
+        weights: a checkpoint, a run folder (its model_best.pt), or a file of the model's authors.
+        pretrained: load the frozen tower's pretrained weights, which may download them; False for random ones.
+        overrides: `section.key=value`, as the command line's --set takes them.
+
+    Returns:
+        A module: video (B, T, 3, H, W), normalised with its `mean` and `std` (None: CLIP's) -> logits (B, K).
+
+    Raises:
+        ImportError: a package of the same name as one of this repository is already imported.
+        ConfigError, TowerError, CheckpointError, WeightsError: one sentence that says what does not fit.
+    """
+    _import_packages()
+    from configs.schema import load_config
+    from engine import checkpoint_file
+    from models.loading import load_weights
+    from models.registry import build_model
+
+    path = Path(weights) if weights is not None else None
+    if path is not None and path.is_dir():
+        path = path / checkpoint_file.BEST
+    content = checkpoint_file.load(path) if path is not None else {}
+    if config is None:
+        config = content.get("config") or {"data": {"dataset": "hub", "style": "kinetics", "num_classes": num_classes}}
+    settings = [f"network.model={name}", *overrides]
+    settings += [f"data.num_classes={num_classes}"] if num_classes is not None else []
+    settings += ["network.init=false", "network.weights=null"] if not pretrained else []
+    resolved = load_config(config, settings)
+    backbone = content["backbone"] if checkpoint_file.lacks_backbone(content) else None
+    built = build_model(resolved, pretrained=path is None or backbone is not None)
+    if path is not None:
+        load_weights(built, checkpoint_file.weights_of(content, path), str(path), backbone=backbone)
+    return built.eval()
+
+
+def td4v_side(**arguments: Any) -> nn.Module:
+    """TD4V side-tuning: a side network beside a frozen tower. Arguments: see `model`."""
+    return model("td4v_side", **arguments)
+
+
+def td4v_finetune(**arguments: Any) -> nn.Module:
+    """TD4V fine-tuning: TD4V inside the blocks of a frozen tower. Arguments: see `model`."""
+    return model("td4v_finetune", **arguments)
+
+
+def _import_packages() -> None:
+    """Import this repository's packages by their path, so that `sys.path` and what it holds stay as they are."""
+    for name in _PACKAGES:
+        folder = _ROOT / name
+        known = sys.modules.get(name)
+        if known is not None and str(folder) not in map(str, getattr(known, "__path__", ())):
+            raise ImportError(
+                f"{_ROOT} has its own package {name}, but this process has already imported another one "
+                f"({getattr(known, '__file__', None) or name}): load TD4V in a process of its own"
+            )
+    for name in _PACKAGES:
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(
+                name, _ROOT / name / "__init__.py", submodule_search_locations=[str(_ROOT / name)]
+            )
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
