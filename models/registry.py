@@ -46,18 +46,13 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import nn
 
 from clip.text_head import TextHead, build_text_head
-from clip.towers.base import Tower, TowerError
-from clip.towers.openclip_vit import OpenClipTower, build_custom_tower, build_tower, clip_names, timm_trunk
-from clip.towers.timm_vit import build_timm_tower, find_timm_weights, is_timm_name, timm_names
-from clip.towers.weights import clip_tags, fetch_weights, find_weights, stated_pixels
+from clip.towers.build import build_tower
 from configs.schema import Config, ConfigError, fill_options, nearest
 from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
 from models.parameters import freeze_all_but_trainable
@@ -99,10 +94,15 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
     options = fill_options(method.Options, network.options, "network.options")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        tower, source = _tower_and_source(config, pretrained)
+        init = network.init and pretrained
+        tower = build_tower(dataclasses.replace(config, network=dataclasses.replace(network, init=init)))
+        if pretrained and not init:
+            logger.warning(
+                "network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name
+            )
         model = method.build(config, tower, options)
         if network.head == "text":
-            model.head = _text_head(config, model, source, pretrained, class_names)
+            model.head = _text_head(config, model, pretrained, class_names)
     if network.cache_features != "off" and not hasattr(model, "frozen_features"):
         able = ", ".join(name for name, module in MODELS.items() if _has_frozen_features(module))
         raise ConfigError(
@@ -125,94 +125,17 @@ def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
     return dataclasses.replace(config, data=config.data.with_pixel_statistics(model.mean, model.std))
 
 
-def _text_head(
-    config: Config, model: nn.Module, source: str | None, pretrained: bool, class_names: Sequence[str] | None
-) -> TextHead:
-    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project.
-
-    Args:
-        source: where the tower's weights were read, or None.
-    """
-    network, text = config.network, config.network.text
+def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:
+    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project."""
+    network = config.network
     if not getattr(model, "in_clip_space", False):
         feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
         raise ConfigError(
             "network.head: text needs features in CLIP's space, "
             f"which network.model {network.model_name}{feature} does not give"
         )
-    reads = pretrained or (class_names is not None and text.tuned == "none")
-    if source is None and network.init and isinstance(model.tower, OpenClipTower) and (reads or network.vision):
-        source = find_weights(network.arch, network.weights)
-    return build_text_head(
-        model.tower, config.data.num_classes, text.templates, text.tuned, source, class_names, reads, text.heads,
-        network.recompute,
-    )  # fmt: skip
+    return build_text_head(config, model.tower, class_names, pretrained)
 
 
 def _has_frozen_features(module: ModuleType) -> bool:
     return any(hasattr(value, "frozen_features") for value in vars(module).values() if isinstance(value, type))
-
-
-def build_config_tower(config: Config, pretrained: bool = True) -> Tower:
-    """The frozen tower of a configuration, with weights if `network.init` and `pretrained` say so.
-
-    A warning is logged where weights are loaded and data.mean or data.std are not those of the trunk.
-    """
-    return _tower_and_source(config, pretrained)[0]
-
-
-def _tower_and_source(config: Config, pretrained: bool) -> tuple[Tower, str | None]:
-    """`build_config_tower`, and where its weights were read: a file or a tag, or None for random ones."""
-    network, data = config.network, config.data
-    load = network.init and pretrained
-    if network.vision is None:
-        tower, source = _tower_by_name(network.arch, data.input_size, network.weights, load)
-    else:
-        source = find_weights(network.arch, network.weights) if load else None
-        sizes = {**dataclasses.asdict(network.vision), "image_size": data.input_size}
-        tower = build_custom_tower(**sizes, source=source)
-    tower.weights = source or f"random weights of seed {config.seed}"
-    if pretrained and not load:
-        logger.warning("network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name)
-    pairs = ((tower.mean, data.mean), (tower.std, data.std))
-    pairs = [(own, given) for own, given in pairs if own is not None and given is not None]
-    if source is not None and not all(np.allclose(own, given, atol=1e-3) for own, given in pairs):
-        _warn_of_pixels(tower, source, data.mean, data.std)
-    return tower, source
-
-
-def _warn_of_pixels(tower: Tower, source: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Say in one line which mean and deviation the weights want, as far as that is known: a file does not say it."""
-    own, check = f"mean {tower.mean}, std {tower.std}", "check what your file was trained with"
-    if not Path(source).is_file():
-        advice = f"{tower.name} was trained on pixels with {own}; set them to that"
-    elif isinstance(tower, OpenClipTower):
-        advice = f"OpenAI's for CLIP are {own}; {check}"
-    elif "." in tower.name:
-        advice = f"those of timm's {tower.name} are {own}; {check}"
-    else:
-        tag = ", or put its tag into network.arch" if is_timm_name(tower.name) else ""
-        advice = f"timm's default for this name is {own}; {check}{tag}"
-    logger.warning("data.mean is %s and data.std %s, but %s", tuple(mean), tuple(std), advice)
-
-
-def _tower_by_name(arch: str, size: int, weights: str | None, load: bool) -> tuple[Tower, str | None]:
-    """A tower by open_clip's name, else by timm's, and where its weights are from (None: they are random)."""
-    known = clip_names()
-    if is_timm_name(arch) and (arch not in known or not clip_tags(arch)):
-        if weights is not None:
-            find_weights(arch, weights)  # a file must be there
-        source = find_timm_weights(arch, weights) if load else None
-        return build_timm_tower(arch, size, source), source
-    if arch not in known:
-        close = " or ".join(name for name in (nearest(arch, known), nearest(arch, timm_names())) if name)
-        hint = f"; did you mean {close}?" if close else ""
-        raise TowerError(f"network.arch: {arch!r} is neither a model of open_clip nor one of timm{hint}")
-    trunk = timm_trunk(arch)
-    source = find_weights(arch, weights) if load else None
-    if trunk is None:
-        return build_tower(arch, size, source), source
-    tower = build_timm_tower(trunk.pop("model_name"), size, source and str(fetch_weights(arch, source)), arch, **trunk)
-    if source is not None:
-        tower.mean, tower.std = stated_pixels(arch, source) or (tower.mean, tower.std)
-    return tower, source

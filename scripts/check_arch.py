@@ -17,9 +17,10 @@ from collections.abc import Sequence
 
 import torch
 
+from clip.towers.build import build_tower
 from configs.schema import Config, ConfigError, PyramidConfig, config_from_dict
 from models.parameters import parameter_report
-from models.registry import MODELS, build_config_tower, build_model
+from models.registry import MODELS, build_model
 
 CLASSES = 10
 
@@ -52,7 +53,7 @@ def row(
 ) -> tuple[list[str], bool]:
     """The cells of a trunk's row, and whether all methods work on it."""
     try:
-        tower = build_config_tower(configure(arch, "linear_probe", size, frames))
+        tower = build_tower(configure(arch, "linear_probe", size, frames))
     except ValueError as error:
         return [arch, "no", *["no"] * len(methods), str(error)], False
     (H, W), extra = tower.grid, tower.prefix - tower.has_class_token

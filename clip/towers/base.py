@@ -6,12 +6,15 @@ Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from clip.ops import working_dtype
+
+if TYPE_CHECKING:
+    from clip.towers.weights import ClipWeights
 
 CHUNK = 64  # images that `Block.run` takes at a time
 
@@ -85,7 +88,8 @@ class Tower(nn.Module):
 
     Attributes:
         name: the architecture's name.
-        weights: where the weights come from, in words. source: the file or tag they were read from, None if random.
+        weights: where the weights come from, in words: a file, a tag, or random weights.
+        clip_weights: the open weights, until a text head has read the rest of them; else None.
         blocks: the Block objects, from input to output.
         width: D. patch_size: P, in pixels. grid: (H, W) patches. image_size: (height, width) in pixels.
         prefix: p. has_class_token: whether the first of these tokens is a class token (the others are registers).
@@ -94,7 +98,7 @@ class Tower(nn.Module):
 
     name: str
     weights: str
-    source: str | None
+    clip_weights: ClipWeights | None
     blocks: tuple[Block, ...]
     width: int
     patch_size: int
@@ -107,7 +111,7 @@ class Tower(nn.Module):
 
     def __init__(self, name: str):
         super().__init__()
-        self.name, self.weights, self.source = name, "random weights", None
+        self.name, self.weights, self.clip_weights = name, "random weights", None
 
     def train(self, mode: bool = True) -> Tower:
         """Stays in eval mode, whatever the model around it does."""

@@ -1,9 +1,6 @@
-"""CLIP's own vision tower: open_clip's vision transformer, built by name or from plain sizes, run block by block.
+"""CLIP's own vision tower: open_clip's vision transformer, built by name or from sizes.
 
-Does not live here: what methods may ask of any tower (tower.py), finding and reading weights (weights.py), trunks that
-timm wrote (timm_tower.py), the arithmetic of a frozen block (frozen.py), anything tuned.
-
-Letters: M images (B clips x T frames), N patch tokens, D width.
+Letters: M images (B clips x T frames), N patch tokens, D width, P patch size.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import Tensor, nn
 from clip.ops import as_is, working_dtype
 from clip.towers.base import Block, Tower, TowerError
 from clip.towers.frozen_block import FrozenBlock
-from clip.towers.weights import OPENAI, check_fit, fetch_weights, read_visual_weights, stated_activation, stated_pixels
+from clip.towers.weights import OPENAI, ClipWeights, check_fit
 
 logger = logging.getLogger("td4v")
 
@@ -46,7 +43,7 @@ class OpenClipBlock(Block):
         if (frozen := self._frozen(x.dtype)) is None:
             return self.module.ln_1(x)
         with as_is(x):
-            return frozen.norm(0, x)
+            return frozen.norm_attention(x)
 
     def attention(self, x: Tensor, in_space: bool = True) -> Tensor:
         """See Block. CLIP has no positions inside its blocks, so `in_space` changes nothing."""
@@ -63,7 +60,7 @@ class OpenClipBlock(Block):
         if (frozen := self._frozen(x.dtype)) is None:
             return self.module.ln_2(x)
         with as_is(x):
-            return frozen.norm(1, x)
+            return frozen.norm_mlp(x)
 
     def mlp(self, x: Tensor) -> Tensor:
         x = x.to(working_dtype(x))
@@ -114,19 +111,20 @@ class OpenClipBlock(Block):
         return self._copy[2]
 
     def _freeze(self, dtype: torch.dtype) -> FrozenBlock:
-        return FrozenBlock.of(self.module, dtype, type(self.module.mlp.gelu) is QuickGELU, self._fold)
+        quick_gelu = type(self.module.mlp.gelu) is QuickGELU
+        return FrozenBlock.of(self.module, dtype, quick_gelu=quick_gelu, fold=self._fold)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copy": None}
 
 
 class OpenClipTower(Tower):
-    """CLIP's vision transformer; its plain blocks run lean (see FrozenBlock), the others as open_clip wrote them.
+    """CLIP's vision transformer, without its projection to the text space.
 
     Args:
-        visual: an open_clip VisionTransformer with a class token; its projection to the text space is dropped.
-        quick_gelu: which activation it was built with.
-        name: of the architecture.
+        visual: an open_clip VisionTransformer with a class token. It becomes part of the tower.
+        quick_gelu: whether its activation is QuickGELU, not GELU.
+        name: the architecture's name.
     """
 
     mean = open_clip.OPENAI_DATASET_MEAN
@@ -155,7 +153,7 @@ class OpenClipTower(Tower):
         return {name: getattr(self.visual, name) for name in names}
 
     def embed(self, patches: Tensor, added: Tensor | None = None) -> Tensor:
-        """Class token, positions, `added`, ln_pre: what `patchify` gave (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
+        """Adds class token, positions and `added`, then applies ln_pre: (M, N, 3*P*P) -> (M, 1 + N, D), same dtype."""
         visual, dtype = self.visual, patches.dtype
         with as_is(patches):
             x = F.linear(patches, visual.conv1.weight.flatten(1).to(dtype))  # (M, N, D)
@@ -179,7 +177,7 @@ class OpenClipTower(Tower):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is open_clip's usual one, without layer scale, with nothing in it tuned or replaced."""
+    """Whether a block is open_clip's usual one, without layer scale, with nothing in it trainable or replaced."""
     return (
         type(block) is ResidualAttentionBlock
         and type(block.ls_1) is nn.Identity
@@ -192,20 +190,20 @@ def _is_plain(block: nn.Module) -> bool:
 
 
 def _model_config(arch: str) -> dict[str, Any] | None:
-    """open_clip's account of a model by OpenAI's name or its own, or None."""
+    """open_clip's configuration of a model by OpenAI's name or open_clip's, or None."""
     name = OPENAI[arch][0] if arch in OPENAI else arch
     return open_clip.get_model_config(name) if "/" not in name else None
 
 
 def clip_names() -> list[str]:
-    """Every name that open_clip or OpenAI has for a model, of whatever kind."""
+    """Every name that OpenAI or open_clip has for a model, of whatever kind."""
     return [*OPENAI, *open_clip.list_models()]
 
 
-def timm_trunk(arch: str) -> dict[str, Any] | None:
-    """How open_clip builds the vision tower of `arch` if timm wrote it: arguments of timm.create_model; else None.
+def timm_arguments(arch: str) -> dict[str, Any] | None:
+    """Arguments of timm.create_model for the vision tower of `arch` if timm wrote it, else None.
 
-    `model_name`, and `global_pool` where open_clip changes it before the trunk is built, as norms depend on it.
+    They are `model_name`, and `global_pool` where open_clip changes it before the model is built, as norms depend on it.
     """
     vision = (_model_config(arch) or {}).get("vision_cfg", {})
     if "timm_model_name" not in vision:
@@ -214,73 +212,118 @@ def timm_trunk(arch: str) -> dict[str, Any] | None:
     return {"model_name": vision["timm_model_name"], **changes}
 
 
-def build_tower(arch: str, image_size: int, source: str | None = None) -> OpenClipTower:
+# Arguments of open_clip's VisionTransformer that its model configurations set, besides the sizes.
+_VISION_OPTIONS = [
+    "attentional_pool",
+    "block_type",
+    "final_ln_after_pool",
+    "ls_init_value",
+    "no_ln_pre",
+    "pool_type",
+    "pos_embed_type",
+    "qk_norm",
+    "scale_attn",
+    "scale_attn_inner",
+    "scale_fc",
+    "scale_heads",
+    "scaled_cosine_attn",
+]
+
+
+def build_openclip_tower(arch: str, image_size: int, weights: ClipWeights | None = None) -> OpenClipTower:
     """A tower by name.
 
     Args:
         arch: OpenAI's name (`ViT-B/16`, `ViT-L/14`: built with QuickGELU) or any open_clip ViT (`ViT-B-16`, ...).
-        image_size: pixels a side; positional embeddings are interpolated if the weights have another.
-        source: where the weights are (see `find_weights`), or None for random weights.
+        image_size: pixels a side. Positional embeddings are interpolated if the weights have another size.
+        weights: None for random weights.
 
     Raises:
-        TowerError: unknown or unsuitable name, weights that cannot be had or do not fit, activation mismatch.
+        TowerError: an unknown or unsuitable name, weights that cannot be read or do not fit, another activation.
     """
-    name, model = OPENAI[arch][0] if arch in OPENAI else arch, _model_config(arch)
+    model = _model_config(arch)
     if model is None:
-        known = [*OPENAI, *(n for n in open_clip.list_models() if n.startswith("ViT"))]
+        known = [*OPENAI, *(name for name in open_clip.list_models() if name.startswith("ViT"))]
         raise TowerError(f"network.arch: {arch!r} is not a known CLIP; known are e.g. {', '.join(known[:12])}")
     vision = model["vision_cfg"]
     if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
         kind = "timm's" if "timm_model_name" in vision else "a ResNet"
         raise TowerError(f"network.arch: {arch} is not a plain vision transformer of open_clip ({kind})")
-    options = CLIPVisionCfg(**{**vision, "image_size": image_size})
-    unused = ("attentional_pool", "patch_dropout", "no_ln_pre", "final_ln_after_pool", "ls_init_value", "pool_type", "pos_embed_type", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")  # fmt: skip
-    extra = {key: getattr(options, key) for key in unused}
-    extra["patch_dropout"] = 0.0
-    return _build(
-        options.width, options.layers, options.width // options.head_width, options.mlp_ratio, options.patch_size,
-        image_size, model.get("quick_gelu", False), source, name, extra,
-    )  # fmt: skip
+    vision = CLIPVisionCfg(**vision)
+    return build_custom_tower(
+        width=vision.width,
+        layers=vision.layers,
+        heads=vision.width // vision.head_width,
+        patch_size=vision.patch_size,
+        image_size=image_size,
+        mlp_ratio=vision.mlp_ratio,
+        quick_gelu=model.get("quick_gelu", False),
+        weights=weights,
+        name=OPENAI[arch][0] if arch in OPENAI else arch,
+        **{option: getattr(vision, option) for option in _VISION_OPTIONS},
+    )
 
 
-def build_custom_tower(width: int, layers: int, heads: int, patch_size: int, image_size: int, mlp_ratio: float = 4.0,
-                       quick_gelu: bool = True, source: str | None = None) -> OpenClipTower:  # fmt: skip
-    """A tower from plain sizes, for tests and small experiments. Arguments, result and errors as `build_tower`."""
-    return _build(width, layers, heads, mlp_ratio, patch_size, image_size, quick_gelu, source, "custom", {})
+def build_custom_tower(
+    width: int,
+    layers: int,
+    heads: int,
+    patch_size: int,
+    image_size: int,
+    mlp_ratio: float = 4.0,
+    quick_gelu: bool = True,
+    weights: ClipWeights | None = None,
+    name: str = "custom",
+    **options: Any,
+) -> OpenClipTower:
+    """A tower from plain sizes, for tests and small experiments. The rest and errors: see `build_openclip_tower`.
 
-
-def _build(width: int, layers: int, heads: int, mlp_ratio: float, patch_size: int, image_size: int, quick_gelu: bool,
-           source: str | None, name: str, extra: dict) -> OpenClipTower:  # fmt: skip
+    Args:
+        width: D.
+        layers: number of blocks.
+        heads: must divide D.
+        patch_size: P, in pixels. image_size: pixels a side, a multiple of P.
+        mlp_ratio: hidden width of the MLP / D.
+        quick_gelu: whether the activation is QuickGELU, not GELU.
+        options: further arguments of open_clip's VisionTransformer.
+    """
     if image_size % patch_size:
         raise TowerError(f"data.input_size: {image_size} is not divisible by the patch size {patch_size} of {name}")
     visual = VisionTransformer(
-        image_size=image_size, patch_size=patch_size, width=width, layers=layers, heads=heads, mlp_ratio=mlp_ratio,
-        act_layer=QuickGELU if quick_gelu else nn.GELU, **extra,
-    )  # fmt: skip
-    tower = OpenClipTower(visual, quick_gelu, name)
-    if source is not None:
-        _load(tower, source, name)
-        logger.info("%s: weights from %s", name, source)
+        image_size=image_size,
+        patch_size=patch_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        mlp_ratio=mlp_ratio,
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        **options,
+    )
+    tower = OpenClipTower(visual, quick_gelu=quick_gelu, name=name)
+    if weights is not None:
+        _load(tower, weights)
+        logger.info("%s: weights from %s", name, weights.source)
     return tower
 
 
-def _load(tower: OpenClipTower, source: str, name: str) -> None:
-    """Fetch, check and load weights; the projection to the text space, which nothing here uses, is left out."""
-    gelu = stated_activation(name, source)
-    names = {True: "QuickGELU", False: "GELU"}
-    if gelu is None:
-        logger.warning("%s does not say its activation: make sure that it is %s", source, names[tower.quick_gelu])
-    elif gelu != tower.quick_gelu:
+def _load(tower: OpenClipTower, weights: ClipWeights) -> None:
+    """Check and load all weights but the projection to the text space."""
+    name, activations = tower.name, {True: "QuickGELU", False: "GELU"}
+    built, trained = activations[tower.quick_gelu], activations.get(weights.quick_gelu)
+    if trained is None:
+        logger.warning("%s does not say its activation: make sure that it is %s", weights.source, built)
+    elif trained != built:
         raise TowerError(
-            f"network.arch: {name} is built with {names[tower.quick_gelu]}, but the weights {source} were trained with {names[gelu]}; choose the {'-quickgelu' if gelu else 'plain'} variant"
+            f"network.arch: {name} is built with {built}, but the weights {weights.source} were trained with {trained}; "
+            f"choose the {'-quickgelu' if weights.quick_gelu else 'plain'} variant"
         )
-    tower.mean, tower.std = stated_pixels(name, source) or (tower.mean, tower.std)
-    path = fetch_weights(name, source)
-    values = read_visual_weights(path)
+    values = weights.visual()
     values.pop("proj", None)
     if "positional_embedding" in values:
-        named = {"visual.positional_embedding": values["positional_embedding"]}
-        resize_pos_embed(named, SimpleNamespace(visual=tower.visual))
-        values["positional_embedding"] = named["visual.positional_embedding"]
-    check_fit(values, tower.visual.state_dict(), path, name)
+        resized = {"visual.positional_embedding": values["positional_embedding"]}
+        resize_pos_embed(resized, SimpleNamespace(visual=tower.visual))
+        values["positional_embedding"] = resized["visual.positional_embedding"]
+    check_fit(values, tower.visual.state_dict(), weights.path, name)
     tower.visual.load_state_dict(values)
+    tower.weights = weights.source
+    tower.mean, tower.std = weights.pixel_statistics or (tower.mean, tower.std)

@@ -1,8 +1,4 @@
-"""Trunks that timm wrote, as towers: its vision transformers and its Eva models, by name, block by block.
-
-Lives here: the tower around such a model, its weights in timm's layouts and in open_clip's, and what a model lacks that
-cannot be one. Does not live here: CLIP's own tower (backbone.py), which open_clip name stands for which timm model
-(backbone.py), what a method may ask of a tower (tower.py), the blocks themselves, which run as timm wrote them.
+"""timm's vision transformers and Eva models as towers, by name.
 
 Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L = p + N, D width, P patch size.
 """
@@ -10,7 +6,7 @@ Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,18 @@ from torch import Tensor, nn
 
 from clip.ops import as_is, working_dtype
 from clip.towers.base import Block, Tower, TowerError
-from clip.towers.weights import check_fit
+from clip.towers.weights import check_fit, find_weights, first_line
 
 logger = logging.getLogger("td4v")
 
-FAMILIES = ("vision_transformer", "deit", "eva")
-_UNLIKE = {
+FAMILIES = ("vision_transformer", "deit", "eva")  # timm's files whose models can be towers
+_UNSUITABLE_FAMILIES = {
     "beit": "its attention has positions of its own, relative ones",
     "naflexvit": "its grid of patches follows each image's aspect",
     "vision_transformer_hybrid": "its patches come from a convolutional network",
     "vision_transformer_relpos": "its attention has positions of its own, relative ones",
 }
-_BLOCKS = {
+_UNSUITABLE_BLOCKS = {
     "EvaBlockPostNorm": "the norms stand behind attention and MLP, not before them",
     "ResPostBlock": "the norms stand behind attention and MLP, not before them",
     "ParallelScalingBlock": "attention and MLP run side by side, not one after the other",
@@ -96,26 +92,28 @@ class TimmBlock(Block):
 
 
 class TimmTower(Tower):
-    """A vision transformer or Eva model of timm, whose blocks run as timm wrote them, in eval mode: nothing is dropped.
+    """A vision transformer or Eva model of timm, whose blocks run as timm wrote them.
 
-    Class token, registers (a distillation token counts as one), absolute and rotary positions, layer scale and norms in
-    odd places are kept. Classifier and attentional pooling go. `final_norm` is the norm behind the blocks; for models
-    which average tokens first and have weights in the norm behind that alone (timm's fc_norm), it is that one, which
-    here normalises each token before the average.
+    Class token, registers (a distillation token counts as one), absolute and rotary positions, layer scale and extra
+    norms are kept. Classifier and attentional pooling are removed. `final_norm` is the norm after the blocks. Some
+    models average the tokens first and have weights only in the norm after that (timm's fc_norm): then it is that norm,
+    which here normalises each token before the average.
 
     Args:
-        model: built with dynamic_img_size false. It becomes part of the tower. name: of the architecture, for messages.
+        model: built with dynamic_img_size false. It becomes part of the tower.
+        name: the architecture's name, for messages.
 
     Raises:
-        TowerError: what the model lacks.
+        TowerError: the model is unsuitable; the message says why.
     """
 
     def __init__(self, model: VisionTransformer | Eva, name: str):
         super().__init__(name)
-        _refuse_unlike(model, name)
+        _check_suitable(model, name)
         pooled_norm = _has_weights(model.fc_norm) and not _has_weights(model.norm)
         self._final = "fc_norm" if pooled_norm else "norm"
-        for part in {*_UNUSED, "norm", "fc_norm"} - {self._final}:
+        self.removed_parts = {*_UNUSED, "norm", "fc_norm"} - {self._final}
+        for part in self.removed_parts:
             if isinstance(getattr(model, part, None), nn.Module):
                 setattr(model, part, nn.Identity())
         model.blocks = nn.ModuleList(model.blocks)
@@ -149,7 +147,7 @@ class TimmTower(Tower):
         }
 
     def embed(self, patches: Tensor, added: Tensor | None = None) -> Tensor:
-        """Tokens before the patches, positions, `added`, norm_pre: see Tower; same dtype as `patches`."""
+        """Adds prefix tokens, positions and `added`, then applies norm_pre: (M, N, 3*P*P) -> (M, L, D), same dtype."""
         model, dtype, projection = self.model, patches.dtype, self.model.patch_embed.proj
         with as_is(patches):
             bias = None if projection.bias is None else projection.bias.to(dtype)
@@ -171,8 +169,8 @@ def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _refuse_unlike(model: nn.Module, name: str) -> None:
-    """Raise TowerError for a model that the tower cannot run, naming what it lacks."""
+def _check_suitable(model: nn.Module, name: str) -> None:
+    """Raise TowerError for a model that the tower cannot run, saying why."""
     if not isinstance(model, (VisionTransformer, Eva)):
         raise TowerError(
             f"network.arch: {name} is timm's {type(model).__name__}, neither a VisionTransformer nor an Eva"
@@ -181,8 +179,8 @@ def _refuse_unlike(model: nn.Module, name: str) -> None:
     if kinds:
         kind = kinds.pop().__name__
         raise TowerError(
-            f"network.arch: {name} has blocks of another kind than norm, attention, norm, MLP, which methods here "
-            f"stand in ({kind}: {_BLOCKS.get(kind, 'not known here')})"
+            f"network.arch: {name} has blocks of another kind than norm, attention, norm, MLP, which models here "
+            f"work with ({kind}: {_UNSUITABLE_BLOCKS.get(kind, 'not known here')})"
         )
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
@@ -203,31 +201,31 @@ def is_timm_name(arch: str) -> bool:
 
 
 def timm_names() -> list[str]:
-    """Names, without tags, of the timm models that are of the families used here."""
+    """Names, without tags, of all timm models of FAMILIES."""
     return [name for family in FAMILIES for name in timm.list_models(module=family)]
 
 
 def find_timm_weights(arch: str, weights: str | None) -> str:
-    """Where a timm model's weights come from.
+    """Where a timm model's weights are.
 
     Args:
-        arch: timm's name, with or without a tag. weights: of the configuration: a file, a tag, or None for the name's
-            own tag, or timm's default.
+        arch: timm's name, with or without a tag.
+        weights: a file, a tag, or None for the name's own tag, or timm's default.
 
     Returns:
-        a path to a file, or the name with a tag.
+        A path to a file, or the name with a tag.
 
     Raises:
-        TowerError: no such tag, or no weights.
+        TowerError: the file or the tag does not exist, or timm has no weights of the model.
     """
-    name, _, stated = arch.partition(".")
+    name, _, own_tag = arch.partition(".")
     tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name}.*")]
-    if weights is not None and Path(weights).is_file():
+    if weights is not None and Path(find_weights(arch, weights)).is_file():
         return weights
-    if weights is not None and stated not in ("", weights):
+    if weights is not None and own_tag not in ("", weights):
         raise TowerError(f"network.weights: {weights!r} is no file and not the tag that network.arch: {arch} has")
     default = timm.models.get_pretrained_cfg(name)
-    tag = weights or stated or (default.tag if default is not None else "")
+    tag = weights or own_tag or (default.tag if default is not None else "")
     if not tags:
         raise TowerError(
             f"network.weights: timm has no weights of {name}: give a file, or set network.init to false for random ones"
@@ -239,24 +237,50 @@ def find_timm_weights(arch: str, weights: str | None) -> str:
     return f"{name}.{tag}"
 
 
-def build_timm_tower(name: str, image_size: int, source: str | None = None, known_as: str | None = None,
-                     **changes: Any) -> TimmTower:  # fmt: skip
+def build_timm_tower(
+    name: str, image_size: int, source: str | None = None, known_as: str | None = None, **changes: Any
+) -> TimmTower:
     """A tower by timm's name.
 
     Args:
-        name: with or without a tag, which says what else timm knows of it (mean and deviation of the pixels).
-        image_size: pixels a side; positions are interpolated if the weights have another.
-        source: of `find_timm_weights`, None for random weights. Files may be in any layout that timm reads for the
-            model (its own, those of the authors), or open_clip's, with the trunk under `visual.trunk.`; a classifier is
-            left out.
-        known_as: the name for messages, if it is not timm's. changes: arguments of timm's model, in place of its own.
+        name: with or without a tag, which selects what else timm knows of the model (mean and std of the pixels).
+        image_size: pixels a side. Positions are interpolated if the weights have another size.
+        source: as `find_timm_weights` returns it; None for random weights. Files may have any layout that timm reads
+            for the model (its own, the authors'), or open_clip's, with the tower under `visual.trunk.`. A classifier
+            is left out.
+        known_as: the name for messages, if it is not timm's.
+        changes: arguments of timm's model that replace its own.
 
     Raises:
-        TowerError: unknown or unsuitable name, a size that the patches do not divide, weights that cannot be had or
+        TowerError: an unknown or unsuitable name, a size that the patches do not divide, weights that cannot be read or
             do not fit.
     """
     known_as = known_as or name
-    called = known_as if known_as == name else f"{known_as} (timm's {name})"
+    described = known_as if known_as == name else f"{known_as} (timm's {name})"
+    _check_name(name, described)
+    arguments = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": False, **changes}
+    try:
+        model = timm.create_model(name, **arguments)
+    except (AssertionError, RuntimeError, ValueError) as error:  # an unknown tag, sizes that timm refuses
+        raise TowerError(f"network.arch: {described}: {first_line(error)}") from None
+    tower = TimmTower(model, known_as)
+    if image_size % tower.patch_size:
+        raise TowerError(
+            f"data.input_size: {image_size} is not divisible by the patch size {tower.patch_size} of {described}"
+        )
+    if source is None:
+        return tower
+    if Path(source).is_file():
+        _load(tower, Path(source))
+    else:
+        tower = TimmTower(_download(source, arguments), known_as)
+    tower.weights = source
+    logger.info("%s: weights from %s", described, source)
+    return tower
+
+
+def _check_name(name: str, described: str) -> None:
+    """Raise TowerError for a name that timm does not know, or whose family cannot be a tower."""
     if not is_timm_name(name):
         raise TowerError(f"network.arch: timm has no model {name!r}")
     renamed = timm.models.get_deprecated_models()
@@ -264,38 +288,21 @@ def build_timm_tower(name: str, image_size: int, source: str | None = None, know
         raise TowerError(f"network.arch: timm has dropped the name {name} for {renamed[name] or 'no other'}")
     family = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     if family not in FAMILIES:
-        lack = _UNLIKE.get(family, "equal blocks of norm, attention, norm, MLP on one grid of patches are missing")
+        reason = "equal blocks of norm, attention, norm, MLP on one grid of patches are missing"
         raise TowerError(
-            f"network.arch: {called} is no vision transformer that methods here can stand in: {lack} "
-            f"(timm's family {family}; those that can are {', '.join(FAMILIES)})"
+            f"network.arch: {described} is no vision transformer that models here can use: "
+            f"{_UNSUITABLE_FAMILIES.get(family, reason)} "
+            f"(timm's family {family}; suitable are {', '.join(FAMILIES)})"
         )
-    changes = {"img_size": image_size, "num_classes": 0, "dynamic_img_size": False, **changes}
-    try:
-        model = timm.create_model(name, **changes)
-    except (AssertionError, RuntimeError, ValueError) as error:  # a tag that is none, sizes that timm refuses
-        raise TowerError(f"network.arch: {called}: {_first_line(error)}") from None
-    tower = TimmTower(model, known_as)
-    if image_size % tower.patch_size:
-        raise TowerError(
-            f"data.input_size: {image_size} is not divisible by the patch size {tower.patch_size} of {called}"
-        )
-    if source is None:
-        return tower
-    if Path(source).is_file():
-        _load(tower, Path(source))
-    else:
-        tower = TimmTower(_fetch(source, changes), known_as)
-    logger.info("%s: weights from %s", called, source)
-    return tower
 
 
-def _fetch(source: str, changes: dict[str, Any]) -> nn.Module:
-    """timm's model with the weights of a tag, downloaded where they are not in the Hugging Face cache."""
+def _download(source: str, arguments: dict[str, Any]) -> nn.Module:
+    """timm's model with the weights of a tag, downloaded if they are not in the Hugging Face cache."""
     try:
-        return timm.create_model(source, pretrained=True, **changes)
-    except Exception as error:  # whatever hub, network and disk have to say
+        return timm.create_model(source, pretrained=True, **arguments)
+    except Exception as error:  # whatever hub, network and disk raise
         raise TowerError(
-            f"cannot get {source} ({type(error).__name__}: {_first_line(error)}): name a file in network.weights, "
+            f"cannot get {source} ({type(error).__name__}: {first_line(error)}): name a file in network.weights, "
             "or set network.init to false"
         ) from None
 
@@ -305,31 +312,27 @@ def _load(tower: TimmTower, path: Path) -> None:
     model = tower.model
     try:
         values = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # whatever a file that is not one of weights leads to
+    except Exception as error:  # whatever a file without weights leads to
         raise TowerError(
-            f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {_first_line(error)})"
+            f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {first_line(error)})"
         ) from None
     if not isinstance(values, Mapping):
         raise TowerError(f"{path}: holds no state_dict")
     try:
         values = _filter(model)(values, model)
-    except Exception as error:  # whatever timm has to say of weights that are another model's
+    except Exception as error:  # whatever timm raises for another model's weights
         raise TowerError(
             f"{path}: does not fit {tower.name}, for timm cannot bring it into the model's layout "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from None
-    unused = tuple(f"{name}." for name in {*_UNUSED, "norm", "fc_norm"} - {tower._final})
-    values = {key: value for key, value in values.items() if key in model.state_dict() or not key.startswith(unused)}
-    check_fit(values, model.state_dict(), path, tower.name)
+    wanted, removed = model.state_dict(), tuple(f"{part}." for part in tower.removed_parts)
+    values = {key: value for key, value in values.items() if key in wanted or not key.startswith(removed)}
+    check_fit(values, wanted, path, tower.name)
     model.load_state_dict(values)
 
 
-def _filter(model: nn.Module) -> Any:
+def _filter(model: nn.Module) -> Callable[..., dict[str, Tensor]]:
     """timm's function (values, model) -> values under timm's names, positions and patches resized to the model's."""
     if isinstance(model, Eva):
         return eva.checkpoint_filter_fn
     return partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, sizes_of, tokenize, words
+from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, tokenize, words
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import Config, ConfigError, config_from_dict
@@ -196,14 +196,14 @@ def test_texts_that_do_not_fit_are_refused(file: str, tmp_path: Path, clip: open
         build_model(config(file), class_names=("a", "a b c d e " * 20, "c"))
     with pytest.raises(ConfigError, match="vocabulary of 49408 tokens, and this text tower has 100"):
         tokenize(["a"], ["{}"], TextSizes(vocab_size=100))
-    assert sizes_of("ViT-B-16-quickgelu") == TextSizes()
-    assert sizes_of("ViT-L-14") == TextSizes(width=768, heads=12, embed=768)
+    assert TextSizes.of_model("ViT-B-16-quickgelu") == TextSizes()
+    assert TextSizes.of_model("ViT-L-14") == TextSizes(width=768, heads=12, embed=768)
     with pytest.raises(TowerError, match="those of xlm-roberta-base-ViT-B-32 are others .hf_model_name"):
-        sizes_of("xlm-roberta-base-ViT-B-32")
+        TextSizes.of_model("xlm-roberta-base-ViT-B-32")
     values = clip.state_dict()
     for part in ("logit_scale", "visual.proj", "token_embedding.weight"):
         path = write(tmp_path, "bare", {key: value for key, value in values.items() if key != part})
-        with pytest.raises(TowerError, match=f"needs a whole CLIP, and this file has no {part}"):
+        with pytest.raises(TowerError, match=f"needs a complete CLIP, and this file has no {part}"):
             build(str(path))
     path = write(tmp_path, "bare", {**values, "visual.proj": torch.ones(32, 48)})
     with pytest.raises(TowerError, match=r"first proj: \(32, 48\) in the file, \(64, 48\) in the model"):
@@ -228,7 +228,7 @@ def test_names_that_no_text_tells_apart_are_refused(file: str, names: tuple[str,
     ({"model": "td4v_side", "pyramid": {"n_embs": [16, 32]}}, "space, which network.model td4v_side does not give"),
     ({"options": {"feature": "mean_tokens"}}, "linear_probe and network.options.feature mean_tokens does not give"),
     ({"file": None}, "needs a pretrained CLIP, but network.init is false"),
-    ({"file": None, "arch": "EVA02-B-16", "vision": None}, "not supported for trunks that timm wrote, and EVA02-B-16"),
+    ({"file": None, "arch": "EVA02-B-16", "vision": None}, "not supported for towers that timm wrote, and EVA02-B-16"),
 ])  # fmt: skip
 def test_what_has_no_text_head_says_so(file: str, change: dict, message: str) -> None:
     with pytest.raises((ConfigError, TowerError), match=message):
@@ -239,7 +239,7 @@ def test_a_tower_whose_tokens_are_averaged_has_no_text_head() -> None:
     tower = build_custom_tower(**VISION)
     tower.visual.pool_type = "avg"
     with pytest.raises(TowerError, match="projects its class token .*, and custom projects the mean of its tokens"):
-        build_text_head(tower, 3, ["{}"], "none", None, None, pretrained=False)
+        build_text_head(config(None), tower, pretrained=False)
 
 
 def test_settings_that_nothing_reads_are_refused(file: str) -> None:

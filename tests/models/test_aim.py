@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.towers.base import TowerError
-from clip.towers.openclip_vit import build_tower
+from clip.towers.openclip_vit import build_openclip_tower
 from configs.schema import Config, ConfigError, config_from_dict
 from engine.profiling import saved_for_backward
 from models.aim import AIM, Options
@@ -165,7 +165,7 @@ def test_counts() -> None:
         adapter = 2 * width * (width // 4) + width // 4 + width
         assert (2 + count) * layers * adapter + 8 * width + 2 * width == tuned
         with torch.device("meta"):
-            model = freeze_all_but_trainable(AIM(build_tower(arch, 224), 51, 8, count))
+            model = freeze_all_but_trainable(AIM(build_openclip_tower(arch, 224), 51, 8, count))
         report = parameter_report(model)
         assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert report.trainable - report.by_module["head"] == tuned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clip.towers.openclip_vit import OpenClipTower, build_tower
+from clip.towers.openclip_vit import OpenClipTower, build_openclip_tower
 from configs.schema import ConfigError, config_from_dict
 from engine.optim import check_groups
 from models.full_finetune import FullFinetune
@@ -47,7 +47,7 @@ def test_counts_of_a_small_tower_by_hand(method: str) -> None:
 
 def test_counts_of_vit_b16_with_51_classes() -> None:
     with torch.device("meta"):
-        tower = build_tower("ViT-B/16", 224)
+        tower = build_openclip_tower("ViT-B/16", 224)
         full, probe = (
             freeze_all_but_trainable(FullFinetune(tower, 51)),
             freeze_all_but_trainable(LinearProbe(tower, 51)),

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clip.towers.base import CHUNK, TowerError
-from clip.towers.openclip_vit import OpenClipTower, build_custom_tower, build_tower
-from clip.towers.weights import find_weights, read_visual_weights
+from clip.towers.openclip_vit import OpenClipTower, build_custom_tower, build_openclip_tower
+from clip.towers.weights import ClipWeights, find_weights
 
 SMALL = dict(width=32, layers=2, heads=2, patch_size=8, image_size=32)
 
@@ -89,17 +89,17 @@ def test_weights_of_transformers(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({key: value.contiguous() for key, value in transformers_layout(kept).items()}, path)
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": "quick_gelu"}}))
-    tower = build_custom_tower(**SMALL, source=str(path))
+    tower = build_custom_tower(**SMALL, weights=ClipWeights("custom", path))
     for key, value in tower.visual.state_dict().items():
         assert torch.equal(value, kept[f"visual.{key}"]), key
     with pytest.raises(TowerError, match="built with GELU.*trained with QuickGELU"):
-        build_custom_tower(**SMALL, quick_gelu=False, source=str(path))
+        build_custom_tower(**SMALL, quick_gelu=False, weights=ClipWeights("custom", path))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bare", "wrapped", "visual only", "torchscript"])
 def test_weights_of_every_format(tmp_path, kind):
     values = visual_weights(build_custom_tower(**SMALL))
-    tower = build_custom_tower(**SMALL, source=str(write(tmp_path, kind, values)))
+    tower = build_custom_tower(**SMALL, weights=ClipWeights("custom", write(tmp_path, kind, values)))
     for key, value in tower.visual.state_dict().items():
         expected = values[f"visual.{key}"].half().float() if kind == "torchscript" else values[f"visual.{key}"]
         assert value.dtype == torch.float32 and torch.equal(value, expected)
@@ -108,7 +108,7 @@ def test_weights_of_every_format(tmp_path, kind):
 def test_positions_are_interpolated(tmp_path):
     values = visual_weights(build_custom_tower(**SMALL))
     path = write(tmp_path, "bare", values)
-    tower = build_custom_tower(**{**SMALL, "image_size": 48}, source=str(path))
+    tower = build_custom_tower(**{**SMALL, "image_size": 48}, weights=ClipWeights("custom", path))
     assert tower.visual.positional_embedding.shape == (37, 32)
     assert torch.equal(tower.visual.positional_embedding[0], values["visual.positional_embedding"][0])
     assert tower(torch.randn(2, 3, 48, 48)).shape == (2, 37, 32)
@@ -118,39 +118,39 @@ def test_activation_mismatch_is_an_error(tmp_path):
     values = visual_weights(build_custom_tower(**SMALL))
     archive = write(tmp_path, "torchscript", values)
     with pytest.raises(TowerError, match="built with GELU.*trained with QuickGELU"):
-        build_custom_tower(**SMALL, quick_gelu=False, source=str(archive))
+        build_custom_tower(**SMALL, quick_gelu=False, weights=ClipWeights("custom", archive))
     file = write(tmp_path, "bare", values)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": False}}))
     with pytest.raises(TowerError, match="built with QuickGELU.*trained with GELU"):
-        build_custom_tower(**SMALL, source=str(file))
+        build_custom_tower(**SMALL, weights=ClipWeights("custom", file))
     with pytest.raises(TowerError, match="ViT-B-16 is built with GELU.*openai.*QuickGELU"):
-        build_tower("ViT-B-16", 32, "openai")
+        build_openclip_tower("ViT-B-16", 32, ClipWeights("ViT-B-16", "openai"))
 
 
 def test_refusals(tmp_path):
     values = visual_weights(build_custom_tower(**SMALL))
     for change, message in (({"width": 48, "heads": 3}, "does not fit"), ({"layers": 3}, "does not fit")):
         with pytest.raises(TowerError, match=message):
-            build_custom_tower(**{**SMALL, **change}, source=str(write(tmp_path, "bare", values)))
+            build_custom_tower(**{**SMALL, **change}, weights=ClipWeights("custom", write(tmp_path, "bare", values)))
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no weights")
     with pytest.raises(TowerError, match="broken.pt: cannot be read"):
-        read_visual_weights(broken)
+        ClipWeights("custom", broken).visual()
     code = tmp_path / "code.pt"
     torch.save({"visual.conv1.weight": print}, code)
     with pytest.raises(TowerError, match="cannot be read"):
-        read_visual_weights(code)
+        ClipWeights("custom", code).visual()
     text = write(tmp_path, "bare", {"token_embedding.weight": torch.ones(2)})
     with pytest.raises(TowerError, match="no CLIP vision transformer"):
-        read_visual_weights(text)
+        ClipWeights("custom", text).visual()
     with pytest.raises(TowerError, match="'ViT-B/17' is not a known CLIP"):
-        build_tower("ViT-B/17", 224)
+        build_openclip_tower("ViT-B/17", 224)
     with pytest.raises(TowerError, match="not a plain vision transformer"):
-        build_tower("RN50", 224)
+        build_openclip_tower("RN50", 224)
     with pytest.raises(TowerError, match="neither a file nor a tag of ViT-B-16-quickgelu; its tags are"):
-        build_tower("ViT-B/16", 224, "laion9b")
+        build_openclip_tower("ViT-B/16", 224, ClipWeights("ViT-B/16", "laion9b"))
     with pytest.raises(TowerError, match="not divisible by the patch size"):
-        build_tower("ViT-B/16", 225)
+        build_openclip_tower("ViT-B/16", 225)
 
 
 def test_more_images_than_a_block_takes_at_a_time():
@@ -185,7 +185,7 @@ def test_frozen_and_never_training():
 def test_equals_open_clip(arch):
     """Block by block as open_clip's own forward, for OpenAI's names and open_clip's."""
     torch.manual_seed(0)
-    tower = build_tower(arch, 64)
+    tower = build_openclip_tower(arch, 64)
     name = {"ViT-B/32": "ViT-B-32-quickgelu"}.get(arch, arch)
     assert tower.quick_gelu == name.endswith("quickgelu")
     model = open_clip.create_model(name, load_weights=False, force_image_size=64).visual.eval()

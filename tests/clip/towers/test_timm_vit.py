@@ -13,7 +13,7 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from clip.towers.base import TowerError
-from clip.towers.openclip_vit import timm_trunk
+from clip.towers.openclip_vit import timm_arguments
 from clip.towers.timm_vit import build_timm_tower, find_timm_weights, timm_names
 from configs.schema import CLIP_MEAN, CLIP_STD, config_from_dict
 from models.loading import load_weights
@@ -251,7 +251,7 @@ def test_a_checkpoint_goes_out_and_in(tmp_path):
 @pytest.mark.parametrize("wrapped", ["bare", "state_dict", "safetensors"])
 @pytest.mark.parametrize("arch", KINDS)
 def test_files_of_timm_and_open_clip_load(arch, wrapped, tmp_path, caplog):
-    trunk = timm_trunk(arch)
+    trunk = timm_arguments(arch)
     size = KINDS[arch][2]
     if trunk is None:
         theirs = shake(timm.create_model(arch, num_classes=7, img_size=2 * size))  # a classifier, positions of 4 x 4
@@ -344,7 +344,7 @@ def test_a_name_that_both_libraries_have_takes_timms_tags():
         return timm.create_model(source, **changes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clip.towers.timm_vit._fetch", noted)
+        patch.setattr("clip.towers.timm_vit._download", noted)
         for weights in (None, "sw_in12k_ft_in1k"):
             options = {"feature": "mean_tokens"}
             build_model(config(arch, init=True, weights=weights, options=options))
@@ -425,7 +425,7 @@ def test_tags(monkeypatch):
         ("RN50", "RN50 is not a plain vision transformer of open_clip .a ResNet"),
         ("convnext_base", "convnext_base is no vision transformer .*timm's family convnext"),
         ("ViTamin-S", r"ViTamin-S \(timm's vitamin_small_224\) is no vision transformer"),
-        ("resnet50", "resnet50 is no vision transformer that methods here can stand in"),
+        ("resnet50", "resnet50 is no vision transformer that models here can use"),
         ("swin_tiny_patch4_window7_224", "equal blocks .* on one grid of patches are missing"),
         ("beit_base_patch16_224", "its attention has positions of its own"),
         ("naflexvit_base_patch16_siglip", "its grid of patches follows each image's aspect"),
@@ -487,8 +487,10 @@ def test_random_weights_follow_the_seed():
 
 
 def test_open_clips_names_stand_for_timms_models():
-    assert timm_trunk("ViT-B-16-SigLIP") == {"model_name": "vit_base_patch16_siglip_224", "global_pool": "map"}
-    assert timm_trunk("EVA02-B-16") == {"model_name": "eva02_base_patch16_clip_224", "global_pool": "token"}
-    assert timm_trunk("vit_medium_patch16_gap_256") == {"model_name": "vit_medium_patch16_gap_256"}
-    assert timm_trunk("ViT-B/16") is None and timm_trunk("ViT-B-16") is None and timm_trunk("nothing") is None
+    assert timm_arguments("ViT-B-16-SigLIP") == {"model_name": "vit_base_patch16_siglip_224", "global_pool": "map"}
+    assert timm_arguments("EVA02-B-16") == {"model_name": "eva02_base_patch16_clip_224", "global_pool": "token"}
+    assert timm_arguments("vit_medium_patch16_gap_256") == {"model_name": "vit_medium_patch16_gap_256"}
+    assert (
+        timm_arguments("ViT-B/16") is None and timm_arguments("ViT-B-16") is None and timm_arguments("nothing") is None
+    )
     assert {"vit_base_patch16_224", "deit3_small_patch16_224", "eva02_base_patch14_224"} <= set(timm_names())
