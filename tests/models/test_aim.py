@@ -20,7 +20,7 @@ from engine.profiling import saved_for_backward
 from models.aim import AIM, Options
 from models.parameters import freeze_all_but_trainable, parameter_groups, parameter_report
 from models.registry import build_model
-from scripts.profile.__main__ import block_calls
+from scripts.profile.measure import block_calls
 
 WIDTH, LAYERS, HEADS, FRAMES, CLASSES, SIDE = 32, 3, 2, 4, 5, 16
 TOKENS = 1 + (SIDE // 8) ** 2
