@@ -75,9 +75,7 @@ class DataConfig:
 
     dataset: str  # a known name, such as hmdb51 or somethingv2, or a name of your own with data.style
     num_classes: int
-    modality: Literal["RGB", "video"] = (
-        "RGB"  # RGB: frame folders, rows `path num_frames label`; video: files, `path label`
-    )
+    modality: Literal["RGB", "video"] = "RGB"  # frame folders (rows `path num_frames label`) or files (`path label`)
     num_segments: int = 8  # T, the segments of a clip, one frame each for most models
     seg_length: Optional[int] = None  # frames read at each segment; null: as many as the model reads
     batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips
@@ -299,9 +297,7 @@ class NetworkConfig:
     text: TextConfig = field(default_factory=TextConfig)  # with head: text
     drop_fc: float = 0.0  # dropout before the classifier
     sync_bn: bool = False  # BatchNorm over all processes
-    recompute: bool = (
-        False  # compute blocks again in backward instead of saving their activations: less memory, more time
-    )
+    recompute: bool = False  # compute blocks again in backward, do not save activations: less memory, more time
     cache_features: Literal["off", "val", "all"] = "off"  # compute frozen features once and keep them on disk
     DA_ratio: Ratio = Ratio(1 / 6)  # td4v_side: channels of a TD4V module by width
     sample_mode: Literal["FC", "CNN"] = "CNN"  # td4v_side: what reduces the channels of a TD4V module

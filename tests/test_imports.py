@@ -39,7 +39,7 @@ ALLOWED = {
         "engine",
         "datasets",
         "common",
-        "configs.schema",
+        "configs",
     ),
     "hubconf": ("models", "engine", "configs.schema"),
     "train_vision": ("models", "engine", "datasets.build", "configs.schema"),

@@ -247,7 +247,8 @@ def _configs(options: argparse.Namespace) -> list[tuple[str, Config]]:
                 options=config.network.options if method == config.network.model_name else {},
             )  # fmt: skip
             data = replace(config.data, num_segments=options.frames or config.data.num_segments)
-            name = f"{Path(path).stem} {method}"
+            file = Path(path)
+            name = f"{file.parent.name if file.stem == method else file.stem} {method}"
             name += f", {options.batch} x {data.num_segments} frames{', recomputed' if options.recompute else ''}"
             found.append((name, replace(config, network=network, data=data)))
     return found
