@@ -27,6 +27,7 @@ from common.workers import Workers, progress
 
 SUFFIX = ".zip"
 IMAGE_TMPL = "{:06d}.jpg"
+_KILLED = "the process at work on it was killed; run the command again"
 HEADER_BYTES = 200  # of a frame in a zip, at most, for names of usual length
 SHOWN_PROBLEMS = 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what zipfile raises of damaged files
@@ -120,7 +121,7 @@ def pack(frames: Path, out: Path, image_tmpl: str = IMAGE_TMPL, jobs: int = 1) -
     with Workers(jobs) as workers:
         scans = workers.run(partial(_scan, image_tmpl), videos)
         found = dict(progress(scans, len(videos), "looking at the frames"))
-        _refuse([scan for scan in found.values() if isinstance(scan, str)])
+        _refuse([scan or _KILLED for scan in found.values() if not isinstance(scan, _Scan)])
         todo = [video for video in videos if not found[video].packed]
         logger.info("%s: %d of %d videos are packed already", out, len(videos) - len(todo), len(videos))
         _check_space(out, sum(found[video].size for video in todo))
@@ -129,9 +130,8 @@ def pack(frames: Path, out: Path, image_tmpl: str = IMAGE_TMPL, jobs: int = 1) -
             if not try_lock(lock):
                 raise PackError(f"{out}: another process is packing frames there")
             for (_, target), error in progress(workers.run(_pack_folder, todo), len(todo), "packing"):
-                if error is None:
-                    raise PackError(f"{target}: the process that packed it was killed; run the command again")
-                _refuse([error] if error else [])
+                if error != "":
+                    raise PackError(error or f"{target}: {_KILLED}")
 
 
 class _Scan(NamedTuple):
