@@ -1,13 +1,9 @@
-"""Video file -> uint8 RGB frames: one small interface, `open_video`, over the libraries that can decode.
+"""Video file -> uint8 RGB frames: one function, `open_video`, over the libraries that can decode.
 
-Lives here: the choice of a library and what is refused before any library looks at the file.
-Does not live here: the interface itself (base.py), what each library does (decord_file.py, pyav_file.py), which frames
-are wanted (sampling.py), what a list promises about a file (readers.py).
-
-Of files that are whole, every library gives the same frames for the same indices: frame k is the k-th, in the order of presentation, that
-decodes when the file is decoded from its beginning. Pixels differ by the libraries' colour conversion alone.
-torchcodec 0.17 is no choice: it needs FFmpeg's shared libraries on the system, and trusts the time stamps of every
-file: on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frames. It is no faster than PyAV here.
+Of undamaged files, every library gives the same frames for the same indices: frame k is the k-th, in the order of
+presentation, that decodes when the file is decoded from its beginning. Pixels differ by the libraries' colour
+conversion alone. torchcodec 0.17 is no choice: it needs FFmpeg's shared libraries on the system, and it trusts the time
+stamps of every file, so on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frames. It is not faster.
 """
 
 from __future__ import annotations
@@ -21,10 +17,10 @@ from datasets.decoders.pyav_file import PyAVFile
 
 __all__ = ["PACKAGES", "DecodeError", "Decoder", "DecoderMissing", "VideoFile", "library", "open_video"]
 
-OPENERS: dict[str, Callable[[str], VideoFile]] = {"decord": DecordFile, "pyav": PyAVFile}
+OPENERS: dict[str, Callable[[str], VideoFile]] = {"pyav": PyAVFile, "decord": DecordFile}
 
 
-def open_video(path: str, decoder: Decoder = "decord") -> VideoFile:
+def open_video(path: str, decoder: Decoder = "pyav") -> VideoFile:
     """Open the video at `path` with one library, which decodes on one thread.
 
     Raises:

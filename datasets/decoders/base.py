@@ -1,7 +1,4 @@
-"""What every decoder offers: the interface of an opened video, its errors and what the libraries' modules share.
-
-Lives here: VideoFile, DecodeError, DecoderMissing, and importing a library. Does not live here: anything that calls one.
-"""
+"""What every decoder offers: the interface of an opened video, its errors, and what the libraries' modules share."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-Decoder = Literal["decord", "pyav"]
+Decoder = Literal["pyav", "decord"]
 
-PACKAGES: dict[Decoder, str] = {"decord": "decord", "pyav": "av"}  # the package that each decoder needs
+PACKAGES: dict[Decoder, str] = {"pyav": "av", "decord": "decord"}  # the package that each decoder needs
 EMPTY_MPEG4 = 16  # bytes: an MPEG-4 packet up to this size may hold no frame ("not coded"), a larger one holds one
-KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded whole are kept for reading up to this size
+KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded from its start are kept up to this size
 
 
 class DecodeError(RuntimeError):
@@ -27,7 +24,7 @@ class DecodeError(RuntimeError):
 
 
 class DecoderMissing(RuntimeError):
-    """The library that is asked for is not installed: the setup is wrong, not the file."""
+    """The requested library is not installed: the setup is wrong, not the file."""
 
 
 def library(decoder: Decoder) -> ModuleType:
@@ -55,11 +52,11 @@ class VideoFile(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Frames in any order, repeated ones too, each decoded once: (T,) -> (T, H, W, 3) uint8 RGB. DecodeError."""
+        """Frames in any order, also repeated, each decoded once: (T,) -> (T, H, W, 3) uint8 RGB. DecodeError."""
 
     @abstractmethod
     def frames(self) -> Iterator[np.ndarray]:
-        """Every frame from the first on, (H, W, 3) uint8 RGB, up to the last that decodes; not to be mixed with read.
+        """Every frame from the first on, (H, W, 3) uint8 RGB, up to the last that decodes. Do not mix it with `read`.
 
         Raises DecodeError if not even the first one decodes; damage further on ends the frames early.
         """
@@ -79,12 +76,12 @@ class VideoFile(ABC):
         return self._size[1]
 
     def _wanted(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(T,) indices -> the distinct ones in rising order (U,), and the place of each index among them (T,)."""
-        wanted, places = np.unique(indices, return_inverse=True)
+        """(T,) indices -> the distinct ones in rising order (U,), and which of them each index is (T,)."""
+        wanted, inverse = np.unique(indices, return_inverse=True)
         if wanted[0] < 0 or wanted[-1] >= self.num_frames:
-            asked = wanted[0] if wanted[0] < 0 else wanted[-1]
-            raise DecodeError(f"{self.path}: frame {asked} is asked for, the file holds {self.num_frames} frames")
-        return wanted, places
+            wrong = wanted[0] if wanted[0] < 0 else wanted[-1]
+            raise DecodeError(f"{self.path}: frame {wrong} is requested, the file holds {self.num_frames} frames")
+        return wanted, inverse
 
     def _short(self, found: int) -> DecodeError:
         return DecodeError(f"{self.path}: only {found} of {self.declared_frames} frames can be decoded")

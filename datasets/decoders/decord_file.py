@@ -1,23 +1,22 @@
-"""decord behind the interface of base.py: the default.
+"""decord behind the interface of base.py: an option where it has wheels (no release since 2022).
 
-Lives here: what decord 0.6.0 gets wrong and how its frames are made exact. Does not live here: other libraries.
-
-Seen on HMDB51, UCF101 and Kinetics files and on small files of the common encoders:
+What decord 0.6.0 gets wrong, seen on HMDB51, UCF101 and Kinetics files and on small files of the common encoders, and
+how its frames are made exact:
 - It turns rotated phone videos upright, and reads .webm, .mkv and files with metadata in any encoding.
 - It counts packets. MPEG-4 AVIs with packed B-frames (many of HMDB51) hold one packet more than frames, some of UCF101
   hold packets that say "nothing changed" and give no frame. Where a frame is missing decord silently returns another
   one; with a `fault_tol` close to 0 it raises instead. Its seeks count packets too, so they land too far on.
 - Where packets carry no time stamps (AVIs with B-frames: HMDB51, a tenth of UCF101) a seek may land elsewhere, up to 20
   frames off. Decoding from the first frame on is right.
-- It takes the place of a key frame in the file for its place in the order of presentation. With open GOPs (H.264) that
-  is up to 16 frames too early: frames from there to the key frame come out wrong after a seek to it, others are right.
-  They are reached from the key frame before, which costs up to a fifth more on Kinetics.
+- It takes the position of a key frame in the file for its position in the order of presentation. With open GOPs (H.264)
+  that is up to 16 frames too early: frames from there to the key frame come out wrong after a seek to it, others are
+  right. They are reached from the key frame before, which costs up to a fifth more on Kinetics.
 - It starts an MPEG transport stream several frames late. Containers other than AVI, MP4, Matroska and FLV are therefore
-  decoded whole, and refused if frames are missing.
+  decoded from their start, and refused if frames are missing.
 - Frames narrower than 64 pixels may come with their row padding taken for a fourth channel.
 - A file that is no video prints one line to stderr from native code; everything of FFmpeg's own is silenced here.
-- Its worker thread decodes ahead of what is asked for and starts anew at each seek, and no option changes that; neither
-  skip_frames nor decoding from the start is faster. PyAV takes less than half of the time on UCF101.
+- Its worker thread decodes ahead of what is requested and starts again at each seek, and no option changes that;
+  neither skip_frames nor decoding from the start is faster. PyAV takes less than half of the time on UCF101.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from datasets.decoders.base import EMPTY_MPEG4, KEEP_BYTES, VideoFile, decoding,
 
 NO_SUBSTITUTES = 1e-9  # decord's fault_tol: the share of frames that it may replace by others
 KNOWN_STARTS = {b"RIFF", b"\x1aE\xdf\xa3", b"FLV\x01", b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"}
-MAX_REORDER = 17  # an open GOP's key frame stands at most 16 frames (H.264's largest buffer) before its place in time
+MAX_REORDER = 17  # an open GOP's key frame comes at most 16 frames (H.264's largest buffer) before it is shown
 
 
 class DecordFile(VideoFile):
@@ -48,7 +47,7 @@ class DecordFile(VideoFile):
                 raise self._short(0)
             starts = self._video.get_frame_timestamp(range(self.declared_frames))[:, 0]  # (packets,) seconds
             keys = self._video.get_key_indices()
-        # a missing time stamp is about -1e17; one below 0 is that of a packet which is not to be shown
+        # a missing time stamp is about -1e17; one below 0 belongs to a packet that is not shown
         dated = starts[0] >= 0 and bool((np.diff(starts) > 0).all())
         chunks = _avi_chunk_sizes(path)  # None for what is no AVI
         full = chunks is None or (len(chunks) > 0 and chunks.min() > EMPTY_MPEG4)
@@ -65,7 +64,7 @@ class DecordFile(VideoFile):
     def read(self, indices: np.ndarray) -> np.ndarray:
         import decord
 
-        wanted, places = self._wanted(indices)
+        wanted, inverse = self._wanted(indices)
         with _decoding(self.path):
             frames = None
             if self._seekable:
@@ -75,7 +74,7 @@ class DecordFile(VideoFile):
                     self._seekable = False  # a frame was not where the key frames promise it: damage
             if frames is None:
                 frames = self._from_start(wanted)
-        return np.stack([frames[place] for place in places])  # (T, H, W, 3)
+        return np.stack([frames[i] for i in inverse])  # (T, H, W, 3)
 
     def frames(self) -> Iterator[np.ndarray]:
         if self._kept is not None:
@@ -130,7 +129,7 @@ class DecordFile(VideoFile):
         return frames
 
     def _count(self) -> int:
-        """Frames that decode, found by decoding them, and kept, still decord's, if they are not too many."""
+        """Count the frames by decoding them, and keep them, as decord's arrays, if they are not too many."""
         import decord
 
         kept: list[Any] | None = []
@@ -173,7 +172,7 @@ def _pixels(frame: Any) -> np.ndarray:
 
 
 def _is_known(path: str) -> bool:
-    """Whether the file is of a kind that decord reads from its first frame on."""
+    """Whether decord reads a file of this kind from its first frame on."""
     with open(path, "rb") as file:
         head = file.read(8)
     return head[:4] in KNOWN_STARTS or head[4:] in KNOWN_STARTS

@@ -1,17 +1,15 @@
-"""PyAV (the package `av`) behind the interface of base.py: the faster alternative.
-
-Lives here: the index of a file's packets, and decoding from the right key frame. Does not live here: other libraries.
+"""PyAV (the package `av`) behind the interface of base.py: the default.
 
 All packets of the video are read once, which costs less than a millisecond for a clip, and stay in memory; frames are
 found by time stamp. What is exact, and where that ends:
-- The last key frame (in the file) that is not shown after a wanted frame is the place to start at: frames that an open
-  GOP shows before its key frame start at the key frame before. A wanted frame that does not come out, or a "key frame"
-  that turns out to be none, sends the whole read back to the file's start.
+- Decoding starts at the last key frame (in the file) that is not shown after a wanted frame: the frames that an open
+  GOP shows before its key frame start at the key frame before. If a wanted frame does not come out, or a "key frame"
+  turns out to be none, the read starts again at the beginning of the file.
 - H.264 pictures that the stream marks as being no reference are not decoded unless wanted: the standard forbids others
   to depend on them. It saves a fifth of the time on Kinetics. HEVC's mark means less than that, so only H.264 does so.
 - AVI stores no time stamps of presentation: with B-frames those of FFmpeg are guesses. Packets of MPEG-4 may hold no
   frame, or two. VP8 has frames that are never shown, MPEG streams split frames in two packets. Such files are decoded
-  whole: HMDB51, an eighth of UCF101, and every container or codec that is not listed below.
+  from their start: HMDB51, an eighth of UCF101, and every container or codec that is not listed below.
 - FFmpeg's own messages are off in PyAV unless `av.logging.set_level` turns them on.
 """
 
@@ -42,14 +40,14 @@ class PyAVFile(VideoFile):
             self._context.thread_type, self._context.thread_count = "NONE", 1
             self._packets = [packet for packet in self._container.demux(stream) if packet.size]
         self._reformatter = av.video.reformatter.VideoReformatter()
-        hidden = sum(packet.is_discard for packet in self._packets)  # an edit list leaves them out
+        hidden = sum(packet.is_discard for packet in self._packets)  # by an edit list
         self.declared_frames = max(stream.frames, len(self._packets)) - hidden
         self._order = self._presentation_order()
         self._kept: list[Any] | None = None
         self.num_frames = self._count() if self._order is None else len(self._order)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        wanted, places = self._wanted(indices)
+        wanted, inverse = self._wanted(indices)
         frames: dict[int, np.ndarray] = {}
         with decoding(self.path, library("pyav").FFmpegError):
             if self._order is not None:
@@ -58,7 +56,7 @@ class PyAVFile(VideoFile):
                     self._order = None  # packets and frames do not correspond
             if self._order is None:
                 frames = {index: self._rgb(frame) for index, frame in self._by_count(wanted)}
-        return np.stack([frames[int(wanted[place])] for place in places])  # (T, H, W, 3)
+        return np.stack([frames[int(wanted[i])] for i in inverse])  # (T, H, W, 3)
 
     def frames(self) -> Iterator[np.ndarray]:
         import av
@@ -79,7 +77,7 @@ class PyAVFile(VideoFile):
         known = container in DATED_CONTAINERS and codec in ONE_FRAME_A_PACKET
         if not stamps or not known or None in stamps or len(set(stamps)) < len(stamps):
             return None
-        if any(packet.is_corrupt for packet in self._packets):  # cut off: what is patched in depends on the way there
+        if any(packet.is_corrupt for packet in self._packets):  # cut off: what FFmpeg conceals depends on the start
             return None
         if min(stamps) < stamps[0]:  # the file starts with an open GOP that lacks what its first pictures depend on
             return None
@@ -92,11 +90,11 @@ class PyAVFile(VideoFile):
     def _by_time(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(index, frame) of the wanted frames, in rising order, seeking; fewer than wanted if something does not fit."""
         waiting = {self._order[index]: int(index) for index in wanted}  # time stamp: index
-        keys = [place for place, packet in enumerate(self._packets) if packet.is_keyframe]
+        keys = [number for number, packet in enumerate(self._packets) if packet.is_keyframe]
         skip = self._context.name == "h264"
         position, expected = None, None
         for stamp in list(waiting):
-            start = max((place for place in keys if self._packets[place].pts <= stamp), default=0)
+            start = max((key for key in keys if self._packets[key].pts <= stamp), default=0)
             if position is None or start > position:
                 self._context.flush_buffers()
                 position, expected = start, self._packets[start].pts
@@ -136,7 +134,7 @@ class PyAVFile(VideoFile):
             yield from self._context.decode(packet)
 
     def _count(self) -> int:
-        """Frames that decode, found by decoding them, and kept, unconverted, if they are not too many."""
+        """Count the frames by decoding them, and keep them, not converted, if they are not too many."""
         kept: list[Any] | None = []
         count = 0
         with decoding(self.path, library("pyav").FFmpegError):

@@ -278,7 +278,7 @@ def test_a_worker_that_is_killed_is_named(frames, tmp_path, monkeypatch):
                 yield task, function(task) if function is not packed_frames._pack_folder else None
 
     monkeypatch.setattr(packed_frames, "Workers", Dead)
-    assert "the process that packed it was killed; run the command again" in failure(pack, frames, tmp_path / "packed")
+    assert "the process at work on it was killed; run the command again" in failure(pack, frames, tmp_path / "packed")
 
 
 # ---- reading

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,7 @@ from datasets import jpeg
 from datasets.box import Box
 from datasets.packed_frames import pack
 from datasets.readers import FrameReader, ReadError, VideoReader
-
-SAMPLES = Path(__file__).parents[3] / "shared/data/samples"
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
+from tests.helpers.video_files import cut_off, overwrite, write_video
 
 
 @pytest.fixture
@@ -94,21 +91,18 @@ def test_frames_of_different_sizes(folder):
     assert "000003.jpg" in message and "31x20" in message and "30x20" in message
 
 
-@needs_samples
-def test_video_with_fewer_frames_than_declared():
-    message = failure(VideoReader(), SAMPLES / "rotated_90.mov", 4)
+def test_video_with_fewer_frames_than_declared(tmp_path):
+    message = failure(VideoReader(), write_video(tmp_path / "turned.mov", frames=3, rotation=90), 4)
     assert "holds 3 frames" in message and "declares 4" in message
 
 
-@needs_samples
 def test_damaged_videos(tmp_path):
-    assert "cannot be decoded" in failure(VideoReader(), SAMPLES / "corrupted.mp4", None, [0, 20, 40])
-    half = tmp_path / "half.mp4"
-    half.write_bytes((SAMPLES / "WUzgd7C1pWA.mp4").read_bytes()[:300000])
+    damaged = overwrite(write_video(tmp_path / "some.mp4", frames=100, **{"x264-params": "keyint=15"}), 0.5, 0.55)
+    assert "cannot be decoded" in failure(VideoReader(), damaged, None, range(0, 100, 10))
+    half = cut_off(write_video(tmp_path / "half.mp4"), 0.5)
     assert "cannot be decoded" in failure(VideoReader(), half, None)
-    half = tmp_path / "half.avi"
-    half.write_bytes((SAMPLES / "v_SoccerJuggling_g23_c01.avi").read_bytes()[:200000])
-    assert "holds 97 frames" in failure(VideoReader(), half, 240)
+    half = cut_off(write_video(tmp_path / "half.avi", codec="mpeg4", frames=100), 0.5)
+    assert "frames, the list declares 100" in failure(VideoReader(), half, 100)
 
 
 def test_no_video_at_all(tmp_path):

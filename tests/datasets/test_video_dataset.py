@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from configs.schema import CLIP_MEAN, CLIP_STD, ConfigError, DataConfig
 from datasets.annotation import AnnotationError, VideoRecord
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from datasets.build import test_loader as loader_of_test
+from datasets.packed_frames import pack
 from datasets.readers import Clip, DecodedFrames
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
@@ -24,9 +26,7 @@ from datasets.sampling import test_indices as indices_of_test
 from datasets.seeding import seeded
 from datasets.transforms import TrainTransform
 from datasets.video_dataset import BadVideo, TrainDataset, VideoSource, collate
-from tests.helpers.video_files import write_avi
-
-SAMPLES = Path(__file__).parents[3] / "shared/data/samples"
+from tests.helpers.video_files import overwrite, write_avi, write_video
 
 
 @pytest.fixture
@@ -305,16 +305,26 @@ def test_traits(caplog):
     assert not of("somethingv2", flip=False).flip
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the sample videos are not here")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_video_files_and_a_corrupt_one(data, tmp_path, workers):
-    names = ["something_like.webm", "corrupted.mp4", "rotated_90.mov", "flipping_a_pancake.mkv"]
+    write_video(tmp_path / "videos/wide.webm", codec="libvpx-vp9", size=(48, 80))
+    overwrite(write_video(tmp_path / "videos/corrupted.mp4", frames=100), 0.4, 0.6)
+    write_video(tmp_path / "videos/rotated.mov", frames=3, rotation=90)
+    write_video(tmp_path / "videos/b.mkv", codec="mpeg4", bf=2)
+    names = ["wide.webm", "corrupted.mp4", "rotated.mov", "b.mkv"]
     (tmp_path / "videos.txt").write_text("".join(f"{name} 1\n" for name in names))
-    settings = {"modality": "video", "val_root": str(SAMPLES), "val_list": str(tmp_path / "videos.txt")}
+    settings = {"modality": "video", "val_root": str(tmp_path / "videos"), "val_list": str(tmp_path / "videos.txt")}
     data = replace(data, workers=workers, on_error="skip", batch_size=4, **settings)
     (batch,) = val_loader(data)
     assert batch["index"].tolist() == [0, 2, 3] and batch["video"].shape == (3, 1, 4, 3, 16, 16)
     assert "corrupted.mp4" in batch["skipped"][0] and "line 2" in batch["skipped"][0]
+
+
+def test_a_missing_decoder_is_one_sentence(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ConfigError, match=r"^data\.decoder: decord needs the package decord: pip install decord$"):
+        val_loader(replace(data, modality="video", decoder="decord"))
+    val_loader(replace(data, modality="video"))  # pyav needs no decord
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -360,7 +370,7 @@ def grey_of(number: int) -> int:
     return 20 * number
 
 
-@pytest.fixture(params=["folders", "video files"])
+@pytest.fixture(params=["folders", "packed", "video files"])
 def numbered(request, data, tmp_path) -> DataConfig:
     """Three videos of 3, 9 and 12 frames; frame i is of one grey, 20 * i, which no crop or flip changes."""
     root = tmp_path / "numbered"
@@ -371,10 +381,13 @@ def numbered(request, data, tmp_path) -> DataConfig:
         (root / f"v{length}").mkdir(parents=True)
         for i in range(length):
             Image.new("RGB", (42, 30), (grey_of(i),) * 3).save(root / f"v{length}/{i + 1:06d}.jpg")
+    if request.param == "packed":
+        pack(root, tmp_path / "packed")
+        root = tmp_path / "packed"
     (tmp_path / "numbered.txt").write_text("".join(f"v{length} {length} 0\n" for length in LENGTHS))
     roots = dict.fromkeys(("train_root", "val_root"), str(root))
     lists = dict.fromkeys(("train_list", "val_list"), str(tmp_path / "numbered.txt"))
-    modality = "RGB" if request.param == "folders" else "video"
+    modality = "video" if request.param == "video files" else "RGB"
     return replace(data, modality=modality, batch_size=3, gray_prob=0.0, **roots, **lists)
 
 

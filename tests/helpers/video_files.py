@@ -1,14 +1,82 @@
-"""Small real videos for tests, made without an encoder: Motion JPEG in AVI, and a rar that stores its files."""
+"""Small real videos for tests: any codec by PyAV, Motion JPEG in AVI without an encoder; and a rar."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
+import pytest
 from PIL import Image
+
+
+def picture(i: int, height: int, width: int) -> np.ndarray:
+    """Frame i: slanted stripes that move, a square that moves, a level that changes; no two are alike."""
+    y, x = np.mgrid[:height, :width]
+    frame = np.stack([x * 3 + i * 7, y * 3 + i * 11, np.full((height, width), i * 37)], -1) % 256
+    frame[8:24, i % (width - 16) : i % (width - 16) + 16] = [i * 53 % 256, 255 - i * 53 % 256, 128]
+    return frame.astype(np.uint8)  # (H, W, 3)
+
+
+def write_video(
+    path: Path,
+    codec: str = "libx264",
+    frames: int = 40,
+    size: tuple[int, int] = (48, 64),
+    pix_fmt: str = "yuv420p",
+    stamps: Sequence[int] | None = None,
+    rotation: int = 0,
+    metadata: dict[str, str] | None = None,
+    **options: object,
+) -> Path:
+    """Encode `frames` pictures (`picture`); skip the test where PyAV has no such encoder.
+
+    Args:
+        size: (height, width).
+        stamps: the time of each frame in milliseconds; by default there are 25 frames a second.
+        rotation: degrees, as phones write it.
+        options: of the encoder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = size
+    with av.open(str(path), "w") as container:
+        container.metadata.update(metadata or {})
+        try:
+            stream = container.add_stream(codec, rate=25, options={k: str(v) for k, v in options.items()})
+        except (av.codec.codec.UnknownCodecError, ValueError):
+            pytest.skip(f"this build of PyAV has no {codec}")
+        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
+        if stamps is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24").reformat(format=pix_fmt)
+            if stamps is not None:
+                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def overwrite(path: Path, start: float, end: float) -> Path:
+    """Damage a file: zeros from `start` to `end`, shares of its length."""
+    data = path.read_bytes()
+    first, last = int(start * len(data)), int(end * len(data))
+    path.write_bytes(data[:first] + bytes(last - first) + data[last:])
+    return path
+
+
+def cut_off(path: Path, share: float) -> Path:
+    """Keep the first part of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
 
 
 def write_avi(path: Path, frames: int = 4, size: tuple[int, int] = (64, 48), seed: int = 0) -> Path:
