@@ -37,7 +37,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "CLIP_MEAN", "CLIP_STD", "STYLES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LoggingConfig",
     "NetworkConfig", "PyramidConfig", "Ratio", "SolverConfig", "TextConfig", "VisionConfig", "check_same_run",
-    "config_from_dict", "did_you_mean", "difference", "fill_options", "load_config", "nearest", "parse_ratio",
+    "did_you_mean", "difference", "fill_options", "load_config", "nearest", "parse_ratio",
     "require_data_paths",
 ]  # fmt: skip
 
@@ -560,11 +560,6 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         keys = ", ".join(sorted(filler.found_ignored))
         warnings.warn(f"these published keys have no effect: {keys}", stacklevel=2)
     return config
-
-
-def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """`load_config` of nested plain values."""
-    return load_config(values)
 
 
 def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:

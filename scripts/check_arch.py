@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from clip.towers.build import build_tower
-from configs.schema import Config, ConfigError, PyramidConfig, config_from_dict
+from configs.schema import Config, ConfigError, PyramidConfig, load_config
 from models.parameters import parameter_report
 from models.registry import MODELS, build_model
 
@@ -98,7 +98,7 @@ def configure(arch: str, method: str, size: int, frames: int, blocks: int = 12, 
         "options": {} if has_class_token or not token_option(method) else {token_option(method): "mean_tokens"},
     }
     data = {"dataset": "kinetics400", "num_classes": CLASSES, "num_segments": frames, "input_size": size}
-    return config_from_dict({"data": data, "network": network})
+    return load_config({"data": data, "network": network})
 
 
 def train_step(config: Config, clips: int, forward: bool) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.schema import Config, ConfigError, config_from_dict, load_config
+from configs.schema import Config, ConfigError, load_config
 from engine import checkpoint_file, checkpointer
 from engine.errors import EngineError
 from models.loading import load_weights
@@ -115,7 +115,7 @@ def _own_config(values: Any, path: Path) -> Config:
     if not isinstance(values, dict):
         raise ExportError(f"{path}: holds no configuration: name the one that it was trained with by --config")
     try:
-        return config_from_dict(values)
+        return load_config(values)
     except ConfigError as error:
         raise ExportError(f"{path}: its configuration is not of this code ({error}): give one by --config") from None
 

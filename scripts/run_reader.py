@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from configs.schema import ConfigError, config_from_dict
+from configs.schema import ConfigError, load_config
 
 logger = logging.getLogger("td4v")
 
@@ -152,7 +152,7 @@ def _read_settings(path: Path) -> Row:
     if not isinstance(values, dict):
         raise RunReadError(f"{path}: is not a configuration")
     try:
-        values = config_from_dict(values).to_dict()
+        values = load_config(values).to_dict()
     except ConfigError as error:
         logger.warning("%s: compared without defaults, because this version refuses it (%s)", path, error)
     return {key: value for key, value in _flat(values).items() if key not in NOT_COMPARED}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.schema import config_from_dict
+from configs.schema import load_config
 from engine import checkpoint_file
 from models.registry import build_model
 
@@ -76,7 +76,7 @@ def test_another_clip_in_the_same_process_is_one_sentence(tmp_path, others):
 
 
 def test_weights_bring_their_configuration(tmp_path, others):
-    config = config_from_dict(TINY)
+    config = load_config(TINY)
     model = build_model(config).eval()
     video = torch.randn(2, 4, 3, 32, 32)
     with torch.no_grad():

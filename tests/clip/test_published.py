@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from clip.published import from_authors, is_authors_layout
-from configs.schema import config_from_dict
+from configs.schema import load_config
 from models.loading import WeightsError, load_weights
 from models.registry import build_model
 
-CONFIG = config_from_dict(
+CONFIG = load_config(
     {
         "data": {"dataset": "hmdb51", "num_classes": 5, "num_segments": 4, "input_size": 32},
         "network": {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, tokenize, words
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_custom_tower
-from configs.schema import Config, ConfigError, config_from_dict
+from configs.schema import Config, ConfigError, load_config
 from engine.checkpointer import load_saved_weights, weights_to_save
 from engine.ema import ModelEma
 from engine.optim import check_groups
@@ -69,7 +69,7 @@ def config(
     network = {"arch": "custom", "vision": VISION, "weights": file, "init": file is not None, "model": method}
     network |= {"head": "text", "text": {"tuned": tuned, **(text or {})}, **more}
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": 4, "input_size": 32}
-    return config_from_dict({"data": data, "network": network})
+    return load_config({"data": data, "network": network})
 
 
 def build(file: str, *arguments, names: Sequence[str] | None = NAMES, **more) -> nn.Module:

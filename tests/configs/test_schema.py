@@ -15,7 +15,6 @@ from configs.schema import (
     Config,
     ConfigError,
     check_same_run,
-    config_from_dict,
     difference,
     load_config,
     parse_ratio,
@@ -208,7 +207,7 @@ def test_a_resumed_run_is_the_same_run(write):
 
 
 def test_config_is_frozen():
-    config = config_from_dict({"data": {"dataset": "hmdb51", "num_classes": 5}})
+    config = load_config({"data": {"dataset": "hmdb51", "num_classes": 5}})
     assert isinstance(config, Config)
     with pytest.raises(AttributeError):
         config.seed = 3
@@ -232,7 +231,7 @@ STEP = ["solver.type=step", "solver.milestones=[10, 20.5]"]
 )
 def test_recipes_of_other_models(write, overrides):
     config = load_config(write(SMALL), overrides)
-    assert config_from_dict(config.to_dict()) == config
+    assert load_config(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.adapter import TD4V
-from configs.schema import config_from_dict
+from configs.schema import load_config
 from engine.distributed import gradient_sync, start, sync_buffers, unwrap, wrap
 from engine.optim import build_criterion
 from models.registry import MODELS, build_model
@@ -31,7 +31,7 @@ def make(method: str) -> nn.Module:
     network |= {"model": method, "options": options}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": FRAMES, "input_size": 16}
     torch.manual_seed(0)
-    model = build_model(config_from_dict({"data": data, "network": network})).double().train()
+    model = build_model(load_config({"data": data, "network": network})).double().train()
     for module in norms(model):
         torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
     for parameter in model.parameters():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 
-from configs.schema import config_from_dict
+from configs.schema import load_config
 from engine.distributed import Process, move_to_device, start, unwrap, wrap
 from engine.ema import ModelEma
 from models.registry import MODELS, build_model
@@ -148,7 +148,7 @@ def test_every_method_can_be_compiled(graphs: list[Any], method: str, recompute:
     network |= {"model": method, "options": options, "recompute": recompute}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 16}
     torch.manual_seed(0)
-    plain = build_model(config_from_dict({"data": data, "network": network}))
+    plain = build_model(load_config({"data": data, "network": network}))
     model = move_to_device(copy.deepcopy(plain), Process(), compile=True)
     video = torch.randn(2, 4, 3, 16, 16)
     close(gradients(model, video), gradients(plain, video), rtol=1e-4, atol=1e-6)

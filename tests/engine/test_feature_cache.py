@@ -22,7 +22,7 @@ from PIL import Image
 
 import engine.checkpoint_file
 import engine.feature_cache
-from configs.schema import Config, ConfigError, config_from_dict, load_config
+from configs.schema import Config, ConfigError, load_config
 from datasets.annotation import VideoRecord
 from datasets.build import listed_loader, train_loader, val_loader
 from datasets.prepare.synthetic import make
@@ -337,7 +337,7 @@ def test_what_they_depend_on_and_what_not(config: Config, tmp_path: Path) -> Non
         values = config.to_dict()
         for name, changes in sections.items():
             values[name] = values[name] | changes if isinstance(changes, dict) else changes
-        return json.dumps(cache_of(config_from_dict(values)).about(split), sort_keys=True)
+        return json.dumps(cache_of(load_config(values)).about(split), sort_keys=True)
 
     shorter = tmp_path / "shorter.txt"
     shorter.write_text("\n".join(Path(config.data.train_list).read_text().splitlines()[:-1]) + "\n")

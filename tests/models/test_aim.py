@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_openclip_tower
-from configs.schema import Config, ConfigError, config_from_dict
+from configs.schema import Config, ConfigError, load_config
 from engine.profiling import saved_for_backward
 from models.aim import AIM, Options
 from models.parameters import freeze_all_but_trainable, parameter_groups, parameter_report
@@ -32,7 +32,7 @@ def config(frames: int = FRAMES, classes: int = CLASSES, network: dict | None = 
     vision = {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "patch_size": 8, "image_size": SIDE}
     network = {"arch": "custom", "vision": vision, "init": False, "model": "aim", **(network or {})}
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": frames, "input_size": SIDE}
-    return config_from_dict({"data": data, "network": {**network, "options": options}})
+    return load_config({"data": data, "network": {**network, "options": options}})
 
 
 def tiny(filled: bool = True, **options: object) -> AIM:

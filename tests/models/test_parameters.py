@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import ConfigError, config_from_dict
+from configs.schema import ConfigError, load_config
 from engine.optim import build_optimizer, check_groups
 from models.parameters import freeze_all_but_trainable, parameter_groups
 from models.registry import MODELS, build_model
@@ -20,7 +20,7 @@ def tiny(method: str, **options) -> nn.Module:
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 16, 64]}, "init": False}
     network |= {"model": method, "options": options}
     data = {"dataset": "hmdb51", "num_classes": 5, "num_segments": 4, "input_size": 32}
-    return build_model(config_from_dict({"data": data, "network": network}))
+    return build_model(load_config({"data": data, "network": network}))
 
 
 def names_of(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip.towers.openclip_vit import OpenClipTower, build_openclip_tower
-from configs.schema import ConfigError, config_from_dict
+from configs.schema import ConfigError, load_config
 from engine.optim import check_groups
 from models.full_finetune import FullFinetune
 from models.linear_probe import LinearProbe
@@ -23,7 +23,7 @@ def tiny(method: str, **network: object) -> torch.nn.Module:
     vision = {"width": WIDTH, "layers": LAYERS, "heads": 2, "patch_size": 8, "image_size": SIDE}
     network = {"arch": "custom", "vision": vision, "init": False, "model": method, **network}
     data = {"dataset": "hmdb51", "num_classes": CLASSES, "num_segments": 4, "input_size": SIDE}
-    return build_model(config_from_dict({"data": data, "network": network}))
+    return build_model(load_config({"data": data, "network": network}))
 
 
 def clips(count: int = 2) -> torch.Tensor:

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from configs.schema import ConfigError, config_from_dict
+from configs.schema import ConfigError, load_config
 from engine.profiling import saved_for_backward
 from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups, parameter_report
@@ -23,7 +23,7 @@ def config(method="td4v_side", classes=5, frames=4, **network):
     network = {**({} if "arch" in network else small), "init": False, "model": method, **network}
     size = 224 if "arch" in network and network["arch"] != "custom" else 32
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": frames, "input_size": size}
-    return config_from_dict({"data": data, "network": network})
+    return load_config({"data": data, "network": network})
 
 
 def b16(method, classes, frames=8, **network):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from configs.schema import config_from_dict
+from configs.schema import load_config
 from scripts.compare_runs import different_environments, different_settings, main, over_seeds, overview
 from scripts.run_reader import find_runs
 from tests.helpers.cli_harness import evaluated, train
@@ -31,7 +31,7 @@ def make_run(
 ) -> Path:
     """A run folder with one epoch for each top-1 score. `keys` stand at the top of the configuration."""
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config_from_dict({**sections, **keys}).to_dict()))
+    (folder / "config.yaml").write_text(yaml.safe_dump(load_config({**sections, **keys}).to_dict()))
     start = {"git": {"revision": "0123456789" * 4, "dirty": True}, "versions": {"torch": "2.11.0"}, "world_size": 1}
     (folder / "run.json").write_text(json.dumps([start] if starts is None else starts))
     lines = [

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from configs.schema import Config, SolverConfig, config_from_dict, load_config
+from configs.schema import Config, SolverConfig, load_config
 from engine import checkpoint_file, checkpointer
 from engine.checkpointer import Progress
 from engine.distributed import Process
@@ -40,7 +40,7 @@ VALUES = {
 
 
 def configuration(method: str = "td4v_side", **network: object) -> Config:
-    return config_from_dict(VALUES | {"network": VALUES["network"] | {"model": method} | network})
+    return load_config(VALUES | {"network": VALUES["network"] | {"model": method} | network})
 
 
 def trained(config: Config, full: bool = False, ema: bool = False) -> tuple[torch.nn.Module, dict]:
@@ -153,7 +153,7 @@ def test_a_full_export_needs_nothing_else(tmp_path: Path):
     """Frozen weights from a file: with --full the file is not needed any more, without it the same one is."""
     towers = []
     for seed in (8, 9):
-        tower = build_model(config_from_dict(VALUES | {"seed": seed})).tower
+        tower = build_model(load_config(VALUES | {"seed": seed})).tower
         towers.append(tmp_path / f"clip{seed}.pt")
         torch.save({f"visual.{name}": value for name, value in tower.visual.state_dict().items()}, towers[-1])
     config = configuration(init=True, weights=str(towers[0]))

@@ -15,7 +15,7 @@ from torch import nn
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import timm_arguments
 from clip.towers.timm_vit import build_timm_tower, find_timm_weights, timm_names
-from configs.schema import CLIP_MEAN, CLIP_STD, config_from_dict
+from configs.schema import CLIP_MEAN, CLIP_STD, load_config
 from models.loading import load_weights
 from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups
 from models.registry import MODELS, build_model
@@ -83,7 +83,7 @@ def config(arch: str, method: str = "linear_probe", init: bool = False, given=No
         "std": CLIP_STD,
     }
     data |= given or {}
-    return config_from_dict({"data": data, "network": network})
+    return load_config({"data": data, "network": network})
 
 
 def random_clips(arch: str, frames: int = 2) -> torch.Tensor:
