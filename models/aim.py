@@ -1,8 +1,4 @@
-"""AIM: a frozen CLIP with adapters, whose own attention looks across frames, then across space. One method, one file.
-
-Lives here too: the names of the authors' published weights, and ours. Letters: B clips, T frames, N patch tokens,
-L tokens of a frame with those before the patches, D the tower's width, d reduced width, K classes.
-"""
+"""AIM: adapters in a frozen CLIP, whose attention is applied over time and then over space."""
 
 from __future__ import annotations
 
@@ -16,18 +12,19 @@ from torch import Tensor, nn
 
 from clip.layers import recomputed
 from clip.ops import gelu_linear
-from clip.towers.base import Feature, Tower, TowerError
+from clip.towers.base import Block, Feature, Tower, TowerError
+from clip.towers.build import build_tower
 from configs.schema import Config, ConfigError, Ratio
 from models.parameters import Origin
 
-MOST_SEQUENCES = 65_535  # that one call of a GPU's attention takes
+MAX_SEQUENCES = 65_535  # the most that one call of a GPU's attention takes
 
 
 @dataclass(frozen=True)
 class Options:
-    """`network.options` of this method. Defaults are those of Kinetics-400; Something-Something has 2 and scale 1."""
+    """`network.options` of aim. The defaults are those of Kinetics-400; Something-Something has 2 adapters, scale 1."""
 
-    temporal_adapters: Literal[1, 2] = 1  # behind the attention over time, or before it too
+    temporal_adapters: Literal[1, 2] = 1  # after the attention over time, or before it too
     scale: float = 0.5  # of the adapter beside the MLP
     drop_path: float = 0.2  # rate of the last block, rising linearly from 0
     ratio: Ratio = Ratio(1 / 4)
@@ -35,21 +32,27 @@ class Options:
 
 
 class Adapter(nn.Module):
-    """Linear D -> d, exact GELU, Linear d -> D, which starts at zero; with `skip` added to its input.
+    """Linear D -> d, exact GELU, Linear d -> D, which starts at zero.
 
     Args:
-        width: D. ratio: d / D, above 0. skip: whether the input is added.
+        width: D.
+        ratio: d / D, above 0.
+        skip: whether the input is added to the output.
 
-    Shape: (..., D) -> the same. Raises ValueError for a d below 1.
+    Shape: (..., D) -> (..., D).
+
+    Raises:
+        ValueError: d below 1.
     """
 
     def __init__(self, width: int, ratio: float = 1 / 4, skip: bool = True):
         super().__init__()
-        if int(width * ratio) < 1:
+        reduced = int(width * ratio)
+        if reduced < 1:
             raise ValueError(f"an adapter of width {width} and ratio {ratio:g} has no channels left")
         self.skip = skip
-        self.down = nn.Linear(width, int(width * ratio))
-        self.up = nn.Linear(int(width * ratio), width)
+        self.down = nn.Linear(width, reduced)
+        self.up = nn.Linear(reduced, width)
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         for value in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(value)
@@ -60,22 +63,29 @@ class Adapter(nn.Module):
 
 
 class AIM(nn.Module):
-    """Adapters in the frozen blocks, whose attention serves time and space, a temporal embedding, and a classifier.
+    """A frozen tower with trainable adapters in its blocks, a temporal embedding, and a classifier.
 
-    A block: x = x + drop(temporal(A(ln_1 x))), A over the T frames of each token position, with two temporal adapters
-    temporal(A(temporal_in(ln_1 x))); x = x + spatial(A(ln_1 x)), A over the tokens of each frame;
-    x = x + MLP(ln_2 x) + drop(scale * joint(ln_2 x)). Temporal and joint adapters have no skip, the others have one, so
-    that the model equals frozen CLIP at step 0.
+    With A the block's frozen attention, a block computes
 
-    Dropped paths: in training a clip loses a branch as a whole, with all its frames; the authors' code draws for each
-    token position, for all clips of the batch alike.
+        x = x + drop(temporal(A(temporal_in(ln_1 x))))          A over the T frames of each token; temporal_in if there are two
+        x = x + spatial(A(ln_1 x))                              A over the L tokens of each frame
+        x = x + MLP(ln_2 x) + drop(scale * joint(ln_2 x))
+
+    The adapters `temporal` and `joint` have no skip, the others have one, so the model equals the frozen tower at
+    step 0. In training, drop sets the branch of a clip to zero in all of its frames; the authors' code instead draws
+    once for each token position, the same for all clips of the batch.
 
     Args:
-        tower: frozen trunk; its last norm is tuned. num_classes: K. frames: T.
-        temporal_adapters: 1 or 2. scale: of the joint adapter. drop_path: probability in the last block, rising
-            linearly from 0 in the first. ratio: d / D of all adapters.
-        feature: a frame's class token, or the mean of all its tokens, behind the last norm; averaged over frames.
-        dropout: before the classifier. recompute: keep only the input of each block.
+        tower: the frozen image tower of width D. Its last norm is trained.
+        num_classes: K.
+        frames: T.
+        temporal_adapters: 1 or 2.
+        scale: factor of the joint adapter.
+        drop_path: probability of drop in the last block, rising linearly from 0 in the first.
+        ratio: d / D of all adapters.
+        feature: a frame's class token after the last norm, or the mean of all its tokens; averaged over frames.
+        dropout: probability before the classifier.
+        recompute: save only the input of each block for backward.
 
     Shape: video (B, T, 3, height, width), normalised -> logits (B, K).
 
@@ -85,16 +95,28 @@ class AIM(nn.Module):
 
     frames_per_segment = 1
 
-    def __init__(self, tower: Tower, num_classes: int, frames: int, temporal_adapters: Literal[1, 2] = 1,
-                 scale: float = 0.5, drop_path: float = 0.2, ratio: float = 1 / 4, feature: Feature = "class_token",
-                 dropout: float = 0.0, recompute: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        tower: Tower,
+        *,
+        num_classes: int,
+        frames: int,
+        temporal_adapters: Literal[1, 2] = 1,
+        scale: float = 0.5,
+        drop_path: float = 0.2,
+        ratio: float = 1 / 4,
+        feature: Feature = "class_token",
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ):
         super().__init__()
         tower.require(feature, "network.options.feature")
         tower.keep_norms()
+        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         self.frames, self.scale, self.drop_path = frames, scale, drop_path
         self.feature, self.recompute = feature, recompute
+        self.in_clip_space = feature == "class_token"
         self.tower = tower
-        self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         skips = {"temporal_in": True, "temporal": False, "spatial": True, "joint": False}
         if temporal_adapters == 1:
             del skips["temporal_in"]
@@ -106,13 +128,8 @@ class AIM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(tower.width, num_classes)
 
-    @property
-    def in_clip_space(self) -> bool:
-        """Whether CLIP projects such features to the space of its texts."""
-        return self.feature == "class_token"
-
     def trainable_modules(self) -> dict[str, nn.Module | nn.Parameter]:
-        """Everything that is trained, by name."""
+        """The adapters, the temporal embedding, the tower's last norm and the classifier."""
         return {
             "adapters": self.adapters,
             "temporal_embedding": self.temporal_embedding,
@@ -121,96 +138,107 @@ class AIM(nn.Module):
         }
 
     def trainable_layers(self) -> list[list[nn.Module | nn.Parameter]]:
-        """The same from input to classifier: one layer a block, the temporal embedding with the first, norm, head."""
+        """From input to output: one layer a block, the first with the temporal embedding, the norm, the classifier."""
         blocks: list[list[nn.Module | nn.Parameter]] = [[adapters] for adapters in self.adapters]
         blocks[0].insert(0, self.temporal_embedding)
         return [*blocks, [self.tower.final_norm], [self.head]]
 
-    def over_time(self, index: int, x: Tensor, frames: int) -> Tensor:
-        """The branch whose attention goes over the frames of each token position: (B*T, L, D) -> the same."""
-        adapters, L = self.adapters[index], x.shape[1]
-        y = self.tower.blocks[index].norm_attention(x).unflatten(0, (-1, frames))  # (B, T, L, D)
-        y = y.transpose(1, 2).flatten(0, 1)  # (B*L, T, D)
-        if "temporal_in" in adapters:
-            y = adapters["temporal_in"](y)
-        parts = [self.tower.blocks[index].attention(part, in_space=False) for part in y.split(MOST_SEQUENCES)]
-        y = adapters["temporal"](parts[0] if len(parts) == 1 else torch.cat(parts))
-        return y.unflatten(0, (-1, L)).transpose(1, 2).flatten(0, 1)  # (B*T, L, D)
+    def forward(self, video: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(video)))
 
-    def run_block(self, index: int, x: Tensor, frames: int, kept: Tensor | None = None) -> Tensor:
-        """Block `index`: (B*T, L, D) -> the same, or (B*T, 1, D) where only the class token is read.
+    def features(self, video: Tensor) -> Tensor:
+        """The input of the classifier: (B, T, 3, height, width) -> (B, D)."""
+        return self.frame_features(video).mean(1)
 
-        `kept` are the factors of `draw_kept` for it.
+    def frame_features(self, video: Tensor) -> Tensor:
+        """The feature of each frame after the last norm: (B, T, 3, height, width) -> (B, T, D)."""
+        B, T = video.shape[:2]
+        if T != self.frames:
+            raise ValueError(f"the model was built for {self.frames} frames and got {T}")
+        embedding = self.temporal_embedding.repeat(B, 1)[:, None]  # (B*T, 1, D)
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)), embedding)  # (B*T, L, D)
+        for block, adapters, factors in zip(
+            self.tower.blocks, self.adapters, self.draw_drops(B, x.device), strict=True
+        ):
+            if self.recompute and self.training:
+                x = recomputed(adapters, self.run_block, block, adapters, x, factors)
+            else:
+                x = self.run_block(block, adapters, x, factors)
+        return self.tower.read(x, self.feature).unflatten(0, (B, T))
+
+    def run_block(self, block: Block, adapters: nn.ModuleDict, x: Tensor, factors: Tensor | None) -> Tensor:
+        """A block with its adapters: (B*T, L, D) -> (B*T, L, D), or (B*T, 1, D) if only the class token is read.
+
+        `factors`: an entry of `draw_drops`.
         """
-        last = index == len(self.tower.blocks) - 1 and self.feature == "class_token"
-        queries = 1 if last else None  # attention is the last that looks at other tokens
-        block, adapters = self.tower.blocks[index], self.adapters[index]
-        x = x + _kept(self.over_time(index, x, frames), kept, 0)
+        class_token_only = block is self.tower.blocks[-1] and self.feature == "class_token"
+        queries = 1 if class_token_only else None  # the attention is the last to read the other tokens
+        x = x + _drop(self.attend_over_time(block, adapters, x), factors, 0)
         y = block.attention(block.norm_attention(x))[:, :queries].contiguous()
         x = x[:, :queries] + adapters["spatial"](y)
         y = block.norm_mlp(x)
-        return x + block.mlp(y) + _kept(self.scale * adapters["joint"](y), kept, 1)
+        return x + block.mlp(y) + _drop(self.scale * adapters["joint"](y), factors, 1)
 
-    def draw_kept(self, clips: int, device: torch.device) -> list[Tensor | None]:
-        """What the two branches of each block are multiplied by, (2, B*T, 1, 1) a block; None where nothing drops."""
+    def attend_over_time(self, block: Block, adapters: nn.ModuleDict, x: Tensor) -> Tensor:
+        """The branch whose attention is over the frames of each token: (B*T, L, D) -> (B*T, L, D)."""
+        L = x.shape[1]
+        y = block.norm_attention(x).unflatten(0, (-1, self.frames))  # (B, T, L, D)
+        y = y.transpose(1, 2).flatten(0, 1)  # (B*L, T, D)
+        if "temporal_in" in adapters:
+            y = adapters["temporal_in"](y)
+        parts = [block.attention(part, in_space=False) for part in y.split(MAX_SEQUENCES)]
+        y = adapters["temporal"](parts[0] if len(parts) == 1 else torch.cat(parts))
+        return y.unflatten(0, (-1, L)).transpose(1, 2).flatten(0, 1)  # (B*T, L, D)
+
+    def draw_drops(self, clips: int, device: torch.device) -> list[Tensor | None]:
+        """The factors of the temporal and the joint branch, (2, B*T, 1, 1) a block; None where nothing drops."""
         count = len(self.tower.blocks)
         if not self.training or self.drop_path == 0:
             return [None] * count
         rates = torch.linspace(0, self.drop_path, count, device=device)[:, None, None]
-        kept = (torch.rand(count, 2, clips, device=device) >= rates) / (1 - rates)
-        return list(kept.repeat_interleave(self.frames, 2)[..., None, None])
-
-    def frame_features(self, video: Tensor) -> Tensor:
-        """Of each frame, behind the last norm: (B, T, 3, height, width) -> (B, T, D)."""
-        B, T = video.shape[:2]
-        if T != self.frames:
-            raise ValueError(f"the model was built for {self.frames} frames and got {T}")
-        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)), self.temporal_embedding.repeat(B, 1)[:, None])
-        for index, kept in enumerate(self.draw_kept(B, x.device)):  # x (B*T, L, D)
-            if self.recompute and self.training:
-                x = recomputed(self.adapters[index], self.run_block, index, x, T, kept)
-            else:
-                x = self.run_block(index, x, T, kept)
-        return self.tower.read(x, self.feature).unflatten(0, (B, T))
-
-    def features(self, video: Tensor) -> Tensor:
-        """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
-        return self.frame_features(video).mean(1)
-
-    def forward(self, video: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(video)))
+        factors = (torch.rand(count, 2, clips, device=device) >= rates) / (1 - rates)
+        return list(factors.repeat_interleave(self.frames, 2)[..., None, None])
 
     def misfit(self, values: Mapping[str, Tensor]) -> str | None:
-        """Why weights by our names do not fit, where that can be said in words."""
-        theirs, ours = ("adapters.0.temporal_in.up.bias" in keys for keys in (values, self.state_dict()))
-        if theirs == ours or "adapters.0.temporal.up.bias" not in values:
+        """Why weights under our names do not fit, if they have another number of temporal adapters."""
+        in_file, in_model = ("adapters.0.temporal_in.up.bias" in keys for keys in (values, self.state_dict()))
+        if in_file == in_model or "adapters.0.temporal.up.bias" not in values:
             return None
-        count = ("one temporal adapter", "two temporal adapters")[theirs]
-        return f"has {count} a block, network.options.temporal_adapters is {1 + ours}"
+        count = "two temporal adapters" if in_file else "one temporal adapter"
+        return f"has {count} a block, network.options.temporal_adapters is {1 + in_model}"
 
 
-def _kept(branch: Tensor, kept: Tensor | None, number: int) -> Tensor:
-    return branch if kept is None else branch * kept[number].to(branch.dtype)
+def _drop(branch: Tensor, factors: Tensor | None, index: int) -> Tensor:
+    return branch if factors is None else branch * factors[index].to(branch.dtype)
 
 
-def build(config: Config, tower: Tower, options: Options) -> AIM:
-    """The method as a configuration describes it. Raises ConfigError for options out of range."""
+def build(config: Config, options: Options) -> AIM:
+    """The model of a configuration. Raises ConfigError for options out of range."""
     if not 0 <= options.drop_path < 1:
         raise ConfigError(f"network.options.drop_path: must lie in [0, 1), not {options.drop_path:g}")
+    tower = build_tower(config)
     try:
         return AIM(
-            tower, config.data.num_classes, config.data.num_segments, options.temporal_adapters, options.scale,
-            options.drop_path, options.ratio, options.feature, config.network.drop_fc, config.network.recompute,
-        )  # fmt: skip
+            tower,
+            num_classes=config.data.num_classes,
+            frames=config.data.num_segments,
+            temporal_adapters=options.temporal_adapters,
+            scale=options.scale,
+            drop_path=options.drop_path,
+            ratio=options.ratio,
+            feature=options.feature,
+            dropout=config.network.drop_fc,
+            recompute=config.network.recompute,
+        )
     except TowerError:
         raise
     except ValueError as error:
         raise ConfigError(f"network.options.ratio: {error}") from None
 
 
-# Beginnings of the authors' key names, without `backbone.`, and of ours; the 0 stands for any block.
+# The start of the authors' key names (without `backbone.`) and of ours. The 0 stands for the number of any block.
 _ADAPTERS = {"T_Adapter_in": "temporal_in", "T_Adapter": "temporal", "S_Adapter": "spatial", "MLP_Adapter": "joint"}
-_PUBLISHED = {
+_FROM_PUBLISHED = {
     "temporal_embedding": "temporal_embedding",
     "cls_head.fc_cls.weight": "head.weight",
     "cls_head.fc_cls.bias": "head.bias",
@@ -221,46 +249,48 @@ _PUBLISHED = {
         for part in ("attn", "ln_1", "ln_2", "mlp")
     },
     **{
-        f"transformer.resblocks.0.{theirs}.{layer}.": f"adapters.0.{ours}.{own}."
-        for theirs, ours in _ADAPTERS.items()
-        for layer, own in (("D_fc1", "down"), ("D_fc2", "up"))
+        f"transformer.resblocks.0.{published}.{published_layer}.": f"adapters.0.{name}.{layer}."
+        for published, name in _ADAPTERS.items()
+        for published_layer, layer in (("D_fc1", "down"), ("D_fc2", "up"))
     },
 }
-_OURS = {ours: theirs for theirs, ours in _PUBLISHED.items()}
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str | None:
-    """A key by the other names of a table, None for one that is not in it."""
-    block = re.search(r"\.(\d+)\.", key)
-    plain = re.sub(r"\.\d+\.", ".0.", key, count=1)
-    for old, new in names.items():
-        if plain == old or (old.endswith(".") and plain.startswith(old)):
-            renamed = new + plain.removeprefix(old)
-            return renamed.replace(".0.", block[0], 1) if block else renamed
-    return None
+_TO_PUBLISHED = {name: published for published, name in _FROM_PUBLISHED.items()}
 
 
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The authors' weights by our names, or None if these are not theirs.
+    """The authors' weights under our names, or None if these are not theirs.
 
     Args:
-        state_dict: of an mmaction recognizer (`backbone.`, `cls_head.fc_cls.`), or of their ViT_CLIP alone.
+        state_dict: of an mmaction recognizer (`backbone.`, `cls_head.fc_cls.`), or of its ViT_CLIP alone.
 
     Raises:
-        ValueError: keys that are of neither.
+        ValueError: a key that the authors' model does not have.
     """
     if not any(re.search(r"\.[ST]_Adapter\.D_fc1\.weight$", key) for key in state_dict):
         return None
-    names = {key: _renamed(key.removeprefix("backbone."), _PUBLISHED) for key in state_dict}
+    names = {key: _rename(key.removeprefix("backbone."), _FROM_PUBLISHED) for key in state_dict}
     if unknown := [key for key, name in names.items() if name is None]:
         raise ValueError(f"{len(unknown)} keys are not of the authors' AIM (first {', '.join(unknown[:3])})")
     values = {names[key]: value for key, value in state_dict.items()}
     if "temporal_embedding" in values:
-        values["temporal_embedding"] = values["temporal_embedding"].squeeze(0)  # theirs is (1, T, D)
+        values["temporal_embedding"] = values["temporal_embedding"].squeeze(0)  # (1, T, D) -> (T, D)
     return values
 
 
 def published_name(key: str) -> str:
-    """What the authors call a key of ours; a key that they have not, as it is."""
-    theirs = _renamed(key, _OURS)
-    return key if theirs is None else theirs if theirs.startswith("cls_head.") else f"backbone.{theirs}"
+    """The authors' name for one of ours; a name that they do not have is unchanged."""
+    published = _rename(key, _TO_PUBLISHED)
+    if published is None:
+        return key
+    return published if published.startswith("cls_head.") else f"backbone.{published}"
+
+
+def _rename(key: str, names: Mapping[str, str]) -> str | None:
+    """A key under the other names of a table; None if it is not in the table."""
+    block = re.search(r"\.(\d+)\.", key)
+    in_block_0 = re.sub(r"\.\d+\.", ".0.", key, count=1)
+    for old, new in names.items():
+        if in_block_0 == old or (old.endswith(".") and in_block_0.startswith(old)):
+            renamed = new + in_block_0.removeprefix(old)
+            return renamed.replace(".0.", block[0], 1) if block else renamed
+    return None

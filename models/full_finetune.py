@@ -1,7 +1,4 @@
-"""Full fine-tuning: all of CLIP's vision tower is tuned, and a classifier. One method, one file; a point of reference.
-
-Letters: B clips, T frames, N patch tokens, D the tower's width, K classes.
-"""
+"""Full fine-tuning of CLIP's vision tower, a point of reference for the other models."""
 
 from __future__ import annotations
 
@@ -11,50 +8,55 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip.towers.base import Block, Feature, Tower
+from clip.towers.build import build_tower
 from configs.schema import Config
 from models.parameters import Origin
 
 
 @dataclass(frozen=True)
 class Options:
-    """`network.options` of this method."""
+    """`network.options` of full_finetune."""
 
     feature: Feature = "class_token"
 
 
 class FullFinetune(nn.Module):
-    """CLIP frame by frame, averaged over frames, and a classifier; nothing is frozen, nothing looks across frames.
+    """The tower frame by frame, the mean over frames, and a classifier. Everything is trainable, nothing sees time.
 
-    The tower stays in eval mode, in which CLIP, without dropout and BatchNorm, computes what it does in training.
+    The tower stays in eval mode: without dropout and BatchNorm, it computes the same in training.
 
     Args:
-        tower: CLIP. num_classes: K.
-        feature: a frame's class token, or the mean of all its tokens, behind the last norm; averaged over frames.
-        dropout: before the classifier.
-        recompute: run each block again in backward instead of keeping its activations.
+        tower: an image tower of width D.
+        num_classes: K.
+        feature: a frame's class token after the last norm, or the mean of all its tokens.
+        dropout: probability before the classifier.
+        recompute: run each block again in backward instead of saving its activations.
 
     Shape: video (B, T, 3, height, width), normalised, any T -> logits (B, K).
     """
 
     frames_per_segment = 1
 
-    def __init__(self, tower: Tower, num_classes: int, feature: Feature = "class_token", dropout: float = 0.0,
-                 recompute: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        tower: Tower,
+        *,
+        num_classes: int,
+        feature: Feature = "class_token",
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ):
         super().__init__()
         tower.require(feature, "network.options.feature")
-        self.feature, self.recompute = feature, recompute
-        self.tower = tower
         self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
+        self.feature, self.recompute = feature, recompute
+        self.in_clip_space = feature == "class_token"
+        self.tower = tower
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(tower.width, num_classes)
 
-    @property
-    def in_clip_space(self) -> bool:
-        """Whether CLIP projects such features to the space of its texts."""
-        return self.feature == "class_token"
-
     def trainable_modules(self) -> dict[str, nn.Module | nn.Parameter]:
-        """Everything that is trained, by name."""
+        """All parameters, by name."""
         return {
             **self.tower.embedding(),
             "blocks": self.tower.block_modules,
@@ -63,13 +65,16 @@ class FullFinetune(nn.Module):
         }
 
     def trainable_layers(self) -> list[list[nn.Module | nn.Parameter]]:
-        """The same from input to classifier: all of the embedding, each block, the last norm, the head."""
+        """From input to output: the embedding, each block, the last norm, the classifier."""
         blocks = [[block.module] for block in self.tower.blocks]
         return [list(self.tower.embedding().values()), *blocks, [self.tower.final_norm], [self.head]]
 
+    def forward(self, video: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(video)))
+
     def features(self, video: Tensor) -> Tensor:
-        """What the classifier sees: (B, T, 3, height, width) -> (B, D)."""
-        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, 1 + N, D)
+        """The input of the classifier: (B, T, 3, height, width) -> (B, D)."""
+        x = self.tower.embed(self.tower.patchify(video.flatten(0, 1)))  # (B*T, L, D)
         for block in self.tower.blocks:
             if self.recompute and self.training:
                 x = checkpoint(_run, block, x, use_reentrant=False, preserve_rng_state=False)
@@ -77,15 +82,17 @@ class FullFinetune(nn.Module):
                 x = _run(block, x)
         return self.tower.read(x, self.feature).unflatten(0, video.shape[:2]).mean(1)  # (B*T, D) -> (B, D)
 
-    def forward(self, video: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(video)))
-
 
 def _run(block: Block, x: Tensor) -> Tensor:
     return block.transform(block.attend(x))
 
 
-def build(config: Config, tower: Tower, options: Options) -> FullFinetune:
-    """The method as a configuration describes it."""
-    network = config.network
-    return FullFinetune(tower, config.data.num_classes, options.feature, network.drop_fc, network.recompute)
+def build(config: Config, options: Options) -> FullFinetune:
+    """The model of a configuration."""
+    return FullFinetune(
+        build_tower(config),
+        num_classes=config.data.num_classes,
+        feature=options.feature,
+        dropout=config.network.drop_fc,
+        recompute=config.network.recompute,
+    )

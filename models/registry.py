@@ -1,43 +1,39 @@
-"""The MODELS table, what a method is, build_model(config), counts of parameters, which frozen weights a model has.
+"""The models by name, and `build_model`, which builds one from a configuration.
 
-A method is one file in clip/methods/ and one line in MODELS. The file has
+A model is one file in models/ and one line in MODELS. Letters: B clips, T segments, K classes, f frames a segment.
 
-Options, a frozen dataclass: what may stand in network.options, with types and defaults.
+The file has
 
-build(config, tower, options) -> module: it hands the configuration's values to the constructor, network.drop_fc and
-network.recompute among them. What it cannot honour is a ConfigError that begins with the dotted key.
+    Options                     a frozen dataclass: the keys, types and defaults of network.options
+    build(config, options)      -> the model. A CLIP-based model calls clip.towers.build.build_tower(config) for its
+                                tower. What it cannot honour is a ConfigError that begins with the dotted key;
+                                network.init: false means random weights.
 
-The module has to have
+and may have, for the files that its authors publish,
 
-forward(video (B, T, 3, height, width)) -> logits (B, K).
+    from_published(state_dict)  -> their weights under our names, or None if these are not theirs; ValueError for a key
+                                that their model does not have
+    published_name(key)         -> the authors' name for one of ours, for messages
 
-tower, the trunk that it was given, and head, the classifier, as attributes.
+The model is an nn.Module. It has
 
-trainable_modules() -> {name: module or parameter}, all that is trained; the last entry is `head`.
+    forward(video)              (B, T*f, 3, height, width), the f frames of a segment next to each other -> logits (B, K)
+    head                        the classifier
+    trainable_modules()         -> {name: module or parameter}, everything that is trained; the last entry is `head`
+    origin                      an Origin: the name of what it stands on, and where its weights come from
+    frames_per_segment          f
+    mean, std                   of the pixels it was pretrained on, in 0..1, one value a channel; None for CLIP's
 
-frames_per_segment, an int: the frames that it reads at each of its T places; the loaders have 1.
+and may have
 
-It may have, each for one thing,
-
-trainable_layers() -> lists of modules and parameters, one a layer from input to classifier, for solver.layer_decay.
-
-in_clip_space, a bool, for network.head: text: whether `head` is given what CLIP would project to the space of its texts
-(B, D). The text head then takes the place of `head`.
-
-frozen_features(video) -> (B, F) and from_frozen(features) -> logits, for network.cache_features: all that no training
-changes, and the rest. forward then takes either, a video or such features, by their dimensions.
-
-misfit(values) -> str | None, for files of another variant of it: says in words why these weights, by our names, do not
-fit, where that is known; None leaves it to clip/loading.py.
-
-Its file may have, beside build,
-
-from_published(state_dict) -> dict | None, for the files that its authors publish: their weights by our names, all that
-the model has, or None if these are not theirs. Raises ValueError for a key that is not known.
-
-published_name(key) -> str, for messages on such files: what the authors call a key of ours.
-
-Does not live here: any layer, any loop, loading a model's weights (loading.py).
+    trainable_layers()          -> lists of modules and parameters, one a layer from input to output: solver.layer_decay
+    parameter_scale(name, parameter)  -> a Scale: multipliers of this parameter's learning rate and weight decay
+    in_clip_space               whether `head` gets what CLIP would project to the space of its texts (B, D). Then
+                                network.head: text can replace `head`; `tower` is CLIP's tower
+    frozen_features(video), from_frozen(features)  -> (B, F), all that training does not change, and logits (B, K), the
+                                rest: network.cache_features. forward then takes a video or such features
+    misfit(values)              -> why weights under our names do not fit, if the model knows a better sentence than
+                                models.loading, else None
 """
 
 from __future__ import annotations
@@ -52,7 +48,6 @@ import torch
 from torch import nn
 
 from clip.text_head import TextHead, build_text_head
-from clip.towers.build import build_tower
 from configs.schema import Config, ConfigError, fill_options, nearest
 from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
 from models.parameters import freeze_all_but_trainable
@@ -69,19 +64,19 @@ MODELS: dict[str, ModuleType] = {
 
 
 def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:
-    """The model of a configuration, on the CPU, in float32, with only its tuned parts requiring gradients.
+    """Build the model of a configuration on the CPU, in float32, with gradients for its trainable parts alone.
 
-    Random parts follow from config.seed, the frozen tower's first: a configuration always gives the same model, and
-    torch's generators are left as they were.
+    Random weights follow from config.seed: a configuration always gives the same model. The state of torch's
+    generators does not change.
 
     Args:
-        config: of configs.schema.load_config.
-        pretrained: False leaves CLIP's weights out, for a checkpoint that brings all of them; classes that are not
-            tuned are made of `class_names` and of CLIP's text tower all the same.
-        class_names: K of them, for network.head: text; None for a checkpoint that brings the classifier.
+        config: from configs.schema.load_config.
+        pretrained: False reads no pretrained weights, for a checkpoint that brings all of them. A text head that is not
+            trained is still made of `class_names` and CLIP's text tower.
+        class_names: the K names for network.head: text; None if a checkpoint brings the classifier.
 
     Raises:
-        ConfigError, TowerError, ValueError: an unknown method, weights that cannot be had, sizes that do not fit.
+        ConfigError, TowerError, ValueError: an unknown model, weights that cannot be read, sizes that do not fit.
     """
     network = config.network
     if network.model_name not in MODELS:
@@ -90,31 +85,46 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
         raise ConfigError(f"network.model: {network.model_name!r} is unknown{hint} (known: {', '.join(MODELS)})")
     if network.model is not None and network.fine_tuning and network.model == "td4v_side":
         warnings.warn("network.model td4v_side overrides network.fine_tuning", stacklevel=2)
-    method = MODELS[network.model_name]
-    options = fill_options(method.Options, network.options, "network.options")
+    file = MODELS[network.model_name]
+    options = fill_options(file.Options, network.options, "network.options")
+    init = network.init and pretrained
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        init = network.init and pretrained
-        tower = build_tower(dataclasses.replace(config, network=dataclasses.replace(network, init=init)))
-        if pretrained and not init:
-            logger.warning(
-                "network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", tower.name
-            )
-        model = method.build(config, tower, options)
+        model = file.build(dataclasses.replace(config, network=dataclasses.replace(network, init=init)), options)
         if network.head == "text":
             model.head = _text_head(config, model, pretrained, class_names)
+    if pretrained and not init:
+        logger.warning(
+            "network.init is false: %s starts from RANDOM weights, nothing pretrained is loaded", model.origin.name
+        )
     if network.cache_features != "off" and not hasattr(model, "frozen_features"):
-        able = ", ".join(name for name, module in MODELS.items() if _has_frozen_features(module))
+        able = ", ".join(name for name, file in MODELS.items() if _has_frozen_features(file))
         raise ConfigError(
             f"network.cache_features: {network.model_name} has no frozen features of its own to keep; only {able} have"
         )
     return freeze_all_but_trainable(model)
 
 
-def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
-    """Fill data.mean and data.std, where they are null, with the model's own, and CLIP's where it has none.
+def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:
+    """The text head of a configuration. Raises ConfigError for a model whose features CLIP does not project."""
+    if not getattr(model, "in_clip_space", False):
+        feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
+        raise ConfigError(
+            "network.head: text needs features in CLIP's space, "
+            f"which network.model {config.network.model_name}{feature} does not give"
+        )
+    return build_text_head(config, model.tower, class_names, pretrained)
 
-    Raises ConfigError where data.seg_length is not what the model reads.
+
+def _has_frozen_features(file: ModuleType) -> bool:
+    return any(hasattr(value, "frozen_features") for value in vars(file).values() if isinstance(value, type))
+
+
+def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
+    """The configuration with data.mean and data.std filled in where they are null: the model's own, else CLIP's.
+
+    Raises:
+        ConfigError: data.seg_length is given and is not what the model reads.
     """
     frames = model.frames_per_segment
     if config.data.seg_length not in (None, frames):
@@ -123,19 +133,3 @@ def with_pixel_statistics(config: Config, model: nn.Module) -> Config:
             f"reads {frames} frames a segment"
         )
     return dataclasses.replace(config, data=config.data.with_pixel_statistics(model.mean, model.std))
-
-
-def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:
-    """The text head of a configuration. Raises ConfigError for a method whose features CLIP does not project."""
-    network = config.network
-    if not getattr(model, "in_clip_space", False):
-        feature = f" and network.options.feature {model.feature}" if hasattr(model, "feature") else ""
-        raise ConfigError(
-            "network.head: text needs features in CLIP's space, "
-            f"which network.model {network.model_name}{feature} does not give"
-        )
-    return build_text_head(config, model.tower, class_names, pretrained)
-
-
-def _has_frozen_features(module: ModuleType) -> bool:
-    return any(hasattr(value, "frozen_features") for value in vars(module).values() if isinstance(value, type))

@@ -154,9 +154,18 @@ def small(method, recompute=False, **options):
     torch.manual_seed(0)
     tower = build_custom_tower(32, 3, 2, 8, 16)
     if method == "side":
-        model = TD4VSide(tower, 5, 4, [16, 16, 32], recompute=recompute, **options)
+        model = TD4VSide(tower, num_classes=5, frames=4, widths=[16, 16, 32], recompute=recompute, **options)
     else:
-        model = TD4VFinetune(tower, 5, 4, mode="CNN", ratio=1 / 4, zero_init=False, recompute=recompute, **options)
+        model = TD4VFinetune(
+            tower,
+            num_classes=5,
+            frames=4,
+            mode="CNN",
+            ratio=1 / 4,
+            zero_init=False,
+            recompute=recompute,
+            **options,
+        )
     return freeze_all_but_trainable(model).train()
 
 

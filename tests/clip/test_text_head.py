@@ -473,7 +473,7 @@ def test_recompute_reaches_the_text_tower(file: str, method: str) -> None:
     assert less < more / 5 and torch.equal(texts, again)
     assert all(torch.equal(one, other) for one, other in zip(gradients, others, strict=True))
     for tuned in TUNED[:2]:
-        with pytest.raises(ConfigError, match="network.recompute: linear_probe keeps no .*network.text.tuned: tower"):
+        with pytest.raises(ConfigError, match="network.recompute: linear_probe saves no .*network.text.tuned: tower"):
             build(file, "linear_probe", tuned, recompute=True)
 
 

@@ -104,7 +104,7 @@ def test_the_formulas(adapters: int, feature: str, recompute: bool) -> None:
 def test_more_sequences_than_a_gpu_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(drop_path=0)
     whole = model(clips())
-    monkeypatch.setattr("models.aim.MOST_SEQUENCES", 4)  # of 3 clips x 5 tokens
+    monkeypatch.setattr("models.aim.MAX_SEQUENCES", 4)  # of 3 clips x 5 tokens
     torch.testing.assert_close(model(clips()), whole)
 
 
@@ -165,7 +165,9 @@ def test_counts() -> None:
         adapter = 2 * width * (width // 4) + width // 4 + width
         assert (2 + count) * layers * adapter + 8 * width + 2 * width == tuned
         with torch.device("meta"):
-            model = freeze_all_but_trainable(AIM(build_openclip_tower(arch, 224), 51, 8, count))
+            model = freeze_all_but_trainable(
+                AIM(build_openclip_tower(arch, 224), num_classes=51, frames=8, temporal_adapters=count)
+            )
         report = parameter_report(model)
         assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert report.trainable - report.by_module["head"] == tuned
@@ -192,7 +194,7 @@ def test_what_is_tuned_and_how_fast() -> None:
 
 def test_a_clip_loses_a_branch_as_a_whole() -> None:
     model, many = tiny(drop_path=0.6, scale=0.7), 2000
-    kept = torch.stack(model.draw_kept(many, torch.device("cpu")))  # (layers, 2, B*T, 1, 1)
+    kept = torch.stack(model.draw_drops(many, torch.device("cpu")))  # (layers, 2, B*T, 1, 1)
     assert kept.shape == (LAYERS, 2, many * FRAMES, 1, 1)
     per_clip = kept.view(LAYERS, 2, many, FRAMES)
     assert torch.equal(per_clip, per_clip[..., :1].expand_as(per_clip)) and (kept[0] == 1).all()
@@ -201,13 +203,13 @@ def test_a_clip_loses_a_branch_as_a_whole() -> None:
         assert per_clip[index].mean().item() == pytest.approx(1, abs=0.1)
     assert not torch.equal(per_clip[1, 0], per_clip[1, 1])
     torch.manual_seed(5)
-    drawn = [each.view(2, 3, FRAMES)[..., 0] for each in model.draw_kept(3, torch.device("cpu"))]
+    drawn = [each.view(2, 3, FRAMES)[..., 0] for each in model.draw_drops(3, torch.device("cpu"))]
     assert 0 in torch.stack(drawn)
     torch.manual_seed(5)
     torch.testing.assert_close(
         model.frame_features(clips()), formulas(model, clips(), 0.7, drawn), rtol=1e-4, atol=1e-5
     )
-    assert model.eval().draw_kept(3, torch.device("cpu")) == [None] * LAYERS
+    assert model.eval().draw_drops(3, torch.device("cpu")) == [None] * LAYERS
     torch.testing.assert_close(model.frame_features(clips()), formulas(model, clips(), 0.7), rtol=1e-4, atol=1e-5)
 
 

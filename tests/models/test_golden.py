@@ -104,8 +104,15 @@ def check_tower(case: dict, fill: ModuleType) -> None:
 
 def check_side_network(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
-    model = TD4VSide(golden_tower(arguments), 5, arguments["T"], arguments["n_embs"], arguments["mlp_ratio"],
-                     parse_ratio(arguments["DA_ratio"]), arguments["sample_mode"])  # fmt: skip
+    model = TD4VSide(
+        golden_tower(arguments),
+        num_classes=5,
+        frames=arguments["T"],
+        widths=arguments["n_embs"],
+        mlp_ratio=arguments["mlp_ratio"],
+        ratio=parse_ratio(arguments["DA_ratio"]),
+        mode=arguments["sample_mode"],
+    )
     own = model.state_dict()
     extra = {key: own[key] for key in own if key.startswith(("head.", "tower.visual.ln_post."))}
     model.load_state_dict({**extra, **weights(case, fill)})
@@ -132,8 +139,15 @@ def check_aim(case: dict, fill: ModuleType) -> None:
     arguments = case["constructor_args"]
     drop_path = arguments.get("drop_path_rate", 0.2)
     assert case["mode"] == "eval" or drop_path == 0, "dropped paths are random"
-    model = AIM(golden_tower(arguments), 5, arguments["num_frames"], arguments.get("num_tadapter", 1),
-                arguments.get("adapter_scale", 0.5), drop_path, arguments.get("mlp_ratio", 0.25))  # fmt: skip
+    model = AIM(
+        golden_tower(arguments),
+        num_classes=5,
+        frames=arguments["num_frames"],
+        temporal_adapters=arguments.get("num_tadapter", 1),
+        scale=arguments.get("adapter_scale", 0.5),
+        drop_path=drop_path,
+        ratio=arguments.get("mlp_ratio", 0.25),
+    )
     own = model.state_dict()
     model.load_state_dict({**{key: own[key] for key in ("head.weight", "head.bias")}, **weights(case, fill)})
     freeze_all_but_trainable(model).to(getattr(torch, case["dtype"])).train(case["mode"] == "train")

@@ -49,8 +49,8 @@ def test_counts_of_vit_b16_with_51_classes() -> None:
     with torch.device("meta"):
         tower = build_openclip_tower("ViT-B/16", 224)
         full, probe = (
-            freeze_all_but_trainable(FullFinetune(tower, 51)),
-            freeze_all_but_trainable(LinearProbe(tower, 51)),
+            freeze_all_but_trainable(FullFinetune(tower, num_classes=51)),
+            freeze_all_but_trainable(LinearProbe(tower, num_classes=51)),
         )
     whole = tower_count(768, 12, 16, 224)
     assert (whole, 768 * 51 + 51) == (85_799_424, 39_219)

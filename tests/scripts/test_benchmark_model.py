@@ -110,7 +110,9 @@ def test_side_block(mode, frames, train, with_token):
 )
 def test_side_network(widths, mode, frames, train):
     plain = PlainSideTuning(SIZES, 5, frames, widths, 2.0, 1 / 6, mode)
-    product = freeze_all_but_trainable(TD4VSide(tower(), 5, frames, widths, 2.0, 1 / 6, mode))
+    product = freeze_all_but_trainable(
+        TD4VSide(tower(), num_classes=5, frames=frames, widths=widths, mlp_ratio=2.0, ratio=1 / 6, mode=mode)
+    )
     plain, product = twins(plain, product, train)
     video = torch.randn(2, frames, 3, 12, 12, dtype=torch.float64)
     close(
@@ -129,10 +131,18 @@ def test_side_network(widths, mode, frames, train):
     ],
 )
 def test_fine_tuning(placement, mode, frames, feature, embedding, train):
-    places = [place for place, used in zip(("attention", "mlp"), PLACEMENTS[placement], strict=True) if used]
+    places = list(PLACEMENTS[placement])
     plain = PlainFineTuning(SIZES, 5, frames, places, 1 / 6, mode, feature, embedding)
     product = TD4VFinetune(
-        tower(), 5, frames, placement, mode, 1 / 6, feature, zero_init=False, temporal_embedding=embedding
+        tower(),
+        num_classes=5,
+        frames=frames,
+        placement=placement,
+        mode=mode,
+        ratio=1 / 6,
+        feature=feature,
+        zero_init=False,
+        temporal_embedding=embedding,
     )
     plain, product = twins(plain, freeze_all_but_trainable(product), train)
     video = torch.randn(2, frames, 3, 12, 12, dtype=torch.float64)
