@@ -77,8 +77,11 @@ class Report:
             if rows:
                 parts.append("\n".join([f"{title}:", *(f"{name}: {why}" for name, why in rows)]))
         if self.shorter_than_declared:
-            lines = (f"{name}: {declared} declared, {frames}" for name, declared, frames in self.shorter_than_declared)
-            parts.append("\n".join(["frames declared and decoded:", *lines]))
+            lines = (
+                f"{name}: {declared} declared, {frames} decoded"
+                for name, declared, frames in self.shorter_than_declared
+            )
+            parts.append("\n".join(["declare more frames than decode:", *lines]))
         return "\n\n".join(parts) + "\n"
 
     def write(self, out: Path) -> None:

@@ -252,4 +252,4 @@ def _write_lists(
         extracted=store is not None,
         decoder=options.decoder,
     )
-    logger.info("%s", snippet)
+    logger.info("%s:\n%s", out / "config_snippet.yaml", snippet)
