@@ -29,8 +29,7 @@ from datasets.prepare import __main__ as command
 from datasets.prepare import decode, extract, output_dir
 from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, count_frames, encode_jpeg, probe
 from datasets.prepare.plan import PrepareError
-from tests.datasets.test_decoders import make
-from tests.helpers.video_files import write_avi
+from tests.helpers.video_files import overwrite, write_avi, write_video
 
 ROOT = Path(__file__).parents[3]
 UCF = ROOT.parent / "shared" / "data" / "ucf101_10" / "UCF-101"
@@ -106,8 +105,7 @@ def cut_after(video: Path, frames: int) -> Path:
 
 
 def encoded(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return make(path, size=(240, 320), crf=1, **{"x264-params": "bframes=2:keyint=15"})
+    return write_video(path, size=(240, 320), crf=1, **{"x264-params": "bframes=2:keyint=15"})
 
 
 @pytest.mark.parametrize("real", [False, *([True] if SHORT_CLIP.is_file() else [])])
@@ -355,12 +353,7 @@ def test_unreadable_videos(videos, tmp_path, caplog, mode):
 @pytest.mark.parametrize("real", [False, *([True] if CORRUPTED.is_file() else [])])
 @pytest.mark.parametrize("mode", ["--frames", "--videos-only", "--pack"])
 def test_a_damaged_video_is_unreadable(videos, tmp_path, mode, real):
-    damaged = CORRUPTED if real else encoded(tmp_path / "damaged.mp4")
-    if not real:
-        data = bytearray(damaged.read_bytes())
-        middle = slice(len(data) // 3, len(data) // 3 * 2)
-        data[middle] = bytes(len(data[middle]))
-        damaged.write_bytes(data)
+    damaged = CORRUPTED if real else overwrite(encoded(tmp_path / "damaged.mp4"), 1 / 3, 2 / 3)
     (videos / "class 0" / "corrupted.mp4").symlink_to(damaged)
     assert folder(videos, tmp_path / "out", mode, "--allow-missing") == 0
     ((name, reason),) = json.loads((tmp_path / "out" / "report.json").read_text())["unreadable"]
@@ -379,7 +372,7 @@ def test_a_loss_is_listed_up_to_a_tenth(tmp_path, decoder, kept, readable):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_frames_that_are_not_to_be_shown_are_no_loss(tmp_path, decoder):
     """The edit list of an MP4 hides 12 of 40 frames."""
-    path = make(tmp_path / "a.mp4", stamps=[40 * (i - 12) for i in range(40)], **{"x264-params": "bframes=2:keyint=15"})
+    path = write_video(tmp_path / "a.mp4", stamps=[40 * (i - 12) for i in range(40)], **{"x264-params": "bframes=2:keyint=15"})
     outcome = probe(path, decoder)
     assert (outcome.declared, outcome.frames, outcome.error) == (28, 28, None)
 
@@ -401,7 +394,7 @@ def test_videos_narrower_than_64_pixels(tmp_path, decoder):
 def test_transport_streams(videos, tmp_path, mode):
     """decord misses their first frames, so it is not trusted with them; PyAV reads them."""
     pytest.importorskip("decord")
-    make(videos / "class 0" / "stream.ts", **{"x264-params": "bframes=2:keyint=15"})
+    write_video(videos / "class 0" / "stream.ts", **{"x264-params": "bframes=2:keyint=15"})
     out = tmp_path / "out"
     assert folder(videos, out, mode, "--decoder", "decord") == 1
     assert re.search(r"class 0/stream\.ts: only \d+ of 40 frames can be decoded\n", (out / "report.txt").read_text())
