@@ -1,8 +1,4 @@
-"""Evaluation of any model on any loader, and the checks of a batch that training shares with it.
-
-Lives here: from batches to an Accuracy, views folded into clips, progress. Does not live here: what an accuracy is
-(metrics.py), when it is taken (loop.py), what people look at (report.py).
-"""
+"""Evaluates any model on any loader; training uses its check of batches too."""
 
 from __future__ import annotations
 
@@ -45,21 +41,23 @@ def evaluate(
     pass_clips: int = PASS_CLIPS,
     signals: StopSignals | None = None,
 ) -> Accuracy:
-    """Accuracy over the videos of all processes, each of which gives its own part; the same result on each.
+    """Accuracy over the videos of all processes, the same on each; each process's loader gives its own part.
 
     Args:
-        expected: videos in the list (see metrics.Scores.accuracy).
+        expected: number of videos in the list (see metrics.Scores.accuracy).
         print_freq: batches between lines of progress; None for none.
         normalizer: of uint8 pixels; None scales them to 0..1.
-        pass_clips: clips in one forward pass, wherever batches and videos end; the last is filled up by a repeated clip,
-            whose logits are dropped. Matrix products of another size add up in another order: passes of one size give a
-            video the same logits, bit for bit, whatever the batch size and the number of processes.
-        signals: where a wish to stop is noted, which ends an evaluation at once: nothing in it is worth saving.
+        pass_clips: clips in one forward pass, whatever the batches are. Matrix products of another size add in another
+            order, so passes of one size give a video the same logits, bit for bit, for any batch size and number of
+            processes. The last pass is filled up by a repeated clip, whose logits are dropped.
+        signals: a requested stop ends the evaluation at once; nothing in it is worth saving.
 
     Raises:
-        DataError: the loader reports an error. MetricsError: not every video has one finite score. Stopped.
+        DataError: the loader reports an error.
+        MetricsError: not every video has one finite score.
+        Stopped: a stop was requested.
     """
-    model = unwrap(model)  # processes may have different numbers of batches, so nothing may wait for the others
+    model = unwrap(model)  # without synchronisation: processes may have different numbers of batches
     was_training = model.training
     model.eval()
     normalizer = normalizer or Normalizer()
@@ -75,8 +73,8 @@ def evaluate(
             return model(normalizer(clips, process.device))  # (pass_clips, K)
 
     try:
-        for index, logits, label, names in in_passes(run, batches(), pass_clips):
-            scores.add(index, logits, label, names)
+        for video_outputs in in_passes(run, batches(), pass_clips):
+            scores.add(*video_outputs)
     finally:
         model.train(was_training)
     return scores.accuracy(expected)
@@ -85,7 +83,7 @@ def evaluate(
 def watched(
     loader: DataLoader, what: str, print_freq: int | None = None, signals: StopSignals | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, with lines of progress that begin with `what`. Raises Stopped between two of them."""
+    """The batches of a loader, with progress lines that begin with `what`. Raises Stopped between two batches."""
     eta = Eta(done=0, total=len(loader))
     for number, batch in enumerate(loader, start=1):
         if signals is not None and signals.asked:
@@ -96,63 +94,78 @@ def watched(
         yield batch
 
 
-def in_passes(
-    run: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str] | None]]:
-    """Give `run` the clips of batches (B, V, ...) in passes of one size, (size, ...) -> (size, ...).
+VideoOutputs = tuple[Tensor, Tensor, Tensor, "list[str] | None"]  # index (n,), outputs (n, V, ...), label (n,), names
 
-    Yields videos all of whose views are through: index (n,), outputs (n, V, ...), label (n,), names or None.
+
+def in_passes(run: Callable[[Tensor], Tensor], batches: Iterable[dict[str, Any]], size: int) -> Iterator[VideoOutputs]:
+    """Regroup the clips of batches (B, V, ...) into passes of one size, and the outputs into videos.
+
+    Args:
+        run: (size, ...) -> (size, ...).
+
+    Yields:
+        the videos whose views are all done, as soon as they are.
     """
-    waiting = _Waiting()
+    clips = _ClipQueue()
+    videos = _VideoQueue()
     for batch in batches:
-        if batch["video"] is not None:
-            for clips in waiting.take(batch, size):
-                yield from waiting.give(run(clips))
-    if (rest := waiting.rest(size)) is not None:
-        yield from waiting.give(run(rest))
+        if batch["video"] is None:
+            continue
+        videos.add(batch)
+        clips.add(batch["video"].flatten(0, 1))  # (B, V, ...) -> (B*V, ...)
+        while len(clips) >= size:
+            yield from videos.complete(run(clips.pop(size)))
+    if len(clips):
+        yield from videos.complete(run(clips.pop(size)))
 
 
-class _Waiting:
-    """Clips that wait for a full pass, and videos that wait for the outputs of all of their views."""
+class _ClipQueue:
+    """Clips that wait for a full pass."""
 
     def __init__(self) -> None:
-        self.clips: list[Tensor] = []  # each (n, T, C, H, W), or (n, F) of features
+        self.parts: list[Tensor] = []  # each (n, T, C, H, W), or (n, F) of features
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def add(self, clips: Tensor) -> None:
+        self.parts.append(clips)
+
+    def pop(self, size: int) -> Tensor:
+        """The first `size` clips; if there are fewer, all, filled up by the last of them."""
+        clips = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        self.parts = [clips[size:]]
+        fill = size - len(clips)
+        return torch.cat([clips, clips[-1:].expand(fill, *clips.shape[1:])]) if fill > 0 else clips[:size]
+
+
+class _VideoQueue:
+    """Videos that wait for the outputs of all of their views."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[int, int, str | None]] = deque()  # index, label, name
         self.outputs: list[Tensor] = []  # each (n, ...)
-        self.videos: deque[tuple[int, int, str | None]] = deque()  # index, label, path
         self.views = 1
 
-    def take(self, batch: dict[str, Any], size: int) -> Iterator[Tensor]:
-        """Take in a batch, and give the passes of `size` clips (size, T, C, H, W) that are full."""
+    def add(self, batch: dict[str, Any]) -> None:
         self.views = batch["video"].shape[1]
         names = batch.get("path") or [None] * len(batch["index"])
-        self.videos += zip(batch["index"].tolist(), batch["label"].tolist(), names, strict=True)
-        self.clips.append(batch["video"].flatten(0, 1))  # (B*V, T, C, H, W)
-        while sum(map(len, self.clips)) >= size:
-            clips = self.clips[0] if len(self.clips) == 1 else torch.cat(self.clips)
-            self.clips = [clips[size:]]
-            yield clips[:size]
+        self.waiting += zip(batch["index"].tolist(), batch["label"].tolist(), names, strict=True)
 
-    def rest(self, size: int) -> Tensor | None:
-        """The last clips as a pass of `size`, filled up by the last of them; None without any."""
-        clips = torch.cat(self.clips) if self.clips else torch.empty(0)
-        if len(clips) == 0:
-            return None
-        return torch.cat([clips, clips[-1:].expand(size - len(clips), *clips.shape[1:])])
-
-    def give(self, outputs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, list[str] | None]]:
-        """Take in the outputs (n, ...) of a pass, and give the videos all of whose views are there."""
+    def complete(self, outputs: Tensor) -> Iterator[VideoOutputs]:
+        """Take the outputs (n, ...) of the next clips, and give the videos that are complete with them."""
         self.outputs.append(outputs)
-        there = torch.cat(self.outputs)
-        done = min(len(there) // self.views, len(self.videos))
-        self.outputs = [there[done * self.views :]]
+        joined = torch.cat(self.outputs)
+        done = min(len(joined) // self.views, len(self.waiting))
+        self.outputs = [joined[done * self.views :]]
         if done:
-            index, label, path = zip(*(self.videos.popleft() for _ in range(done)), strict=True)
-            parts = there[: done * self.views].unflatten(0, (done, self.views))  # (n, V, ...)
-            yield torch.tensor(index), parts, torch.tensor(label), None if path[0] is None else list(path)
+            index, label, name = zip(*(self.waiting.popleft() for _ in range(done)), strict=True)
+            by_video = joined[: done * self.views].unflatten(0, (done, self.views))  # (n*V, ...) -> (n, V, ...)
+            yield torch.tensor(index), by_video, torch.tensor(label), None if name[0] is None else list(name)
 
 
 def check_batch(batch: dict[str, Any]) -> int:
-    """Stop on an error of the loader, warn of each skipped video, and return how many there are."""
+    """Raise DataError for an error of the loader, log each skipped video, and return how many there are."""
     if batch["error"] is not None:
         raise DataError(batch["error"])
     for name in batch["skipped"]:

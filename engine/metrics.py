@@ -1,19 +1,14 @@
-"""From logits to accuracy: each video exactly once, in float64, the same numbers on any number of processes.
+"""Exact accuracy: each video once, scores in float64, the same numbers for any batch size and number of processes.
 
-Lives here: scores of a video from its views, collecting them over processes, top-1, top-5, mean-class accuracy and the
-confusion matrix. Does not live here: running the model (evaluation.py) or writing the numbers down (report.py).
+A video's score depends on its own views alone and is computed on the CPU; all that follows is sorting and counting. The
+logits do not depend on the batch either, because the model runs on passes of one size (evaluation.evaluate).
 
-What is guaranteed: given the logits of each video, scores and accuracy are the same, bit for bit, for any order of the
-videos, any batch size and any number of processes, because a video's score is computed from its own views alone, on the
-CPU, and everything after that is sorting and counting whole numbers. The logits do not depend on them either, because
-the model runs on passes of one size (evaluation.evaluate).
-
-N is the number of videos, B of a batch, V the views of a video, K the classes.
+Letters: N videos, B videos of a batch, V views a video, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,23 +20,23 @@ from engine.errors import EngineError
 
 
 class MetricsError(EngineError):
-    """The scores at hand are not one valid score for each video of the list."""
+    """The scores are not one valid score for each video of the list."""
 
 
 class DivergedError(MetricsError):
-    """The model gives scores that are not finite."""
+    """The model's scores are not finite."""
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """One row a video, in the order of the list; videos that were skipped have none.
+class ScoreTable:
+    """One row a video, in the order of the list; skipped videos have none.
 
     Args:
-        index: (N,) int64, places in the list, ascending.
-        score: (N, K) float64, the mean over the views of the softmaxed logits.
+        index: (N,) int64, rows of the list, ascending.
+        score: (N, K) float64, the mean over the views of the softmax of the logits.
         label: (N,) int64.
-        path: the N names of the videos, their places as text where the loader gives no names.
-        skipped: videos of the list that could not be read.
+        path: the N names of the videos, or their indices as text if the loader gives no names.
+        skipped: number of videos of the list that could not be read.
     """
 
     index: Tensor
@@ -50,14 +45,23 @@ class Table:
     path: tuple[str, ...]
     skipped: int = 0
 
+    def rows(self) -> Iterator[tuple[int, str, int]]:
+        """Index, path and label of each video."""
+        return zip(self.index.tolist(), self.path, self.label.tolist(), strict=True)
+
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages (0 to 100) over `videos` videos; `skipped` more could not be read and count nowhere.
+    """Percentages (0 to 100) over `videos` videos; `skipped` more could not be read and do not count.
 
-    `per_class` is None where no video has the class, and `mean_class` the mean of the others. `confusion[i][j]` counts
-    videos of class i taken for class j. Equal scores rank by class number. `table` holds the raw scores; it takes no
-    part in comparisons.
+    Equal scores rank by class number.
+
+    Args:
+        mean_class: the mean of `per_class`.
+        per_class: None for a class without videos.
+        confusion: [i][j] counts the videos of class i that were predicted as class j.
+        predicted: (index in the list, class) of each video.
+        table: the raw scores; not part of comparisons.
     """
 
     top1: float
@@ -67,17 +71,17 @@ class Accuracy:
     skipped: int
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
-    predicted: tuple[tuple[int, int], ...]  # (place in the list, class) of each video
-    table: Table | None = field(default=None, compare=False, repr=False)
+    predicted: tuple[tuple[int, int], ...]
+    table: ScoreTable | None = field(default=None, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, fit for JSON: all but `table`."""
+        """All but `table`, as plain values for JSON."""
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "table"}
 
 
 @dataclass
 class Scores:
-    """The scores of the videos that this process has seen."""
+    """Collects the scores of the videos that this process evaluates."""
 
     index: list[Tensor] = field(default_factory=list)
     score: list[Tensor] = field(default_factory=list)
@@ -86,8 +90,8 @@ class Scores:
     skipped: int = 0
 
     def add(self, index: Tensor, logits: Tensor, label: Tensor, path: Sequence[str] | None = None) -> None:
-        """Take in B videos: index (B,) int64, logits (B, V, K) of any float type, label (B,) int64, B names or None."""
-        names = [str(place) for place in index.tolist()] if path is None else list(path)
+        """Add B videos: index (B,) int64, logits (B, V, K) of any float type, label (B,) int64, B names or None."""
+        names = [str(number) for number in index.tolist()] if path is None else list(path)
         if not len(index) == len(logits) == len(label) == len(names):
             raise ValueError(f"{len(index)} indices, {len(logits)} logits, {len(label)} labels, {len(names)} names")
         self.index.append(index.cpu())
@@ -96,29 +100,30 @@ class Scores:
         self.label.append(label.cpu())
         self.path += names
 
-    def collect(self, expected: int) -> Table:
+    def collect(self, expected: int) -> ScoreTable:
         """The scores of the videos of all processes, the same on each; every process must call it.
 
         Args:
-            expected: videos in the list, which have the indices 0 to expected - 1.
+            expected: number of videos in the list, whose indices are 0 to expected - 1.
 
         Raises:
             MetricsError: a video occurs twice or never, has a score that is not finite, or a label outside the classes.
         """
-        parts = gather(self._share())
+        parts = gather(self._packed())
         skipped = sum(part["skipped"] for part in parts)
         parts = [part for part in parts if part["path"]]
         if not parts:
             raise MetricsError(f"none of {expected} videos could be evaluated ({skipped} were skipped)")
         index, score, label = (torch.cat([part[name] for part in parts]) for name in ("index", "score", "label"))
-        return _table(index, score, label, [name for part in parts for name in part["path"]], expected, skipped)
+        path = [name for part in parts for name in part["path"]]
+        return _sorted_table(index, score, label, path, expected, skipped)
 
     def accuracy(self, expected: int) -> Accuracy:
-        """As `collect`, and counted; the scores themselves are in the result's `table`."""
+        """The accuracy over the videos of all processes; arguments and errors as of `collect`."""
         return _count(self.collect(expected))
 
-    def _share(self) -> dict[str, Any]:
-        """What this process tells the others: few large tensors travel faster than many small ones."""
+    def _packed(self) -> dict[str, Any]:
+        """This process's scores for the others; few large tensors travel faster than many small ones."""
         if not self.path:
             return {"path": [], "skipped": self.skipped}
         tensors = {name: torch.cat(getattr(self, name)) for name in ("index", "score", "label")}
@@ -137,19 +142,21 @@ def compute_accuracy(
 
     Raises MetricsError as Scores.collect does.
     """
-    names = [str(place) for place in index.tolist()] if path is None else path
-    return _count(_table(index, score, label, names, expected, skipped))
+    names = [str(number) for number in index.tolist()] if path is None else path
+    return _count(_sorted_table(index, score, label, names, expected, skipped))
 
 
-def _table(index: Tensor, score: Tensor, label: Tensor, path: Sequence[str], expected: int, skipped: int) -> Table:
-    """The rows sorted by their place in the list, and checked."""
+def _sorted_table(
+    index: Tensor, score: Tensor, label: Tensor, path: Sequence[str], expected: int, skipped: int
+) -> ScoreTable:
+    """The rows in the order of the list, after the checks."""
     index, order = index.sort()
-    table = Table(index, score[order], label[order], tuple(path[row] for row in order.tolist()), skipped)
+    table = ScoreTable(index, score[order], label[order], tuple(path[row] for row in order.tolist()), skipped)
     _check(table, expected)
     return table
 
 
-def _count(table: Table) -> Accuracy:
+def _count(table: ScoreTable) -> Accuracy:
     videos, classes = table.score.shape
     ranked = table.score.argsort(dim=1, descending=True, stable=True)  # (N, K), equal scores by class number
     hits = ranked == table.label[:, None]
@@ -173,31 +180,32 @@ def _count(table: Table) -> Accuracy:
     )
 
 
-def _check(table: Table, expected: int) -> None:
-    index, name = table.index, lambda row: f"video {int(index[row])}{_named(table, row)}"
-    twice = (index[1:] == index[:-1]).nonzero()
-    if len(twice):
-        raise MetricsError(f"{name(int(twice[0]))} was evaluated more than once")
+def _check(table: ScoreTable, expected: int) -> None:
+    index = table.index
+    duplicate = (index[1:] == index[:-1]).nonzero()
+    if len(duplicate):
+        raise MetricsError(f"{_video(table, duplicate)} was evaluated more than once")
     outside = ((index < 0) | (index >= expected)).nonzero()
     if len(outside):
-        raise MetricsError(f"{name(int(outside[0]))} was evaluated, but the list has only {expected}")
+        raise MetricsError(f"{_video(table, outside)} was evaluated, but the list has only {expected}")
     if len(index) + table.skipped != expected:
         missing = sorted(set(range(expected)) - set(index.tolist()))
         raise MetricsError(
             f"{len(index)} videos were evaluated and {table.skipped} skipped, but the list has {expected}; "
             f"without a score: {', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
         )
-    bad = (~table.score.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        raise DivergedError(f"the model's output for {name(int(bad[0]))} is not finite: it has diverged")
+    not_finite = (~table.score.isfinite().all(dim=1)).nonzero()
+    if len(not_finite):
+        raise DivergedError(f"the model's output for {_video(table, not_finite)} is not finite: it has diverged")
     classes = table.score.shape[1]
     wrong = ((table.label < 0) | (table.label >= classes)).nonzero()
     if len(wrong):
-        row = int(wrong[0])
-        raise MetricsError(f"{name(row)} has label {int(table.label[row])}, but the model gives {classes} classes")
+        label = int(table.label[int(wrong[0])])
+        raise MetricsError(f"{_video(table, wrong)} has label {label}, but the model gives {classes} classes")
 
 
-def _named(table: Table, row: int) -> str:
-    """The name in brackets where there is one."""
-    name = table.path[row]
-    return "" if name == str(int(table.index[row])) else f" ({name})"
+def _video(table: ScoreTable, rows: Tensor) -> str:
+    """The first of some rows, such as `video 3 (a/b.mp4)`."""
+    row = int(rows[0])
+    index, name = int(table.index[row]), table.path[row]
+    return f"video {index}" if name == str(index) else f"video {index} ({name})"

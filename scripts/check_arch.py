@@ -1,114 +1,126 @@
-"""Try trunks with every method: `python -m scripts.check_arch ARCH [ARCH ...]` prints a row of a Markdown table for each.
+"""Tries models on image towers: python -m scripts.check_arch ARCH [ARCH ...] prints a Markdown row for each tower.
 
-Each method is built on the trunk with random weights and trains for one step on random clips; its cell says how many
-parameters it tunes. Nothing is downloaded. What a trunk lacks stands in the last column: what to set in a configuration,
-or the error that the configuration would meet; in that case the exit status is 1. The side network has as many levels as
-the trunk has blocks, the published widths spread over them: network.pyramid.n_embs must be set to that.
-Does not live here: what a trunk must have (clip/tower.py), the models themselves.
+Each model is built on the tower with random weights and trains one step on random clips; its cell shows its trainable
+parameters. Nothing is downloaded. The last column says what to set in a configuration, or the error that it would get;
+after an error the exit status is 1. The side network needs one level a block, so network.pyramid.n_embs must be set for
+towers with another number of blocks; here the published widths are spread over them.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from common.tables import markdown_table
+from scripts.cli import positive_int
 
-from clip.towers.build import build_tower
-from configs.schema import Config, ConfigError, PyramidConfig, load_config
-from models.parameters import parameter_report
-from models.registry import MODELS, build_model
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 CLASSES = 10
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.check_arch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("arch", nargs="+", help="as network.arch: a name of OpenAI's, open_clip's or timm's")
-    parser.add_argument("--methods", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--size", type=int, default=224, help="data.input_size, pixels a side (default: 224)")
-    parser.add_argument("--frames", type=int, default=2, help="data.num_segments (default: 2)")
-    parser.add_argument("--clips", type=int, default=2, help="in the step (default: 2, the fewest for side-tuning)")
-    parser.add_argument("--forward", action="store_true", help="no backward pass, no gradients")
-    asked = parser.parse_args(arguments)
-    head = ["trunk", "tower", *asked.methods, "what it lacks"]
-    print(_line(head), _line(["---"] * len(head)), sep="\n")
-    whole = True
-    for arch in asked.arch:
-        cells, complete = row(arch, asked.methods, asked.size, asked.frames, asked.clips, asked.forward)
-        print(_line(cells), flush=True)
-        whole = whole and complete
-    return 0 if whole else 1
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all")
+    parser.add_argument("--size", type=positive_int, default=224, help="data.input_size in pixels (default: 224)")
+    parser.add_argument("--frames", type=positive_int, default=2, help="data.num_segments (default: 2)")
+    parser.add_argument("--clips", type=positive_int, default=2, help="of the step (default: 2; side-tuning needs two)")
+    parser.add_argument("--forward", action="store_true", help="no backward pass")
+    options = parser.parse_args(argv)
+    from models.registry import MODELS  # here, so that --help is quick
+
+    models = options.models or list(MODELS)
+    if unknown := [model for model in models if model not in MODELS]:
+        parser.error(f"--models: {unknown[0]} is unknown; choose from {', '.join(MODELS)}")
+    rows, works = [], True
+    for arch in options.arch:
+        cells, complete = check(arch, models, options)
+        rows.append(cells)
+        works = works and complete
+    print(markdown_table(["arch", "tower", *models, "to do"], rows), end="")
+    return 0 if works else 1
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def check(arch: str, models: Sequence[str], options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The cells of a tower's row, and whether all models work on it."""
+    from clip.towers.build import build_tower
 
-
-def row(
-    arch: str, methods: Sequence[str], size: int, frames: int, clips: int, forward: bool = False
-) -> tuple[list[str], bool]:
-    """The cells of a trunk's row, and whether all methods work on it."""
     try:
-        tower = build_tower(configure(arch, "linear_probe", size, frames))
+        tower = build_tower(configure(arch, "linear_probe", options.size, options.frames))
     except ValueError as error:
-        return [arch, "no", *["no"] * len(methods), str(error)], False
-    (H, W), extra = tower.grid, tower.prefix - tower.has_class_token
+        return [arch, "no", *["no"] * len(models), str(error)], False
+    (H, W), registers = tower.grid, tower.prefix - tower.has_class_token
     kind = f"{len(tower.blocks)} blocks of {tower.width}, {H} x {W} patches of {tower.patch_size} px"
-    kind += f", {extra} more tokens (registers)" if extra else ""
-    lacks = [] if tower.has_class_token else [f"a class token: set {token_keys(methods)} to mean_tokens"]
+    kind += f", {registers} more tokens (registers)" if registers else ""
+    to_do = [] if tower.has_class_token else [f"no class token: set {token_keys(models)} to mean_tokens"]
     cells, complete = [], True
-    for method in methods:
-        config = configure(arch, method, size, frames, len(tower.blocks), tower.has_class_token)
+    for model in models:
+        config = configure(
+            arch, model, options.size, options.frames, blocks=len(tower.blocks), class_token=tower.has_class_token
+        )
         try:
-            cells.append(f"{train_step(config, clips, forward):,}")
+            cells.append(f"{train_step(config, options.clips, options.forward):,}")
         except (ValueError, RuntimeError) as error:
             complete = False
             cells.append("no")
-            lacks.append(f"{method}: {error}")
-    return [arch, kind, *cells, "; ".join(lacks) or "nothing"], complete
+            to_do.append(f"{model}: {error}")
+    return [arch, kind, *cells, "; ".join(to_do) or "nothing"], complete
 
 
-def token_keys(methods: Sequence[str]) -> str:
-    """What must be set for a trunk without class token, and for which methods."""
+def token_keys(models: Sequence[str]) -> str:
+    """The keys to set for a tower without class token, each with its models."""
     keys: dict[str, list[str]] = {}
-    for method in methods:
-        if token_option(method):
-            keys.setdefault(f"network.options.{token_option(method)}", []).append(method)
+    for model in models:
+        if option := token_option(model):
+            keys.setdefault(f"network.options.{option}", []).append(model)
     return " and ".join(f"{key} ({', '.join(users)})" for key, users in keys.items())
 
 
-def token_option(method: str) -> str | None:
-    """The option of a method that asks for a class token, `feature` or `token`."""
-    names = {field.name for field in dataclasses.fields(MODELS[method].Options)}
-    return next((name for name in ("feature", "token") if name in names), None)
+def token_option(model: str) -> str | None:
+    """The option of a model that chooses between class token and mean: `feature` or `token`."""
+    from models.registry import MODELS
+
+    return next((name for name in ("feature", "token") if name in MODELS[model].Options.__dataclass_fields__), None)
 
 
-def configure(arch: str, method: str, size: int, frames: int, blocks: int = 12, has_class_token: bool = True) -> Config:
-    """A configuration with random weights and side widths for so many blocks. Raises ConfigError."""
+def configure(arch: str, model: str, size: int, frames: int, blocks: int = 12, class_token: bool = True) -> Config:
+    """A configuration with random weights and one side width a block. Raises ConfigError."""
+    from configs.schema import PyramidConfig, load_config
+
     widths = PyramidConfig().n_embs
     network = {
         "arch": arch,
         "init": False,
-        "model": method,
+        "model": model,
         "pyramid": {"n_embs": [widths[level * len(widths) // blocks] for level in range(blocks)]},
-        "options": {} if has_class_token or not token_option(method) else {token_option(method): "mean_tokens"},
+        "options": {} if class_token or not token_option(model) else {token_option(model): "mean_tokens"},
     }
     data = {"dataset": "kinetics400", "num_classes": CLASSES, "num_segments": frames, "input_size": size}
     return load_config({"data": data, "network": network})
 
 
 def train_step(config: Config, clips: int, forward: bool) -> int:
-    """Build, one forward and one backward pass; returns how many parameters are tuned.
+    """Build a model, run one forward and backward pass, and return its number of trainable parameters.
 
-    Raises ValueError, RuntimeError: what the configuration would meet; a result or gradient that is not finite.
+    Raises ValueError, RuntimeError: what the configuration would raise; a result or gradient that is not finite.
     """
+    import torch
+
+    from models.parameters import parameter_report
+    from models.registry import build_model
+
     model = build_model(config).train()
     data = config.data
-    video = torch.randn(clips, data.num_segments, 3, data.input_size, data.input_size)
+    frames = data.num_segments * getattr(model, "frames_per_segment", 1)
+    video = torch.randn(clips, frames, 3, data.input_size, data.input_size)
     with torch.set_grad_enabled(not forward):
         logits = model(video)
     if not forward:
@@ -120,8 +132,8 @@ def train_step(config: Config, clips: int, forward: bool) -> int:
 
 
 if __name__ == "__main__":
-    logging.getLogger("td4v").setLevel(logging.ERROR)  # that the weights are random is known here
+    logging.getLogger("td4v").setLevel(logging.ERROR)  # no warning that the weights are random
     try:
         sys.exit(main())
-    except ConfigError as error:
+    except ValueError as error:
         sys.exit(str(error))

@@ -80,7 +80,7 @@ def test_any_number_of_processes_batch_size_and_order_give_the_same(
     for size, shuffled in itertools.product((1, 2, 5, 64), (False, True)):
         order = torch.randperm(23, generator=generator) if shuffled else torch.arange(23)
         shares = [_filled(order[rank::processes], size) if rank < 23 else Scores() for rank in range(processes)]
-        monkeypatch.setattr(metrics, "gather", lambda own, shares=shares: [share._share() for share in shares])
+        monkeypatch.setattr(metrics, "gather", lambda own, shares=shares: [share._packed() for share in shares])
         for share in shares[:3]:
             _assert_same(share.accuracy(expected=23), whole)
 

@@ -16,19 +16,19 @@ from PIL import Image
 
 from engine import confusion_plot, results
 from engine.metrics import Accuracy, compute_accuracy
-from engine.results import ReportError, check_target, load_scores, worst_confusions, write
+from engine.results import ResultsError, check_target, load_scores, worst_confusions, write
 
 NAMES = ("left", "in $x", "out, $y$ \u5de6", "never")
-#        place, label, taken for
-VIDEOS = [(0, 0, 0), (1, 0, 1), (2, 0, 1), (3, 1, 1), (4, 1, 0), (6, 2, 1)]  # place 5 was skipped; no video of class 3
+#        index, label, predicted
+VIDEOS = [(0, 0, 0), (1, 0, 1), (2, 0, 1), (3, 1, 1), (4, 1, 0), (6, 2, 1)]  # video 5 was skipped; no video of class 3
 
 
 @pytest.fixture
 def accuracy() -> Accuracy:
-    index, label, taken = (torch.tensor(column) for column in zip(*VIDEOS, strict=True))
+    index, label, predicted = (torch.tensor(column) for column in zip(*VIDEOS, strict=True))
     score = torch.full((6, 4), 0.1, dtype=torch.float64)
-    score[torch.arange(6), taken] = 0.7
-    return compute_accuracy(index, score, label, 7, skipped=1, path=[f"v {place}/ü.avi" for place in index.tolist()])
+    score[torch.arange(6), predicted] = 0.7
+    return compute_accuracy(index, score, label, 7, skipped=1, path=[f"v {number}/ü.avi" for number in index.tolist()])
 
 
 def _rows(path: Path) -> list[list[str]]:
@@ -49,11 +49,11 @@ def test_all_files_of_a_test(accuracy: Accuracy, tmp_path: Path, caplog: pytest.
     }  # fmt: skip
     assert result["class_names"] == list(NAMES) and "table" not in result
     first = result["worst_confusions"][0]
-    assert first == {"label": 0, "taken_for": 1, "times": 2, "videos": 3, "sentence": "left taken for in $x: 2 of 3"}
-    assert "  left taken for in $x: 2 of 3\n" in caplog.text and "run_per_class.csv" in caplog.text
+    assert first == {"label": 0, "predicted": 1, "times": 2, "videos": 3, "sentence": "left predicted as in $x: 2 of 3"}
+    assert "  left predicted as in $x: 2 of 3\n" in caplog.text and "run_per_class.csv" in caplog.text
 
     assert _rows(tmp_path / "run_per_class.csv") == [
-        ["id", "name", "videos", "correct", "top1", "taken_for", "taken_for_name", "times"],
+        ["id", "name", "videos", "correct", "top1", "predicted", "predicted_name", "times"],
         ["0", "left", "3", "1", "33.3333", "1", "in $x", "2"],
         ["1", "in $x", "2", "1", "50.0", "0", "left", "1"],
         ["2", NAMES[2], "1", "0", "0.0", "1", "in $x", "1"],
@@ -88,12 +88,12 @@ def test_the_scores_are_read_back_bit_for_bit_without_pickle(accuracy: Accuracy,
 def test_the_worst_confusions_come_first_and_ties_by_share_and_number() -> None:
     confusion = ((5, 3, 1, 0), (3, 0, 0, 0), (2, 0, 9, 2), (0, 0, 0, 0))
     empty = Accuracy(0.0, 0.0, 0.0, 25, 0, (), confusion, ())
-    found = [(each.label, each.taken_for, each.times, each.videos) for each in worst_confusions(empty)]
+    found = [(each.label, each.predicted, each.times, each.videos) for each in worst_confusions(empty)]
     assert found == [(1, 0, 3, 3), (0, 1, 3, 9), (2, 0, 2, 13), (2, 3, 2, 13), (0, 2, 1, 9)]
     assert len(worst_confusions(empty, most=2)) == 2
     names = ["a\nline\r\n", " b\tb", "c", "d"]
-    assert worst_confusions(empty)[0].sentence(names) == "b b taken for a line: 3 of 3"
-    assert worst_confusions(empty)[0].sentence(None) == "class 1 taken for class 0: 3 of 3"
+    assert worst_confusions(empty)[0].sentence(names) == "b b predicted as a line: 3 of 3"
+    assert worst_confusions(empty)[0].sentence(None) == "class 1 predicted as class 0: 3 of 3"
 
 
 @pytest.mark.parametrize("classes", [1, 4, 51, 174, 400])
@@ -122,24 +122,24 @@ def test_classes_whose_names_are_cut_to_the_same_have_numbers() -> None:
 
 def test_what_cannot_be_written_is_refused_before_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_target(tmp_path / "x.json")
-    with pytest.raises(ReportError, match=r"x\.npz: the name of the results must end in \.json"):
+    with pytest.raises(ResultsError, match=r"x\.npz: the name of the results must end in \.json"):
         check_target(tmp_path / "x.npz")
-    with pytest.raises(ReportError, match=f"there is no folder {tmp_path}/absent"):
+    with pytest.raises(ResultsError, match=f"there is no folder {tmp_path}/absent"):
         check_target(tmp_path / "absent" / "x.json")
     (tmp_path / "x_confusion.png").mkdir()
-    with pytest.raises(ReportError, match=r"x_confusion\.png: is a folder"):
+    with pytest.raises(ResultsError, match=r"x_confusion\.png: is a folder"):
         check_target(tmp_path / "x.json")
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *arguments: False)
-        with pytest.raises(ReportError, match="cannot be written into this folder"):
+        with pytest.raises(ResultsError, match="cannot be written into this folder"):
             check_target(tmp_path / "y.json")
     with monkeypatch.context() as patch:
         patch.setattr(results.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ReportError, match="pip install matplotlib"):
+        with pytest.raises(ResultsError, match="pip install matplotlib"):
             check_target(tmp_path / "y.json")
 
 
-def test_a_disk_that_fills_up_leaves_the_former_files_whole(
+def test_a_disk_that_fills_up_leaves_the_previous_files_complete(
     accuracy: Accuracy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "x.json", accuracy, NAMES, {})
@@ -149,7 +149,7 @@ def test_a_disk_that_fills_up_leaves_the_former_files_whole(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ReportError, match=r"x\.npz: cannot be written \(No space left on device\)"):
+    with pytest.raises(ResultsError, match=r"x\.npz: cannot be written \(No space left on device\)"):
         write(tmp_path / "x.json", accuracy, None, {"other": 1})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -168,7 +168,7 @@ def _changed(path: Path, arrays: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"label": None}, r"lacks label"),
+        ({"label": None}, r"label missing"),
         ({"score": numpy.zeros((6, 4), numpy.float32)}, "score holds float32"),
         ({"score": numpy.zeros(6)}, r"score has shape \(6,\)"),
         ({"score": numpy.full((6, 4), numpy.nan)}, "not finite"),
@@ -193,7 +193,7 @@ def test_files_that_are_not_scores_are_refused(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.json", accuracy, NAMES, {})
     _changed(tmp_path / "x.npz", arrays)
-    with pytest.raises(ReportError, match=message) as caught:
+    with pytest.raises(ResultsError, match=message) as caught:
         load_scores(tmp_path / "x.npz")
     assert str(caught.value).startswith(str(tmp_path / "x.npz")) and "\n" not in str(caught.value)
     assert not Path("evil").exists()
@@ -202,17 +202,17 @@ def test_files_that_are_not_scores_are_refused(
 def test_damaged_files_are_refused_whatever_byte_it_is(accuracy: Accuracy, tmp_path: Path) -> None:
     write(tmp_path / "x.json", accuracy, NAMES, {})
     whole, path = (tmp_path / "x.npz").read_bytes(), tmp_path / "broken.npz"
-    with pytest.raises(ReportError, match="there is no such file"):
+    with pytest.raises(ResultsError, match="there is no such file"):
         load_scores(path)
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
-        with pytest.raises(ReportError, match=r"broken\.npz: truncated, or not an \.npz file"):
+        with pytest.raises(ResultsError, match=r"broken\.npz: truncated, or not an \.npz file"):
             load_scores(path)
     path.write_bytes(b"\x80\x04garbage")
-    with pytest.raises(ReportError, match="truncated, or not"):
+    with pytest.raises(ResultsError, match="truncated, or not"):
         load_scores(path)
     with zipfile.ZipFile(tmp_path / "x.npz") as archive:
         place = whole.index(b"\x93NUMPY", archive.getinfo("score.npy").header_offset) + 200
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ReportError, match=r"damaged \(Bad CRC-32"):
+    with pytest.raises(ResultsError, match=r"damaged \(Bad CRC-32"):
         load_scores(path)

@@ -77,7 +77,7 @@ def test_clip_as_it_is(zero: Path, clip) -> None:
     for weights, replaced in (("other.pt", False), ("clip.pt", True)):
         chosen = (f"network.weights={zero.with_name(weights)}",)
         status, text = command("test_vision.py", "--config", zero, *settings(chosen))
-        assert status == 0 and (f"{results}, and what stands beside it, are of an earlier test" in text) == replaced
+        assert status == 0 and (f"{results} and the files beside it are from an earlier test" in text) == replaced
     assert {path.name for path in results.parent.glob("*.json")} == {
         f"zero_shot_{name}_1crops_1clips.json" for name in ("clip", "other")
     }

@@ -59,11 +59,12 @@ def _refusal(capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture, *w
 
 def test_two_runs_are_better_than_each(capsys: pytest.CaptureFixture) -> None:
     assert main([_run("a"), _run("b")]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["weight", "top-1", "top-5", "mean", "class", "videos"]
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+    assert rows[0] == ["scores", "weight", "top-1", "top-5", "mean class", "videos"]
     assert rows[1] == ["a.npz", "1", "50.00", "100.00", "50.00", "4"]  # left half right, right right, up wrong
     assert rows[2] == ["b.npz", "1", "50.00", "100.00", "66.67", "4"]
-    assert rows[3] == ["ensemble", "75.00", "100.00", "83.33", "4"]
+    assert rows[3] == ["ensemble", "", "75.00", "100.00", "83.33", "4"]
 
     result = json.loads(Path("ensemble.json").read_text())
     assert (result["top1"], result["mean_class"]) == (75.0, pytest.approx(100 * 2.5 / 3))
@@ -167,7 +168,7 @@ def test_missing_broken_and_pickled_files_are_refused(capsys, caplog) -> None:
     Path("b.npz").write_bytes(whole[:-40])
     assert _refusal(capsys, caplog, a, "b.npz") == "b.npz: truncated, or not an .npz file"
     numpy.savez("b.npz", numbers=numpy.arange(3))
-    assert _refusal(capsys, caplog, a, "b.npz").startswith("b.npz: not the scores of a test, for it lacks index, score")
+    assert _refusal(capsys, caplog, a, "b.npz").startswith("b.npz: not the scores of a test: index, score")
     with numpy.load(a) as file:
         arrays = {name: file[name] for name in file.files}
     numpy.savez("b.npz", **{**arrays, "meta": numpy.array([Evil()], dtype=object)})
