@@ -93,7 +93,7 @@ def check_target(path: Path, makes_folder: bool = False) -> None:
         folder = folder.parent
     if not folder.is_dir():
         if makes_folder:
-            raise ResultsError(f"{folder}: is a file, so no folder for the results can be made in it")
+            raise ResultsError(f"{folder}: is a file, so no folder can be made in it for the results")
         raise ResultsError(f"there is no folder {folder} for the results")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ResultsError(f"{folder}: the results cannot be written into this folder; choose another")

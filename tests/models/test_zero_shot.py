@@ -87,7 +87,7 @@ def test_a_folder_for_the_results_is_made_with_them(zero: Path, tmp_path: Path) 
     """What cannot be made is found out before the test; a test that is refused makes none."""
     (tmp_path / "file").touch()
     where = f"logging.output_dir={tmp_path / 'file' / 'exp'}"
-    sentence = f"{tmp_path / 'file'}: is a file, no folder to make one in for the results"
+    sentence = f"{tmp_path / 'file'}: is a file, so no folder can be made in it for the results"
     assert refusal("test_vision.py", "--config", zero, "--set", where, "--set", "network.weights=gone.pt") == sentence
     where = f"logging.output_dir={tmp_path / 'exp'}"
     refusal("test_vision.py", "--config", zero, "--set", where, "--set", "network.weights=gone.pt")
