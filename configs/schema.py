@@ -308,6 +308,11 @@ class NetworkConfig:
     def check(self) -> None:
         require_between(self, "network", 0, 1, "drop_fc")
         require(
+            not self.fine_tuning or self.model != "td4v_side",
+            "network.fine_tuning",
+            "true means td4v_finetune, but network.model is td4v_side; set network.model alone",
+        )
+        require(
             (self.arch == "custom") == (self.vision is not None),
             "network.vision",
             "goes with network.arch: custom, and custom needs it",
@@ -622,7 +627,7 @@ def check_same_run(previous: dict[str, Any], config: Config, path: str | Path) -
         )
     if epochs is not None:
         old, new = epochs
-        warnings.warn(f"solver.epochs was {old} and is now {new}: the learning rate follows", stacklevel=2)
+        warnings.warn(f"solver.epochs was {old} and is now {new}: the learning rate follows", stacklevel=1)
 
 
 def difference(previous: dict[str, Any], config: Config, more_epochs: bool, same_start: bool) -> str | None:

@@ -40,7 +40,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -83,8 +82,6 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
         close = nearest(network.model_name, MODELS)
         hint = f"; did you mean {close}?" if close else ""
         raise ConfigError(f"network.model: {network.model_name!r} is unknown{hint} (known: {', '.join(MODELS)})")
-    if network.model is not None and network.fine_tuning and network.model == "td4v_side":
-        warnings.warn("network.model td4v_side overrides network.fine_tuning", stacklevel=2)
     file = MODELS[network.model_name]
     options = fill_options(file.Options, network.options, "network.options")
     init = network.init and pretrained

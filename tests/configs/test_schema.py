@@ -127,6 +127,8 @@ def test_overrides(write):
 def test_fine_tuning_switch(write):
     assert load_config(write(SMALL), ["network.fine_tuning=true"]).network.model_name == "td4v_finetune"
     assert load_config(write(SMALL), ["network.model=td4v_side"]).network.model_name == "td4v_side"
+    with pytest.raises(ConfigError, match="network.fine_tuning: true means td4v_finetune, but network.model is td4v_s"):
+        load_config(write(SMALL), ["network.model=td4v_side", "network.fine_tuning=true"])
 
 
 @pytest.mark.parametrize(
