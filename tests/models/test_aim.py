@@ -1,7 +1,6 @@
-"""AIM: its formulas in plain layers, what is tuned and counted, dropped paths, and what its options do.
+"""AIM: its formulas in plain layers, trainable parameters, dropped paths, and its options.
 
-test_golden.py proves that the authors' numbers come out. Does not live here: the files and recipes that its authors
-publish (test_aim_published.py).
+test_golden.py compares with the authors' numbers, test_aim_published.py reads their files and recipes.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ def config(frames: int = FRAMES, classes: int = CLASSES, network: dict | None = 
 
 
 def tiny(filled: bool = True, **options: object) -> AIM:
-    """In training mode, with frozen norms and biases as a trained trunk has them; `filled`: nothing tuned is left as it
-    starts."""
+    """In training mode, with frozen norms and biases that are not 0 or 1; `filled`: nor is anything trainable."""
     model = build_model(config(**options)).train()
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
@@ -50,16 +48,16 @@ def clips(count: int = 3, frames: int = FRAMES) -> Tensor:
     return torch.randn(count, frames, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def formulas(model: AIM, video: Tensor, scale: float, kept: list[Tensor] | None = None) -> Tensor:
+def formulas(model: AIM, video: Tensor, scale: float, drops: list[Tensor] | None = None) -> Tensor:
     """The authors' block in plain layers and their layout (tokens, frames, D): (B, T, 3, H, W) -> frame features (B, T, D).
 
-    `kept`: factors (2, B) of the two branches, one a block.
+    `drops`: factors (2, B) of the two branches, one a block.
     """
     visual, (B, T) = model.tower.visual, video.shape[:2]
     x = visual.conv1(video.flatten(0, 1)).flatten(2).permute(2, 0, 1)  # (N, B*T, D)
     x = torch.cat([visual.class_embedding.expand(1, B * T, -1), x]) + visual.positional_embedding[:, None]
     x = visual.ln_pre(x + model.temporal_embedding.repeat(B, 1))
-    factors = [[torch.ones(B)] * 2] * len(model.adapters) if kept is None else kept
+    factors = [[torch.ones(B)] * 2] * len(model.adapters) if drops is None else drops
     for block, adapters, factor in zip(visual.transformer.resblocks, model.adapters, factors, strict=True):
         plain = nn.MultiheadAttention(WIDTH, HEADS, dtype=x.dtype)
         plain.load_state_dict(block.attn.state_dict())
@@ -86,16 +84,16 @@ def formulas(model: AIM, video: Tensor, scale: float, kept: list[Tensor] | None 
 @kinds
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_formulas(adapters: int, feature: str, recompute: bool) -> None:
-    """Outputs and gradients of everything tuned and of the pixels, in float64."""
+    """Outputs and gradients of everything trainable and of the pixels, in float64."""
     model = tiny(temporal_adapters=adapters, feature=feature, scale=0.7, drop_path=0).double()
     model.recompute = recompute
-    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     results = []
     for function in (model.frame_features, lambda video: formulas(model, video, 0.7)):
         video = clips().double().requires_grad_()
         features = function(video)
         logits = model.head(features.mean(1))
-        results.append([features, logits, *torch.autograd.grad(logits.square().mean(), [video, *tuned])])
+        results.append([features, logits, *torch.autograd.grad(logits.square().mean(), [video, *trainable])])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(model(clips().double()), results[1][1], rtol=1e-10, atol=1e-12)
@@ -116,7 +114,7 @@ def test_step_0_is_the_frozen_clip(adapters: int, feature: str) -> None:
     torch.testing.assert_close(model.frame_features(clips()), tokens.unflatten(0, (3, FRAMES)), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_tuned_starts_as_the_authors_start_it() -> None:
+def test_what_is_trainable_starts_as_the_authors_start_it() -> None:
     model = tiny(False, temporal_adapters=2)
     for name in ("temporal_in", "temporal", "spatial", "joint"):
         weights = torch.cat([adapters[name].down.weight.flatten() for adapters in model.adapters])
@@ -159,22 +157,22 @@ def test_the_text_head_needs_the_class_token() -> None:
 
 def test_counts() -> None:
     """Without the classifier: adapters of D/4, T x D, the last norm."""
-    for arch, width, layers, count, tuned in (
+    for arch, width, layers, count, trainable in (
         ("ViT-B/16", 768, 12, 1, 10_659_072), ("ViT-B/16", 768, 12, 2, 14_209_536), ("ViT-L/14", 1024, 24, 1, 37_851_136),
     ):  # fmt: skip
         adapter = 2 * width * (width // 4) + width // 4 + width
-        assert (2 + count) * layers * adapter + 8 * width + 2 * width == tuned
+        assert (2 + count) * layers * adapter + 8 * width + 2 * width == trainable
         with torch.device("meta"):
             model = freeze_all_but_trainable(
                 AIM(build_openclip_tower(arch, 224), num_classes=51, frames=8, temporal_adapters=count)
             )
         report = parameter_report(model)
         assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert report.trainable - report.by_module["head"] == tuned
+        assert report.trainable - report.by_module["head"] == trainable
     assert round(report.total - report.by_module["head"], -6) == 341_000_000
 
 
-def test_what_is_tuned_and_how_fast() -> None:
+def test_what_is_trainable_and_how_fast() -> None:
     model = tiny(temporal_adapters=2)
     assert list(model.trainable_modules()) == ["adapters", "temporal_embedding", "final_norm", "head"]
     model(clips()).square().sum().backward()
@@ -194,10 +192,10 @@ def test_what_is_tuned_and_how_fast() -> None:
 
 def test_a_clip_loses_a_branch_as_a_whole() -> None:
     model, many = tiny(drop_path=0.6, scale=0.7), 2000
-    kept = torch.stack(model.draw_drops(many, torch.device("cpu")))  # (layers, 2, B*T, 1, 1)
-    assert kept.shape == (LAYERS, 2, many * FRAMES, 1, 1)
-    per_clip = kept.view(LAYERS, 2, many, FRAMES)
-    assert torch.equal(per_clip, per_clip[..., :1].expand_as(per_clip)) and (kept[0] == 1).all()
+    drops = torch.stack(model.draw_drops(many, torch.device("cpu")))  # (layers, 2, B*T, 1, 1)
+    assert drops.shape == (LAYERS, 2, many * FRAMES, 1, 1)
+    per_clip = drops.view(LAYERS, 2, many, FRAMES)
+    assert torch.equal(per_clip, per_clip[..., :1].expand_as(per_clip)) and (drops[0] == 1).all()
     for index, rate in enumerate((0, 0.3, 0.6)):
         torch.testing.assert_close(per_clip[index].unique(), torch.tensor([0, 1 / (1 - rate)] if rate else [1.0]))
         assert per_clip[index].mean().item() == pytest.approx(1, abs=0.1)
@@ -215,7 +213,7 @@ def test_a_clip_loses_a_branch_as_a_whole() -> None:
 
 @kinds
 def test_recomputing_blocks_changes_no_bit(adapters: int, feature: str) -> None:
-    results, kept = [], []
+    results, saved = [], []
     for recompute in (False, True):
         model = tiny(temporal_adapters=adapters, feature=feature, drop_path=0.6, network={"recompute": recompute})
         torch.manual_seed(5)
@@ -223,9 +221,9 @@ def test_recomputing_blocks_changes_no_bit(adapters: int, feature: str) -> None:
         logits = model(clips())
         logits.square().sum().backward()
         results.append([logits, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
-        kept.append(sum(entry.bytes for entry in saved_for_backward(model, clips())))
+        saved.append(sum(entry.bytes for entry in saved_for_backward(model, clips())))
     assert all(map(torch.equal, *results))
-    assert kept[1] < kept[0] / 4
+    assert saved[1] < saved[0] / 4
 
 
 def test_what_is_kept_for_backward() -> None:

@@ -1,7 +1,4 @@
-"""What AIM's authors publish: their checkpoints, by names and shapes, loaded and refused, and their recipes' numbers.
-
-Does not live here: the method (test_aim.py), their modules' numbers (test_golden.py).
-"""
+"""AIM's published files: checkpoints of the authors' names and shapes, loaded and refused, and their recipes."""
 
 from __future__ import annotations
 

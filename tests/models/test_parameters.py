@@ -1,4 +1,4 @@
-"""Parameter groups of the methods: every tuned parameter once, rates and exemptions by hand, refusals."""
+"""Parameter groups: every trainable parameter once, learning rates and exemptions by hand, refusals."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from models.registry import MODELS, build_model
 BATCH, LAYER = nn.BatchNorm1d, nn.LayerNorm
 
 
-def tiny(method: str, **options) -> nn.Module:
+def tiny(model_name: str, **options) -> nn.Module:
     """Three blocks, T = 4, five classes; side widths 16, 16, 64."""
     vision = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 16, 64]}, "init": False}
-    network |= {"model": method, "options": options}
+    network |= {"model": model_name, "options": options}
     data = {"dataset": "hmdb51", "num_classes": 5, "num_segments": 4, "input_size": 32}
     return build_model(load_config({"data": data, "network": network}))
 
@@ -28,10 +28,10 @@ def names_of(model: nn.Module, groups: list[dict]) -> dict[str, list[str]]:
     return {group["name"]: [names[parameter] for parameter in group["params"]] for group in groups}
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_by_default_one_group_a_tuned_module_in_its_own_order(method: str) -> None:
-    """What optimizer states of earlier checkpoints count on: parameters go by their place, and nothing else is set."""
-    model = tiny(method)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_by_default_one_group_a_trainable_module_in_its_own_order(model_name: str) -> None:
+    """Optimizer states in checkpoints refer to parameters by their index, so the order must not change."""
+    model = tiny(model_name)
     groups = parameter_groups(model, lr=0.1, weight_decay=0.05, clip_ratio=0.5)
     assert [(group["name"], group["lr"]) for group in groups] == [
         (name, 0.1 if name == "head" else 0.05) for name in model.trainable_modules()
@@ -43,11 +43,13 @@ def test_by_default_one_group_a_tuned_module_in_its_own_order(method: str) -> No
         assert [id(p) for p in group["params"]] == [id(p) for p in expected]
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 @pytest.mark.parametrize("decay_norms", [True, False])
-def test_every_tuned_parameter_is_in_exactly_one_group(method: str, layer_decay: float, decay_norms: bool) -> None:
-    model = tiny(method)
+def test_every_trainable_parameter_is_in_exactly_one_group(
+    model_name: str, layer_decay: float, decay_norms: bool
+) -> None:
+    model = tiny(model_name)
     groups = parameter_groups(
         model, lr=0.1, weight_decay=0.05, clip_ratio=0.5, layer_decay=layer_decay, decay_norms=decay_norms
     )
@@ -55,27 +57,27 @@ def test_every_tuned_parameter_is_in_exactly_one_group(method: str, layer_decay:
     assert len({group["name"] for group in groups}) == len(groups) and all(group["params"] for group in groups)
 
 
-@pytest.mark.parametrize("method", ("td4v_side", "td4v_finetune"))
+@pytest.mark.parametrize("model_name", ("td4v_side", "td4v_finetune"))
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
-def test_norms_biases_and_scalars_are_exempt_from_decay_and_nothing_else(method: str, layer_decay: float) -> None:
-    model = tiny(method)
+def test_norms_biases_and_scalars_are_exempt_from_decay_and_nothing_else(model_name: str, layer_decay: float) -> None:
+    model = tiny(model_name)
     groups = parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=layer_decay, decay_norms=False)
     exempt = [p for group in groups if group["weight_decay"] == 0 for p in group["params"]]
     assert {group["name"].endswith("_no_decay") for group in groups if group["weight_decay"] == 0} == {True}
-    tuned = [module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
-    norms = sum(len(list(module.parameters())) for module in tuned if isinstance(module, (BATCH, LAYER)))
-    biases = sum(isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) for module in tuned)
-    scales = sum(hasattr(module, "scale") for module in tuned)
+    trainable = [module for module in model.modules() if any(p.requires_grad for p in module.parameters(recurse=False))]
+    norms = sum(len(list(module.parameters())) for module in trainable if isinstance(module, (BATCH, LAYER)))
+    biases = sum(isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) for module in trainable)
+    scales = sum(hasattr(module, "scale") for module in trainable)
     assert len(exempt) == norms + biases + scales
     weights = {parameter for group in groups if group["weight_decay"] for parameter in group["params"]}
-    assert {id(module.weight) for module in tuned if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))} <= {
+    assert {id(module.weight) for module in trainable if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))} <= {
         id(parameter) for parameter in weights
     }
     left = {name.split(".")[-1] for name, parameter in model.named_parameters() if parameter in weights}
     assert left == {"weight", "temporal_embedding"}
 
 
-def test_counts_of_the_side_methods_exemptions() -> None:
+def test_counts_of_side_tunings_exemptions() -> None:
     """By hand: a TD4V has 2 of its norm, 4 biases, a scale; a side layer besides 3 norms, project, qkv, proj, fc1, fc2."""
     groups = parameter_groups(tiny("td4v_side"), lr=0.1, weight_decay=0.05, decay_norms=False)
     sizes = {group["name"]: len(group["params"]) for group in groups}
@@ -141,7 +143,7 @@ def test_a_step_without_gradients_shrinks_what_decays_and_leaves_the_rest() -> N
 
 
 class Layered(nn.Module):
-    """A method whose layers are given from outside."""
+    """A model whose layers are given from outside."""
 
     def __init__(self, pick=None) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class Layered(nn.Module):
         (lambda m: [[m.body, m.more], [nn.Linear(2, 2)], [m.head]], "differ in a foreign parameter"),
     ],
 )
-def test_layers_that_are_not_the_tuned_ones_are_refused(pick, message: str) -> None:
+def test_layers_that_are_not_the_trainable_ones_are_refused(pick, message: str) -> None:
     model = freeze_all_but_trainable(Layered(pick))
     assert len(parameter_groups(model, lr=0.1, weight_decay=0.05)) == 2
     with pytest.raises(ConfigError, match=rf"solver\.layer_decay: .*{message}"):

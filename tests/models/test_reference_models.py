@@ -1,4 +1,4 @@
-"""Linear probe and full fine-tuning: exact tuned sets and counts, gradients, what is saved for backward, checkpoints."""
+"""Linear probe and full fine-tuning: exact trainable sets and counts, gradients, what is saved for backward, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ REFERENCES = ("linear_probe", "full_finetune")
 FEATURES = ("class_token", "mean_tokens")
 
 
-def tiny(method: str, **network: object) -> torch.nn.Module:
+def tiny(model_name: str, **network: object) -> torch.nn.Module:
     vision = {"width": WIDTH, "layers": LAYERS, "heads": 2, "patch_size": 8, "image_size": SIDE}
-    network = {"arch": "custom", "vision": vision, "init": False, "model": method, **network}
+    network = {"arch": "custom", "vision": vision, "init": False, "model": model_name, **network}
     data = {"dataset": "hmdb51", "num_classes": CLASSES, "num_segments": 4, "input_size": SIDE}
     return build_model(load_config({"data": data, "network": network}))
 
@@ -37,12 +37,12 @@ def tower_count(width: int, layers: int, patch: int, side: int) -> int:
     return embedding + 2 * 2 * width + layers * block
 
 
-@pytest.mark.parametrize("method", REFERENCES)
-def test_counts_of_a_small_tower_by_hand(method: str) -> None:
-    report, tower = parameter_report(tiny(method)), tower_count(WIDTH, LAYERS, 8, SIDE)
+@pytest.mark.parametrize("model_name", REFERENCES)
+def test_counts_of_a_small_tower_by_hand(model_name: str) -> None:
+    report, tower = parameter_report(tiny(model_name)), tower_count(WIDTH, LAYERS, 8, SIDE)
     head = WIDTH * CLASSES + CLASSES
     assert report.total == tower + head
-    assert report.trainable == (head if method == "linear_probe" else tower + head)
+    assert report.trainable == (head if model_name == "linear_probe" else tower + head)
 
 
 def test_counts_of_vit_b16_with_51_classes() -> None:
@@ -52,13 +52,13 @@ def test_counts_of_vit_b16_with_51_classes() -> None:
             freeze_all_but_trainable(FullFinetune(tower, num_classes=51)),
             freeze_all_but_trainable(LinearProbe(tower, num_classes=51)),
         )
-    whole = tower_count(768, 12, 16, 224)
-    assert (whole, 768 * 51 + 51) == (85_799_424, 39_219)
-    assert parameter_report(full).trainable == parameter_report(full).total == whole + 39_219
-    assert parameter_report(probe).trainable == 39_219 and parameter_report(probe).total == whole + 39_219
+    tower_parameters = tower_count(768, 12, 16, 224)
+    assert (tower_parameters, 768 * 51 + 51) == (85_799_424, 39_219)
+    assert parameter_report(full).trainable == parameter_report(full).total == tower_parameters + 39_219
+    assert parameter_report(probe).trainable == 39_219 and parameter_report(probe).total == tower_parameters + 39_219
 
 
-def test_exactly_the_named_parts_are_tuned() -> None:
+def test_exactly_the_named_parts_are_trainable() -> None:
     probe, full = tiny("linear_probe"), tiny("full_finetune")
     assert {n for n, p in probe.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
     assert all(p.requires_grad for p in full.parameters())
@@ -95,9 +95,9 @@ def test_groups_of_full_fine_tuning(layer_decay: float, decay_norms: bool) -> No
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("method", REFERENCES)
-def test_gradients_reach_everything_tuned_and_nothing_else(method: str, feature: str) -> None:
-    model = tiny(method, options={"feature": feature}).train()
+@pytest.mark.parametrize("model_name", REFERENCES)
+def test_gradients_reach_everything_trainable_and_nothing_else(model_name: str, feature: str) -> None:
+    model = tiny(model_name, options={"feature": feature}).train()
     model(clips()).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == parameter.requires_grad, name
@@ -114,7 +114,7 @@ def test_recomputing_blocks_changes_no_gradient() -> None:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_both_see_the_same_and_it_is_the_towers_output(feature: str) -> None:
-    probe, full = (tiny(method, options={"feature": feature}).eval() for method in REFERENCES)
+    probe, full = (tiny(model_name, options={"feature": feature}).eval() for model_name in REFERENCES)
     tokens = probe.tower.visual.ln_post(probe.tower(clips().flatten(0, 1)))  # (B*T, 1 + N, D)
     tokens = tokens[:, 0] if feature == "class_token" else tokens.mean(1)
     for model in (probe, full):
@@ -122,25 +122,25 @@ def test_both_see_the_same_and_it_is_the_towers_output(feature: str) -> None:
         torch.testing.assert_close(model(clips()), model.head(model.features(clips())))
 
 
-def test_the_probe_keeps_nothing_of_the_tower_for_backward() -> None:
-    model, kept = tiny("linear_probe").train(), []
+def test_the_probe_saves_nothing_of_the_tower_for_backward() -> None:
+    model, saved = tiny("linear_probe").train(), []
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         model(clips()).sum()
-    assert [tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in own] == [(2, WIDTH)]
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own] == [(2, WIDTH)]
 
 
-@pytest.mark.parametrize("method", REFERENCES)
-def test_weights_in_and_out(method: str) -> None:
-    source, target = tiny(method), tiny(method)
+@pytest.mark.parametrize("model_name", REFERENCES)
+def test_weights_in_and_out(model_name: str) -> None:
+    source, target = tiny(model_name), tiny(model_name)
     identity = frozen_identity(source)
-    assert (identity is None) == (method == "full_finetune")
+    assert (identity is None) == (model_name == "full_finetune")
     with torch.no_grad():
         for parameter in source.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
     lean = {n: v for n, v in source.state_dict().items() if source.get_parameter(n).requires_grad}
-    assert (lean.keys() == source.state_dict().keys()) == (method == "full_finetune")
+    assert (lean.keys() == source.state_dict().keys()) == (model_name == "full_finetune")
     load_weights(target, lean, "a.pt", backbone=identity)
     assert all(map(torch.equal, source.state_dict().values(), target.state_dict().values()))
 

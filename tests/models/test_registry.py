@@ -1,4 +1,4 @@
-"""The methods with a frozen tower: exact counts and tuned sets, what stays frozen, what is refused, weights in and out."""
+"""Models on a tower: exact counts and trainable sets, what stays frozen, what is refused, weights in and out."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups, parameter_report
 from models.registry import MODELS, build_model
 
-FROZEN = [method for method in MODELS if method != "full_finetune"]
+FROZEN = [model_name for model_name in MODELS if model_name != "full_finetune"]
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
 
 
-def config(method="td4v_side", classes=5, frames=4, **network):
+def config(model_name="td4v_side", classes=5, frames=4, **network):
     small = {"arch": "custom", "vision": SMALL, "pyramid": {"n_embs": [16, 16, 64]}}
-    network = {**({} if "arch" in network else small), "init": False, "model": method, **network}
+    network = {**({} if "arch" in network else small), "init": False, "model": model_name, **network}
     size = 224 if "arch" in network and network["arch"] != "custom" else 32
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": frames, "input_size": size}
     return load_config({"data": data, "network": network})
 
 
-def b16(method, classes, frames=8, **network):
-    return parameter_report(build_model(config(method, classes, frames, arch="ViT-B/16", **network)))
+def b16(model_name, classes, frames=8, **network):
+    return parameter_report(build_model(config(model_name, classes, frames, arch="ViT-B/16", **network)))
 
 
-@pytest.mark.parametrize(("classes", "tuned"), [(174, 20_406_138), (51, 20_311_551), (101, 20_350_001)])
-def test_side_counts(classes, tuned):
+@pytest.mark.parametrize(("classes", "trainable"), [(174, 20_406_138), (51, 20_311_551), (101, 20_350_001)])
+def test_side_counts(classes, trainable):
     report = b16("td4v_side", classes)
-    assert report.trainable == tuned and report.by_module["side"] == 20_272_332
+    assert report.trainable == trainable and report.by_module["side"] == 20_272_332
 
 
 def test_side_counts_of_the_papers_figure():
@@ -49,26 +49,26 @@ def test_finetune_counts():
     assert b16("td4v_finetune", 51, options={"placement": "both"}).by_module["td4v"] == 2 * 2_094_348
 
 
-@pytest.mark.parametrize("method", FROZEN)
-def test_exactly_the_named_parts_are_tuned(method):
-    model = build_model(config(method))
-    tuned = {parameter for parameter in model.parameters() if parameter.requires_grad}
+@pytest.mark.parametrize("model_name", FROZEN)
+def test_exactly_the_named_parts_are_trainable(model_name):
+    model = build_model(config(model_name))
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
     named = [
         [part] if isinstance(part, torch.nn.Parameter) else part.parameters()
         for part in model.trainable_modules().values()
     ]
-    assert tuned == {parameter for parameters in named for parameter in parameters}
-    last_norm = set(model.tower.final_norm.parameters()) if method == "aim" else set()
-    assert tuned & set(model.tower.parameters()) == last_norm
-    assert tuned | set(model.tower.parameters()) == set(model.parameters())
+    assert trainable == {parameter for parameters in named for parameter in parameters}
+    last_norm = set(model.tower.final_norm.parameters()) if model_name == "aim" else set()
+    assert trainable & set(model.tower.parameters()) == last_norm
+    assert trainable | set(model.tower.parameters()) == set(model.parameters())
     grouped = [id(p) for group in parameter_groups(model, lr=1.0, weight_decay=0.05) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("method", FROZEN)
-def test_one_step_changes_the_tuned_and_nothing_else(method):
+@pytest.mark.parametrize("model_name", FROZEN)
+def test_one_step_changes_the_trainable_and_nothing_else(model_name):
     torch.manual_seed(0)
-    model = build_model(config(method)).train()
+    model = build_model(config(model_name)).train()
     assert not any(module.training for module in model.tower.modules())
     before = {name: value.clone() for name, value in model.named_parameters()}
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
@@ -159,9 +159,9 @@ def test_ssv2_pyramid_rule_for_temporal_embeddings():
     ],
 )  # fmt: skip
 def test_refusals(network, message):
-    method = network.pop("method", "td4v_side")
+    model_name = network.pop("model", "td4v_side")
     with pytest.raises((ConfigError, ValueError)) as caught:
-        build_model(config(method, **network))
+        build_model(config(model_name, **network))
     assert message in str(caught.value)
 
 
@@ -199,22 +199,22 @@ def test_weights_that_do_not_fit(change, message):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_recompute_keeps_less_or_is_refused(method):
-    video, kept = torch.randn(2, 4, 3, 32, 32), []
+@pytest.mark.parametrize("model_name", MODELS)
+def test_recompute_saves_less_or_is_refused(model_name):
+    video, saved = torch.randn(2, 4, 3, 32, 32), []
     for recompute in (False, True):
         try:
-            model = build_model(config(method, recompute=recompute)).train()
+            model = build_model(config(model_name, recompute=recompute)).train()
         except ConfigError as error:
-            assert recompute and str(error).startswith(f"network.recompute: {method} ")
+            assert recompute and str(error).startswith(f"network.recompute: {model_name} ")
             return
-        kept.append(sum(entry.bytes for entry in saved_for_backward(model, video)))
-    assert kept[1] < 0.7 * kept[0]
+        saved.append(sum(entry.bytes for entry in saved_for_backward(model, video)))
+    assert saved[1] < 0.7 * saved[0]
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_drop_fc_is_dropout_before_the_head(method):
-    model, video = build_model(config(method, drop_fc=0.4)), torch.randn(16, 4, 3, 32, 32)
+@pytest.mark.parametrize("model_name", MODELS)
+def test_drop_fc_is_dropout_before_the_head(model_name):
+    model, video = build_model(config(model_name, drop_fc=0.4)), torch.randn(16, 4, 3, 32, 32)
     model.head = torch.nn.Identity()
     torch.manual_seed(0)
     shares = [(model.train(mode)(video) == 0).float().mean().item() for mode in (True, False)]
@@ -256,9 +256,9 @@ def test_all_but_the_head_is_strict_where_that_is_dropped(change, message):
     assert all(torch.equal(before[key], value) for key, value in target.state_dict().items())
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_files_without_a_classifier(method):
-    model = build_model(config(method))
+@pytest.mark.parametrize("model_name", MODELS)
+def test_files_without_a_classifier(model_name):
+    model = build_model(config(model_name))
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     with pytest.raises(
         WeightsError, match="^a.pt: holds no classifier: name it in pretrain and set pretrain_head: drop$"

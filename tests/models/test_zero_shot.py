@@ -1,7 +1,4 @@
-"""CLIP's text head from the command line: testing CLIP as it is, training from there, refusals.
-
-Does not live here: the head itself (test_text.py).
-"""
+"""CLIP's text head from the command line: testing CLIP itself, training from there, refusals."""
 
 from __future__ import annotations
 
