@@ -1,4 +1,4 @@
-"""One renderer for the Markdown tables of all reports."""
+"""One renderer for the Markdown tables of all reports, and sizes in their cells."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def markdown_table(columns: Sequence[object], rows: Iterable[Sequence[object]], 
     rule = [_RULES[side].format("-" * width) for side, width in zip(align, widths, strict=True)]
     lines = [_line(row, widths, align) for row in cells]
     return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]]) + "\n"
+
+
+def format_bytes(count: float) -> str:
+    """E.g. `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def _cell(value: object) -> str:

@@ -81,6 +81,11 @@ class Workers:
                 return None
 
 
+def num_cores() -> int:
+    """The cores that this process may use, if the system knows."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _begin() -> None:
     """Ctrl-C is the parent's to handle; its death is the worker's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

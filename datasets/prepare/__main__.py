@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
+from common.workers import num_cores
 from datasets.decoders import PACKAGES
 from datasets.prepare.decode import LARGEST_LOSS, FrameSettings
 from datasets.prepare.formats import FORMATS
@@ -71,18 +71,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (default: 90)")
     parser.add_argument("--decoder", choices=PACKAGES, default="pyav", help="of the videos (default: pyav)")
-    parser.add_argument("--jobs", type=int, default=_num_cores(), help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=int, default=num_cores(), help="processes (default: one a core)")
     parser.add_argument(
         "--allow-missing",
         action="store_true",
         help="continue without videos that are missing or unreadable, or of which more than "
         f"{100 * LARGEST_LOSS:.0f} %% of the frames do not decode",
     )
-
-
-def _num_cores() -> int:
-    """Those that this process may use, if the system knows."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_options(argv: list[str] | None) -> Options:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import try_lock, write_atomic
+from common.tables import format_bytes
 from datasets.prepare.plan import SPLITS, PrepareError
 
 SETTINGS = "prepare.json"
@@ -156,12 +157,3 @@ def describe_os_error(error: OSError, folder: Path) -> str:
     if error.errno in DISK_FULL:
         return f"{folder}: the disk is full; finished videos are kept, free some space and run the same command again"
     return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
-
-
-def format_bytes(count: float) -> str:
-    """E.g. `1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import yaml
 
-from common.tables import markdown_table
+from common.tables import format_bytes, markdown_table
 from datasets.prepare.decode import Outcome
-from datasets.prepare.output_dir import format_bytes, write_text
+from datasets.prepare.output_dir import write_text
 from datasets.prepare.plan import SPLITS, Entry, Plan
 
 COLUMNS = ("listed", "found", "missing", "unreadable", "frames", "bytes")
