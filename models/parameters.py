@@ -80,7 +80,7 @@ def frozen_identity(model: nn.Module) -> dict[str, str] | None:
     frozen = {name: parameter for name, parameter in sorted(model.named_parameters()) if not parameter.requires_grad}
     if not frozen:
         return None
-    versions = [(name, id(parameter), parameter._version) for name, parameter in frozen.items()]
+    versions = [(name, id(value), value._version, value.dtype) for name, value in frozen.items()]
     if getattr(model, "_frozen_hash", (None,))[0] != versions:
         model._frozen_hash = versions, _sha256(frozen)
     return {"name": model.origin.name, "weights": model.origin.weights, "sha256": model._frozen_hash[1]}

@@ -1,8 +1,4 @@
-"""What training leaves and takes: files of a run, settings, weights to begin with, on made data and a tiny model.
-
-Lives here: runs of train_vision.py that work at once. Does not live here: going on with one (test_entry_resuming.py),
-testing one (test_entry_testing.py), what is refused (test_entry_errors.py), and the harness (entry_bench.py).
-"""
+"""Runs of train_vision.py that succeed at once: the files they write, settings, and pretrained weights."""
 
 from __future__ import annotations
 
@@ -20,9 +16,9 @@ from tests.helpers.cli_harness import command, content, evaluated, metrics, sett
 MODELS = ("td4v_side", "td4v_finetune", "aim")
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
-    folder = train(tiny, tmp_path / "run", f"network.model={method}", "solver.epochs=1")
+@pytest.mark.parametrize("model_name", MODELS)
+def test_files_of_a_run(tiny: Path, tmp_path: Path, model_name: str):
+    folder = train(tiny, tmp_path / "run", f"network.model={model_name}", "solver.epochs=1")
     names = {path.name for path in folder.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1 and (folder / events.pop()).stat().st_size > 1000
@@ -46,11 +42,11 @@ def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
     }  # fmt: skip
     tower = {name.rsplit(".", 1)[0] for name in saved["model_state_dict"] if name.startswith("tower.")}
     assert tower == (
-        {"tower.visual.ln_post"} if method == "aim" else set()
-    )  # what is frozen is not kept, and AIM tunes the last norm
+        {"tower.visual.ln_post"} if model_name == "aim" else set()
+    )  # frozen weights are not saved, and AIM trains the last norm
     assert not any(name.startswith("module.") for name in saved["model_state_dict"])
     written = yaml.safe_load((folder / "config.yaml").read_text())
-    assert written == saved["config"] and written["network"]["model"] == method
+    assert written == saved["config"] and written["network"]["model"] == model_name
     (start,) = json.loads((folder / "run.json").read_text())
     assert torch.__version__.startswith(start["versions"]["torch"]) and "train_vision.py" in start["command"][1]
     assert start["lists"]["train_list"]["rows"] == 32 and start["finished"] and start["seed"] == 5
@@ -59,7 +55,7 @@ def test_what_a_run_leaves(tiny: Path, tmp_path: Path, method: str):
     assert "trainable" in log
 
 
-def test_a_dry_run_tells_and_keeps_nothing(tiny: Path, tmp_path: Path):
+def test_a_dry_run_reports_and_writes_nothing(tiny: Path, tmp_path: Path):
     chosen = settings((f"logging.output_dir={tmp_path / 'exp'}",))
     status, text = command("train_vision.py", "--config", tiny, *chosen, "--dry-run")
     assert status == 0, text
@@ -98,7 +94,7 @@ def test_another_number_of_classes_needs_a_new_classifier(tiny: Path, trained: P
     assert str(trained / "last_model.pt") in sentence and "pretrain_head: drop" in sentence
     assert "4 classes" in sentence and "5" in sentence and not (tmp_path / "run").exists()
     folder = train(tiny, tmp_path / "run", *chosen, "pretrain_head=drop")
-    before, after = (content(place / "last_model.pt")["model_state_dict"] for place in (trained, folder))
+    before, after = (content(run / "last_model.pt")["model_state_dict"] for run in (trained, folder))
     assert after["head.weight"].shape == (5, 32)
     for name, value in before.items():
         if not name.startswith("head.") and "running" not in name and "num_batches" not in name:

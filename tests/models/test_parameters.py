@@ -8,7 +8,9 @@ from torch import nn
 
 from configs.schema import ConfigError, load_config
 from engine.optim import build_optimizer, check_groups
-from models.parameters import freeze_all_but_trainable, parameter_groups
+from models import parameters
+from models.loading import load_weights
+from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups
 from models.registry import MODELS, build_model
 
 BATCH, LAYER = nn.BatchNorm1d, nn.LayerNorm
@@ -169,3 +171,28 @@ def test_layers_that_are_not_the_trainable_ones_are_refused(pick, message: str) 
     assert len(parameter_groups(model, lr=0.1, weight_decay=0.05)) == 2
     with pytest.raises(ConfigError, match=rf"solver\.layer_decay: .*{message}"):
         parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.9)
+
+
+def test_frozen_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, other, hashed = tiny("td4v_side"), tiny("td4v_finetune"), []
+    original = parameters._sha256
+    monkeypatch.setattr(parameters, "_sha256", lambda frozen: hashed.append(len(frozen)) or original(frozen))
+    first = frozen_identity(model)
+    assert first == frozen_identity(model) and len(hashed) == 1
+    assert first["sha256"] == frozen_identity(other)["sha256"]  # the same tower in another model
+    with torch.no_grad():
+        model.head.weight.add_(1)  # trainable
+    model.load_state_dict({"head.bias": model.head.bias}, strict=False)
+    assert frozen_identity(model) == first and len(hashed) == 2
+    with torch.no_grad():
+        model.tower.visual.ln_post.bias.add_(1)
+    changed = frozen_identity(model)
+    assert changed["sha256"] != first["sha256"] and len(hashed) == 3
+    load_weights(model, other_tower(model, other), "a.pt")
+    assert frozen_identity(model) == {**first, "weights": "those in a.pt"} and len(hashed) == 4
+
+
+def other_tower(model: nn.Module, other: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of `model` with the tower of `other`."""
+    tower = {name: value for name, value in other.state_dict().items() if name.startswith("tower.")}
+    return {**model.state_dict(), **tower}

@@ -372,7 +372,9 @@ def test_a_loss_is_listed_up_to_a_tenth(tmp_path, decoder, kept, readable):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_frames_that_are_not_to_be_shown_are_no_loss(tmp_path, decoder):
     """The edit list of an MP4 hides 12 of 40 frames."""
-    path = write_video(tmp_path / "a.mp4", stamps=[40 * (i - 12) for i in range(40)], **{"x264-params": "bframes=2:keyint=15"})
+    path = write_video(
+        tmp_path / "a.mp4", stamps=[40 * (i - 12) for i in range(40)], **{"x264-params": "bframes=2:keyint=15"}
+    )
     outcome = probe(path, decoder)
     assert (outcome.declared, outcome.frames, outcome.error) == (28, 28, None)
 
