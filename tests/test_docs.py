@@ -178,3 +178,26 @@ def test_own_model_runs(number, monkeypatch):
     trained = {id(p) for part in model.trainable_modules().values()
                for p in (part.parameters() if isinstance(part, nn.Module) else [part])}  # fmt: skip
     assert trained == {id(p) for p in model.parameters() if p.grad is not None}
+
+
+def tree_of(page: Path) -> set[str]:
+    """The paths of the tree that a page draws with two spaces a level; folders end with a slash."""
+    fenced = re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)
+    (tree,) = (text for text in fenced if text.startswith("train_vision.py"))
+    paths, parents = set(), []
+    for line in filter(None, tree.splitlines()):
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], line.split()[0]]
+        paths.add("".join(parents))
+    return paths
+
+
+def test_tree_names_every_module():
+    """A line for every module, or for the folder that holds it, and for nothing that does not exist."""
+    named = tree_of(ROOT / "docs/design.md")
+    assert not [path for path in named if not (ROOT / path).exists()]
+    leaves = [path for path in named if not any(other != path and other.startswith(path) for other in named)]
+    folders = tuple(path for path in leaves if path.endswith("/"))
+    files = [*ROOT.glob("*.py"), *(file for name in PACKAGES for file in (ROOT / name).rglob("*.py"))]
+    modules = [str(file.relative_to(ROOT)) for file in files if not file.name.startswith("__")]
+    assert not [path for path in modules if path not in named and not path.startswith(("tests/", *folders))]
