@@ -25,6 +25,18 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS) % len(DASHES)]}
 
 
+def bar_styles(number: int) -> list[dict[str, Any]]:
+    """Fill of each of `number` kinds of bars; beyond the colours, with hatches."""
+    return [
+        {
+            "color": COLORS[index % len(COLORS)],
+            "hatch": ("", "///", "...")[index // len(COLORS) % 3],
+            "edgecolor": "white",
+        }
+        for index in range(number)
+    ]
+
+
 def bar_panel(axes: Axes, labels: Sequence[str], title: str) -> None:
     """Prepare axes for one horizontal bar a label, from top to bottom."""
     axes.set_yticks(range(len(labels)), labels, fontsize=9, parse_math=False)

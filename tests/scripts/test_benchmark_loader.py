@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasets.build import train_loader
 from engine.log import close_logging
-from scripts.benchmarks.loader import __main__ as bench_loader
+from scripts.benchmarks.loader.command import cases_of, main
 from scripts.benchmarks.loader.reference import Reference
 
 
@@ -41,7 +41,7 @@ def run(capfd):
     """Starts the command; afterwards this process may use all its cores and threads again, to one of which it is tied.
     Returns its status and what it wrote to stdout and stderr."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    yield lambda *arguments: (bench_loader.main([*map(str, arguments)]), *capfd.readouterr())
+    yield lambda *arguments: (main([*map(str, arguments)]), *capfd.readouterr())
     close_logging()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
@@ -56,25 +56,27 @@ def test_the_command(config, tmp_path, run):
     ]  # fmt: skip
     first = results[0]["times"]["item"]
     ratio = first["recipe"][0] / first["ours"][0]
-    assert "| frames | " in said and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
+    assert "\n| frames  " in said and f"{ratio:.2f}" in (tmp_path / "table.md").read_text()
     assert Image.open(tmp_path / "stages.png").width > 800
 
 
-def test_bad_arguments(config, tmp_path, run):
+def test_bad_arguments(config, tmp_path, run, capfd):
     for arguments, message in (
-        ((config, "--videos", "1"), "--videos must be at least 8"),
         ((tmp_path / "none.yaml",), "none.yaml"),
         ((config, "--core", "4000"), "Invalid argument"),
     ):
         status, _, errors = run(*arguments)
         assert status == 1 and message in errors and "Traceback" not in errors
+    with pytest.raises(SystemExit):
+        main([str(config), "--videos", "1"])
+    assert "--videos must be at least 8" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("rand_aug", "mean", "most"), [(False, 1.2, 6), (True, 1.5, 10)])
 def test_training_pixels_are_the_recipes(config, rand_aug, mean, most):
     """The same draw by PIL; frames of the scaled size, so that nothing is resampled twice. `most` bounds 99 %;
     beyond that RandAugment's thresholds turn a difference of 1 into a large one."""
-    data = replace(next(bench_loader.cases_of(str(config))).data, rand_aug=rand_aug, workers=0)
+    data = replace(next(cases_of(str(config))).data, rand_aug=rand_aug, workers=0)
     dataset = train_loader(data, 0).dataset
     reference = Reference(dataset, data, augments_whole=True)
     differences = []

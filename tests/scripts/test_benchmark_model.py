@@ -14,32 +14,31 @@ from clip.adapter import TD4V
 from clip.side_network import SideBlock
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import ConfigError, load_config, parse_ratio
+from engine import profiling
 from models.parameters import freeze_all_but_trainable
 from models.td4v_finetune import PLACEMENTS, TD4VFinetune
 from models.td4v_side import TD4VSide
-from scripts.benchmarks.model import __main__ as bench_model
-from scripts.benchmarks.model import pair as bench_pair
-from scripts.benchmarks.model import reference as bench_plain
+from scripts.benchmarks.model import command, pair, reference
 from scripts.benchmarks.model.reference import (
     PlainFineTuning,
     PlainSideBlock,
     PlainSideTuning,
     PlainTD4V,
-    PlainTrunk,
-    TrunkSizes,
+    PlainTower,
+    TowerSizes,
 )
 from tests.helpers.golden import CASES, TOLERANCE, fill_file, load_fill, tensor
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
-SIZES = TrunkSizes(width=64, layers=3, heads=2, patch_size=4, grid=(3, 3), hidden=256)
+SIZES = TowerSizes(width=64, layers=3, heads=2, patch_size=4, grid=(3, 3), hidden=256)
 TRAIN = pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 
 
 def twins(plain, product, train):
     """Both in float64 with the same weights, everything required to have gradients but the frozen tower."""
-    bench_plain.fill(plain, seed=3)
+    reference.fill(plain, seed=3)
     own = product.state_dict()
-    product.load_state_dict({**own, **bench_plain.to_product(plain.state_dict())})
+    product.load_state_dict({**own, **reference.to_product(plain.state_dict())})
     return plain.double().train(train), product.double().train(train)
 
 
@@ -50,18 +49,18 @@ def assert_same(plain, product, expected, found):
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
-    gradients = bench_plain.to_product(
+    gradients = reference.to_product(
         {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
     )
-    tuned = {name: p for name, p in product.named_parameters() if p.requires_grad}
-    assert tuned and any(p.grad is not None for p in tuned.values())
+    trainable = {name: p for name, p in product.named_parameters() if p.requires_grad}
+    assert trainable and any(p.grad is not None for p in trainable.values())
     largest = max(gradient.abs().max() for gradient in gradients.values())
-    for name, parameter in tuned.items():
+    for name, parameter in trainable.items():
         gradient = gradients[name]
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         # a bias in front of a BatchNorm has the gradient 0 and both have rounding errors there
         close(grad, gradient, name, floor=1e-3 * largest)
-    buffers = bench_plain.to_product({**dict(plain.named_parameters()), **dict(plain.named_buffers())})
+    buffers = reference.to_product({**dict(plain.named_parameters()), **dict(plain.named_buffers())})
     for name, buffer in product.named_buffers():
         close(buffer.double(), buffers[name].double(), name)
 
@@ -116,7 +115,7 @@ def test_side_network(widths, mode, frames, train):
     plain, product = twins(plain, product, train)
     video = torch.randn(2, frames, 3, 12, 12, dtype=torch.float64)
     close(
-        product.tower.double()(video.flatten(0, 1)).permute(1, 0, 2), PlainTrunk.forward(plain, video.flatten(0, 1)), ""
+        product.tower.double()(video.flatten(0, 1)).permute(1, 0, 2), PlainTower.forward(plain, video.flatten(0, 1)), ""
     )
     assert_same(plain, product, plain(video), product(video))
 
@@ -168,7 +167,7 @@ def test_golden(path):
     grid = (round(len(inputs["input"]) ** 0.5),) * 2
     if "n_embs" in arguments:
         side = arguments["input_resolution"] // arguments["patch_size"]
-        sizes = TrunkSizes(arguments["width"], arguments["layers"], arguments["heads"], arguments["patch_size"],
+        sizes = TowerSizes(arguments["width"], arguments["layers"], arguments["heads"], arguments["patch_size"],
                            (side, side), 4 * arguments["width"])  # fmt: skip
         plain = PlainSideTuning(sizes, 5, frames, arguments["n_embs"], arguments["mlp_ratio"], ratio, mode)
     elif "heads" in arguments:
@@ -213,17 +212,17 @@ def tiny(tmp_path):
 
 
 def test_the_command(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_model, "matrix_rate", partial(bench_model.matrix_rate, size=256))
+    monkeypatch.setattr(profiling, "matrix_rate", partial(profiling.matrix_rate, size=256))
     arguments = [tiny, "--device", "cpu", "--frames", "4", "--repeats", "1", "--output", str(tmp_path)]
-    assert bench_model.main([*arguments, "--method", "side", "fine"]) == 0
+    assert command.main([*arguments, "--models", "side", "fine"]) == 0
     text = capsys.readouterr().out
     assert text == (tmp_path / "bench_model.md").read_text() and "NOT EQUAL" not in text
     record = json.loads((tmp_path / "bench_model.json").read_text())
-    assert [result["method"] for result in record["results"]] == ["td4v_side", "td4v_finetune"]
+    assert [result["model"] for result in record["results"]] == ["td4v_side", "td4v_finetune"]
     for result in record["results"]:
-        assert set(result["equality"]) == set(bench_model.ALLOWED) and not record["failures"]
+        assert set(result["equality"]) == set(command.ALLOWED) and not record["failures"]
         curve = result["curve"]["plain"]
-        assert len(curve) == bench_pair.STEPS and curve[-1] < 0.7 * curve[0]  # it learns, so that equal means something
+        assert len(curve) == command.STEPS and curve[-1] < 0.7 * curve[0]  # it learns, so that equal means something
         assert set(result["speed"]) == {"fp32", "bf16"} and result["step_flops"] > result["forward_flops"] > 0
         for speed in result["speed"].values():
             assert speed["inference"]["plain"][0] > 0 and speed["rate"]["training"][0] > 0
@@ -239,23 +238,25 @@ def test_the_command(tiny, tmp_path, capsys, monkeypatch):
     [(1.7, "differ by"), pytest.param(float("nan"), "differ by nan", marks=pytest.mark.slow)],
 )
 def test_unequal_models_are_said_first(tiny, tmp_path, capsys, caplog, monkeypatch, wrong, message):
-    monkeypatch.setattr(bench_plain.QuickGELU, "forward", lambda self, x: x * torch.sigmoid(wrong * x))
-    monkeypatch.setattr(bench_model, "matrix_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr(reference.QuickGELU, "forward", lambda self, x: x * torch.sigmoid(wrong * x))
+    monkeypatch.setattr(profiling, "matrix_rate", lambda *_, **__: 1e9)
     arguments = [tiny, "--device", "cpu", "--repeats", "1", "--precision", "fp32", "--output", str(tmp_path)]
-    assert bench_model.main(arguments) == 1
+    assert command.main(arguments) == 1
     assert capsys.readouterr().out.startswith("**NOT EQUAL** tiny td4v_side")
     assert message in caplog.text
 
 
-def test_bad_arguments(tiny, tmp_path, caplog):
+def test_bad_arguments(tiny, tmp_path, caplog, capsys):
+    with pytest.raises(SystemExit):
+        command.main([tiny, "--batch", "1"])
+    assert "--batch and --frames must be at least 2" in capsys.readouterr().err
     for arguments, message in (
-        ([tiny, "--batch", "1"], "--batch and --frames must be at least 2"),
         ([str(tmp_path / "none.yaml")], "none.yaml"),
         ([tiny, "--precision", "fp16", "--device", "cpu"], "needs a GPU"),
     ):
         caplog.clear()
-        assert bench_model.main(arguments) == 1
+        assert command.main(arguments) == 1
         assert message in caplog.text
     config = replace(load_config(tiny), network=replace(load_config(tiny).network, options={"td4v": False}))
     with pytest.raises(ConfigError, match="all of its temporal parts"):
-        bench_pair.make_pair(config, 2, 0, torch.device("cpu"))
+        pair.make_pair(config, 2, 0, torch.device("cpu"))

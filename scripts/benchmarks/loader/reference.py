@@ -1,9 +1,8 @@
-"""The usual recipe of the field for a clip of frames, written plainly: what scripts/bench_loader.py measures against.
+"""The field's usual recipe for a clip of frames, in plain code, as the benchmark's reference.
 
-PIL decodes each frame at its full size (decord each video), resizes it to a short side of 256, crops a random part and
-resizes that to 224 x 224, flips, augments (RandAugment rand-m7-n4-mstd0.5-inc1 by timm, one image after the other with
-the same draw), stacks, makes floats and normalises: all in the worker.
-Lives here: that recipe, and our own draw carried out in its way. Does not live here: anything that the product uses.
+PIL decodes each frame at full size (decord each video), resizes it to a short side of 256, crops a random part and
+resizes that to 224 x 224, flips, augments (timm's RandAugment rand-m7-n4-mstd0.5-inc1, one image after the other with the
+same draw), stacks, converts to floats and normalises, all in the worker.
 """
 
 from __future__ import annotations
@@ -48,11 +47,10 @@ class Stages:
 
 
 class Reference(Dataset):
-    """The recipe for the clips of one of our datasets: the same frames of the same videos.
+    """The recipe for the clips of a TrainDataset: the same frames of the same videos.
 
     Args:
-        augments_whole: RandAugment sees the frames as they were read, as in the code that the paper builds on, not the
-            crop, which is smaller.
+        augments_whole: RandAugment sees complete frames, as in the code that the paper builds on, not the crop.
     """
 
     def __init__(self, dataset: TrainDataset, data: DataConfig, augments_whole: bool = False):
@@ -106,12 +104,12 @@ class Reference(Dataset):
         return video
 
     def images(self, key: tuple[int, int]) -> list[Image.Image]:
-        """The frames that our dataset takes for this key."""
+        """The frames that the dataset takes for this key."""
         epoch, index = key
         record = self.dataset.source.records[index]
         path = os.path.join(self.dataset.source.root, record.path)
         if self.data.modality == "video":
-            import decord  # not before it is needed: its libraries get in the way of PyAV's if they are loaded first
+            import decord  # here, because PyAV's libraries must be loaded before its own
 
             video = decord.VideoReader(path, num_threads=1)
             frames = video.get_batch(
@@ -132,7 +130,7 @@ class Reference(Dataset):
         return augmented
 
     def random_crop(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Left, top, width and height of a part of the image, of uniform area and aspect."""
+        """Left, top, width and height of a part of the image with uniform area and aspect ratio."""
         for _ in range(10):
             area, ratio = random.uniform(*self.data.crop_scale) * width * height, random.uniform(3 / 4, 4 / 3)
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -145,10 +143,7 @@ class Reference(Dataset):
         return random.randint(0, width - w), random.randint(0, height - h), w, h
 
     def with_our_draw(self, key: tuple[int, int]) -> np.ndarray:
-        """The frames with the crop, flip and RandAugment that our dataset draws for this key: (T, 224, 224, 3) uint8.
-
-        What our transform does, done by PIL: RandAugment on whole frames, a resize to 256, the crop, the flip.
-        """
+        """The dataset's own draw for this key (crop, flip, RandAugment) carried out by PIL: (T, 224, 224, 3) uint8."""
         epoch, index = key
         images = self.images(key)
         width, height = images[0].size

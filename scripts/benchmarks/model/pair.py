@@ -1,7 +1,4 @@
-"""A model of the product and its plain twin with the same weights and clips, and how equal they are.
-
-Lives here: building both from a configuration, running either, comparing what they give. Does not live here: the plain
-models (bench_plain.py), time, memory and the report (bench_model.py).
+"""A model of the product and its plain twin, with the same weights and clips, and how far they differ.
 
 Letters: B clips, T frames, D width of the features, K classes.
 """
@@ -19,11 +16,9 @@ from torch.nn.functional import cross_entropy
 from configs.schema import Config, ConfigError, PyramidConfig, VisionConfig, fill_options
 from engine.optim import Precision
 from models.registry import MODELS, build_model
-from scripts.benchmarks.model.reference import PlainFineTuning, PlainSideTuning, TrunkSizes, fill, to_product
+from scripts.benchmarks.model.command import MODEL_NAMES, SIDES
+from scripts.benchmarks.model.reference import PlainFineTuning, PlainSideTuning, TowerSizes, fill, to_product
 
-WHO = ("plain", "product")
-METHOD_NAMES = {"side": "td4v_side", "fine": "td4v_finetune"}
-STEPS = 20  # of a training curve
 EXACT = Precision("fp32", None, scaled=False)  # the models' own format
 LOSS_SCALE = {torch.float16: 2.0**12}
 
@@ -36,30 +31,30 @@ class Pair:
     video: Tensor
     label: Tensor
 
-    def step(self, who: str, precision: Precision) -> Tensor:
+    def step(self, side: str, precision: Precision) -> Tensor:
         """Forward and backward of the batch; the loss, a scalar."""
-        model, scale = self.models[who], LOSS_SCALE.get(precision.dtype, 1.0)
+        model, scale = self.models[side], LOSS_SCALE.get(precision.dtype, 1.0)
         model.zero_grad()
         with precision.autocast(self.video.device):
             loss = cross_entropy(model(self.video), self.label, label_smoothing=0.1)
         (loss * scale).backward()
         return loss.detach()
 
-    def infer(self, who: str, precision: Precision) -> Tensor:
-        """Forward, nothing kept; the logits (B, K)."""
+    def infer(self, side: str, precision: Precision) -> Tensor:
+        """Forward without gradients; the logits (B, K)."""
         with torch.inference_mode(), precision.autocast(self.video.device):
-            return self.models[who](self.video)
+            return self.models[side](self.video)
 
-    def values(self, who: str, precision: Precision) -> dict[str, Tensor]:
-        """Features, logits, and the gradient of each tuned parameter under the product's name, of one training step."""
-        model = self.train().models[who]
+    def values(self, side: str, precision: Precision) -> dict[str, Tensor]:
+        """Features, logits, and the gradient of each trainable parameter under the product's name, of one training step."""
+        model = self.train().models[side]
         found: dict[str, Tensor] = {}
-        head = model.get_submodule("head" if who == "product" else "fc_proj")
+        head = model.get_submodule("head" if side == "product" else "fc_proj")
         hook = head.register_forward_hook(
             lambda _, inputs, logits: found.update(features=inputs[0].detach(), logits=logits.detach())
         )
         try:
-            self.step(who, precision)
+            self.step(side, precision)
         finally:
             hook.remove()
         scale = LOSS_SCALE.get(precision.dtype, 1.0)
@@ -67,9 +62,9 @@ class Pair:
             name: torch.zeros_like(p) if p.grad is None else p.grad / scale for name, p in model.named_parameters()
         }
         model.zero_grad()
-        grads = grads if who == "product" else to_product(grads)
-        tuned = [name for name, p in self.models["product"].named_parameters() if p.requires_grad]
-        return found | {name: grads[name] for name in tuned}
+        grads = grads if side == "product" else to_product(grads)
+        trainable = [name for name, p in self.models["product"].named_parameters() if p.requires_grad]
+        return found | {name: grads[name] for name in trainable}
 
     def train(self, mode: bool = True) -> Pair:
         for model in self.models.values():
@@ -94,25 +89,46 @@ def make_pair(config: Config, batch: int, seed: int, device: torch.device, dtype
 def plain_model(config: Config, product: nn.Module) -> nn.Module:
     """The plain twin of a product model. Raises ConfigError for what is not transcribed."""
     network, classes, frames = config.network, config.data.num_classes, config.data.num_segments
-    if network.model_name not in METHOD_NAMES.values():
+    if network.model_name not in MODEL_NAMES.values():
         raise ConfigError(f"network.model: {network.model_name} has no plain transcription in this benchmark")
     options = fill_options(MODELS[network.model_name].Options, network.options, "network.options")
     tower = product.tower
     block = tower.blocks[0].module
-    sizes = TrunkSizes(tower.width, len(tower.blocks), block.attn.num_heads, tower.patch_size, tuple(tower.grid),
-                       block.mlp.c_fc.out_features, tower.quick_gelu)  # fmt: skip
+    sizes = TowerSizes(
+        width=tower.width,
+        layers=len(tower.blocks),
+        heads=block.attn.num_heads,
+        patch_size=tower.patch_size,
+        grid=tuple(tower.grid),
+        hidden=block.mlp.c_fc.out_features,
+        quick_gelu=tower.quick_gelu,
+    )
     if network.model_name == "td4v_finetune":
-        return PlainFineTuning(sizes, classes, frames, tuple(product.td4v), options.ratio, options.mode,
-                               options.feature, options.temporal_embedding)  # fmt: skip
+        return PlainFineTuning(
+            sizes,
+            classes,
+            frames,
+            places=tuple(product.td4v),
+            ratio=options.ratio,
+            mode=options.mode,
+            feature=options.feature,
+            embedding=options.temporal_embedding,
+        )
     if network.options and options != type(options)():
         raise ConfigError("network.options: the plain transcription of side-tuning has all of its temporal parts")
-    pyramid = network.pyramid
-    return PlainSideTuning(sizes, classes, frames, pyramid.n_embs, pyramid.mlp_ratio, network.DA_ratio,
-                           network.sample_mode)  # fmt: skip
+    return PlainSideTuning(
+        sizes,
+        classes,
+        frames,
+        widths=network.pyramid.n_embs,
+        mlp_ratio=network.pyramid.mlp_ratio,
+        ratio=network.DA_ratio,
+        mode=network.sample_mode,
+    )
 
 
 def small(config: Config) -> Config:
-    """The same method on a tower of two blocks and 3 x 3 patches, for what would take too long at full size."""
+    """The same model on a tower of two blocks and 3 x 3 patches, for what would take too long at full size."""
     frames = config.data.num_segments
     return replace(
         config,
@@ -125,14 +141,13 @@ def small(config: Config) -> Config:
 
 
 def differences(pair: Pair) -> dict[str, tuple[float, str]]:
-    """Largest |difference| over the plain one's rms, and where it is: of logits, in training and in inference, and of
-    the gradient of each tuned parameter; and the rms of all gradients' difference over their rms.
+    """The largest |difference| over the plain one's rms, and where it is, of logits and of all gradients.
 
-    The gradient of a bias counts against that of its layer's weights where this is larger: some are 0 in theory (in
-    front of a BatchNorm), and nothing but rounding errors.
+    The gradient of a bias is compared with that of its layer's weights if this is larger: before a BatchNorm it is 0 in
+    theory, and nothing but rounding errors.
     """
     plain, product = (
-        pair.train().values(who, EXACT) | {"inference": pair.train(False).infer(who, EXACT)} for who in WHO
+        pair.train().values(side, EXACT) | {"inference": pair.train(False).infer(side, EXACT)} for side in SIDES
     )
     rms = {name: value.pow(2).mean().sqrt().item() for name, value in plain.items()}
     errors = {}
@@ -148,14 +163,14 @@ def differences(pair: Pair) -> dict[str, tuple[float, str]]:
     }
 
 
-def losses(pair: Pair, who: str) -> list[float]:
-    """The losses of STEPS AdamW steps on the batch, as the paper trains."""
-    found = []
-    model = pair.train().models[who]
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(tuned, lr=1e-3, weight_decay=0.15)
-    for _ in range(STEPS):
-        found.append(pair.step(who, EXACT).item())
+def losses(pair: Pair, side: str, steps: int) -> list[float]:
+    """The losses of AdamW steps on the batch, as the paper trains."""
+    found: list[float] = []
+    model = pair.train().models[side]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.15)
+    for _ in range(steps):
+        found.append(pair.step(side, EXACT).item())
         optimizer.step()
     return found
 

@@ -1,9 +1,9 @@
-"""A plain transcription of the model's formulas, which the product is measured against. The product does not use it.
+"""A plain transcription of the models' formulas, as the benchmark's reference. The product does not use it.
 
-Lives here: the frozen CLIP, the TD4V module, the side network and fine-tuning as one would first write them: Conv3d and
-BatchNorm3d on (B, D, T, H, W), tokens as (N, B*T, D) with a permute at each border, nn.MultiheadAttention, LayerNorm
-in float32; nothing saved, fused or reordered. Parameters have the names of the authors' code, so clip.published carries
-weights and gradients over to the product's names. Does not live here: measuring (bench_model.py).
+The frozen CLIP, the TD4V module, the side network and fine-tuning as one would first write them: Conv3d and BatchNorm3d
+on (B, D, T, H, W), tokens as (N, B*T, D) with a permute at each border, nn.MultiheadAttention, LayerNorm in float32;
+nothing is fused or reordered. Parameters have the names of the authors' code, so clip.published carries weights and
+gradients over to the product's names.
 
 Letters: B clips, T frames, M = B*T frames in all (column b*T + t), H x W the patch grid, N = H*W, D a width, d reduced.
 """
@@ -22,7 +22,7 @@ from clip.published import from_authors
 
 
 @dataclass(frozen=True)
-class TrunkSizes:
+class TowerSizes:
     """A CLIP vision transformer. `patch_size` in pixels, `grid` (H, W) in patches."""
 
     width: int
@@ -118,7 +118,7 @@ class PlainSideBlock(nn.Module):
 class PlainBlock(nn.Module):
     """CLIP's residual attention block: (1 + N, M, D) -> (1 + N, M, D)."""
 
-    def __init__(self, sizes: TrunkSizes):
+    def __init__(self, sizes: TowerSizes):
         super().__init__()
         self.attn = nn.MultiheadAttention(sizes.width, sizes.heads)
         self.ln_1 = LayerNorm(sizes.width)
@@ -136,10 +136,10 @@ class PlainBlock(nn.Module):
         return x + self.mlp.c_proj(self.mlp.act(self.mlp.c_fc(self.ln_2(x))))
 
 
-class PlainTrunk(nn.Module):
+class PlainTower(nn.Module):
     """Frozen CLIP: images (M, 3, height, width) -> tokens behind the last block (1 + N, M, D)."""
 
-    def __init__(self, sizes: TrunkSizes):
+    def __init__(self, sizes: TowerSizes):
         super().__init__()
         H, W = sizes.grid
         self.conv1 = nn.Conv2d(3, sizes.width, sizes.patch_size, sizes.patch_size, bias=False)
@@ -165,15 +165,15 @@ class PlainTrunk(nn.Module):
         return x
 
 
-class PlainSideTuning(PlainTrunk):
-    """The side network beside the frozen trunk: video (B, T, 3, height, width) -> logits (B, K).
+class PlainSideTuning(PlainTower):
+    """The side network beside the frozen tower: video (B, T, 3, height, width) -> logits (B, K).
 
     Args:
-        sizes: of the trunk. classes: K. frames: T. widths: n of each level, one a block of the trunk.
+        sizes: of the tower. classes: K. frames: T. widths: n of each level, one a block of the tower.
         mlp_ratio: hidden share of the side blocks' MLPs. ratio, mode: of TD4V.
     """
 
-    def __init__(self, sizes: TrunkSizes, classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
+    def __init__(self, sizes: TowerSizes, classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
                  ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN"):  # fmt: skip
         super().__init__(sizes)
         self.frames, self.grid, self.widths = frames, sizes.grid, list(widths)
@@ -222,17 +222,17 @@ class PlainSideTuning(PlainTrunk):
         return self.fc_proj(self.features(video))
 
 
-class PlainFineTuning(PlainTrunk):
+class PlainFineTuning(PlainTower):
     """TD4V inside the frozen blocks, as a residual on the patches: video (B, T, 3, height, width) -> logits (B, K).
 
     Args:
-        sizes: of the trunk. classes: K. frames: T. ratio, mode: of TD4V.
+        sizes: of the tower. classes: K. frames: T. ratio, mode: of TD4V.
         places: before which halves of a block TD4V stands, of "attention" and "mlp".
         feature: of a frame, "class_token" or "mean_tokens", averaged over frames.
         embedding: whether there is a temporal embedding.
     """
 
-    def __init__(self, sizes: TrunkSizes, classes: int, frames: int, places: Sequence[str] = ("attention",),
+    def __init__(self, sizes: TowerSizes, classes: int, frames: int, places: Sequence[str] = ("attention",),
                  ratio: float = 1 / 12, mode: Literal["FC", "CNN"] = "FC", feature: str = "class_token",
                  embedding: bool = True):  # fmt: skip
         super().__init__(sizes)
