@@ -203,19 +203,19 @@ class Filler:
                 return number
         raise ConfigError(f"{key}: must be {_describe(kind)}, not {value!r}")
 
-    def _hint(self, leaf: str, section: str, siblings: Sequence[str]) -> str:
-        """Which key was meant: a synonym's, a like one of the section, the same name elsewhere, or the most like."""
-        known = list(all_keys(self.root, self.prefix))
+    def _hint(self, name: str, section: str, siblings: Sequence[str]) -> str:
+        """Which key was meant: a synonym's, one like it in the section, the same or one like it elsewhere."""
+        keys = list(all_keys(self.root, self.prefix))
         if "." in section:
-            known = [_join(section, name) for name in siblings]
-        synonym = self.synonyms.get(leaf.lower().replace("-", "_"))
-        close = nearest(leaf, siblings)
-        same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-        if synonym in known:
+            keys = [_join(section, sibling) for sibling in siblings]
+        synonym = self.synonyms.get(name.lower().replace("-", "_"))
+        if synonym in keys:
             return f"; did you mean {synonym}?"
-        if close is not None:
+        names = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        if (close := nearest(name, siblings)) is not None:
             return f"; did you mean {_join(section, close)}?"
-        return f"; did you mean {same_leaf[0]}?" if same_leaf else did_you_mean(_join(section, leaf), known)
+        close = name if name in names else nearest(name, names)
+        return f"; did you mean {names[close]}?" if close else ""
 
 
 def parse_ratio(value: float | str) -> float:

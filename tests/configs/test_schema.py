@@ -361,11 +361,18 @@ def test_lists_that_do_not_fit(write, override, message):
         ("network.dropout", "network.drop_fc"),
         ("model_name", "network.model"),
         ("network.vision.head", "network.vision.heads"),
+        ("data.epoch", "solver.epochs"),
+        ("network.lr", "solver.lr"),
     ],
 )
 def test_hints_know_the_names_of_other_projects(write, given, meant):
     with pytest.raises(ConfigError, match=rf"{given}: unknown key; did you mean {meant}\?"):
         load_config(write(SMALL), [f"{given}=1"])
+
+
+def test_no_hint_where_nothing_is_like_it(write):
+    with pytest.raises(ConfigError, match=r"network\.x: unknown key$"):
+        load_config(write(SMALL), ["network.x=1"])
 
 
 def test_every_synonym_names_a_key_and_is_none():
