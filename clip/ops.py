@@ -1,15 +1,15 @@
-"""Matrix products with what stands before or behind them, which keep little for the backward pass.
+"""Matrix products fused with the norm, activation or convolution beside them, so that less is saved for backward.
 
-The usual layers keep the input of every one of them. Here a norm and the linear layer behind it keep one tensor, the
-normalised input; an activation and the linear layer behind it keep the activation's input; a frozen layer keeps
-nothing of its own. What is left out is element-wise and is done again in the backward pass, never a matrix product.
-The results are those of the plain layers up to rounding.
-Lives here: those functions and their gradients. They have no state. Does not live here: any parameter or layer.
+The usual layers save the input of every one of them. Here a norm and the linear layer after it save one tensor, the
+normalised input; an activation and the linear layer after it save the activation's input. What is not saved is
+element-wise and is computed again in backward; no matrix product is. Results equal those of the plain layers up to
+rounding.
 
-All compute in autocast's dtype where autocast is on, else in the dtype of their input; statistics of norms are float32
-at least. A gradient of a gradient is not defined. Hooks on the layers whose weights come here do not fire.
+All functions compute in autocast's dtype where autocast is on, else in the dtype of their input; the statistics of norms
+are at least float32. A gradient of a gradient is not defined. Hooks on the layers whose weights are passed do not fire.
 
-Letters: R rows (all clips, frames, patches), B clips, T frames, N patches, D and O widths, d reduced width, k taps.
+Letters: R rows (all clips, frames, patches), B clips, T frames, N patches, M images, p tokens before the patches,
+D and O widths, d reduced width, k taps (frames that a convolution over time sees).
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ def as_is(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def normed_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear(norm(x), weight, bias)` that keeps the normalised x, once.
+    """`F.linear(norm(x), weight, bias)` that saves the normalised x alone.
 
-    The norm's affine part goes into the weight, so that its gradients come from the product that the weight's gradient
-    is made of.
+    The norm's affine part is multiplied into the weight, so that its gradients follow from the weight's gradient.
 
     Args:
-        x: (..., D). norm: nn.LayerNorm or nn.BatchNorm1d over D with affine parameters and running statistics; any
-            other (a synchronised one, say) is called as it is, on (R, D), and then the linear layer keeps its own input.
-        weight: (O, D). bias: (O,) or None.
+        x: (..., D).
+        norm: nn.LayerNorm or nn.BatchNorm1d over D with affine parameters and running statistics. Any other norm, such
+            as a synchronised one, is called as it is, on (R, D), and the linear layer then saves its own input.
+        weight: (O, D).
+        bias: (O,) or None.
 
     Returns:
         (..., O).
@@ -57,38 +58,51 @@ def normed_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | Non
     dtype = working_dtype(x)
     with as_is(x):
         x = x.to(dtype)
-        if type(norm) is nn.LayerNorm and norm.bias is not None:
-            return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, "layer", norm.eps, None, None, 0.0)
-        fits = type(norm) is nn.BatchNorm1d and norm.affine and norm.running_mean is not None
-        if not fits or norm.momentum is None:
+        if not _can_be_fused(norm):
             normed = norm(x.flatten(0, -2)).view(x.shape)  # (R, D) -> (..., D)
             return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
-        if norm.training:
+        if isinstance(norm, nn.BatchNorm1d) and norm.training:
             norm.num_batches_tracked.add_(1)
-        kind, running = "batch" if norm.training else "running", (norm.running_mean, norm.running_var)
-        return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, kind, norm.eps, *running, norm.momentum)
+        return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, norm)
+
+
+def _can_be_fused(norm: nn.Module) -> bool:
+    if type(norm) is nn.LayerNorm:
+        return norm.bias is not None
+    is_batch_norm = type(norm) is nn.BatchNorm1d
+    return is_batch_norm and norm.affine and norm.running_mean is not None and norm.momentum is not None
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.linear(F.gelu(x), weight, bias)` that keeps x alone: (..., D) -> (..., O)."""
+    """`F.linear(F.gelu(x), weight, bias)` that saves x alone: (..., D) -> (..., O)."""
     dtype = working_dtype(x)
     with as_is(x):
         return _GeluLinear.apply(x.to(dtype), weight, bias)
 
 
 def temporal_sum(x: Tensor, taps: int) -> Tensor:
-    """The second half of a convolution over time whose products (B, T, N, k*d) are there: (B, T, N, d).
+    """The second half of a convolution over time: sums the products of each tap. Saves nothing.
 
-    out[t] = sum over j of x[t + j - k // 2, ..., j d:(j+1) d], frames outside the clip being zero. Keeps nothing.
+    out[t] = sum over j of x[t + j - k // 2, ..., j d:(j+1) d], where frames outside the clip are zero.
+
+    Args:
+        x: (B, T, N, k*d), the products of every frame with the weights of every tap.
+        taps: k.
+
+    Returns:
+        (B, T, N, d).
     """
     return x if taps == 1 else _TemporalSum.apply(x, taps)
 
 
 def temporal_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    """`scale * Conv3d(x)` with kernel (k, 1, 1) and zero padding, which keeps x alone.
+    """`scale * Conv3d(x)` with kernel (k, 1, 1) and zero padding, which saves x alone.
 
     Args:
-        x: (B, T, N, d). weight: (O, d, k, 1). bias: (O,). scale: (1,).
+        x: (B, T, N, d).
+        weight: (O, d, k, 1).
+        bias: (O,).
+        scale: (1,).
 
     Returns:
         (B, T, N, O).
@@ -101,10 +115,16 @@ def temporal_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> T
 def difference_streams(x: Tensor, backward: nn.Conv2d, forward: nn.Conv2d, grid: tuple[int, int]) -> Tensor:
     """x and the two streams of TD4V: x + backward(QuickGELU(x[t] - x[t+1])) + forward(QuickGELU(x[t] - x[t-1])).
 
-    A frame without neighbour on one side has the difference 0 there. Both convolutions run as one; x alone is kept.
+    A frame without a neighbour on one side has the difference 0 there. Both convolutions run as one, which saves x
+    alone.
 
     Args:
-        x: (B, T, N, d). backward, forward: d -> d, 3 x 3, padding 1. grid: (H, W), N = H*W.
+        x: (B, T, N, d).
+        backward, forward: d -> d channels, 3 x 3, padding 1.
+        grid: (H, W), N = H*W.
+
+    Returns:
+        (B, T, N, d).
     """
     dtype = working_dtype(x)
     with as_is(x):
@@ -113,29 +133,32 @@ def difference_streams(x: Tensor, backward: nn.Conv2d, forward: nn.Conv2d, grid:
 
 
 def add_to_patches(x: Tensor, branch: Tensor) -> Tensor:
-    """Tokens (M, p + N, D) with `branch` (M, N, D) added to the last N."""
+    """Adds `branch` (M, N, D) to the last N of the tokens x (M, p + N, D) -> (M, p + N, D). Saves nothing."""
     return _AddToPatches.apply(x, branch)
 
 
 class _NormedLinear(torch.autograd.Function):
-    """See normed_linear. `kind`: layer (LayerNorm), batch (BatchNorm of this batch), running (BatchNorm in eval)."""
+    """See normed_linear. `norm` gives statistics alone; gamma and beta are its weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, kind: str,
-                eps: float, running_mean: Tensor | None, running_var: Tensor | None, momentum: float) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, norm: nn.Module
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (R, D)
-        if kind == "layer":
-            normed, _, rstd = layer_norm(rows, None, None, eps)  # rstd (R, 1)
-        elif kind == "batch":
-            running = running_mean, running_var
-            normed, _, rstd = torch.native_batch_norm(rows, None, None, *running, True, momentum, eps)  # rstd (D,)
+        if isinstance(norm, nn.LayerNorm):
+            ctx.statistics = "row"
+            normed, _, rstd = layer_norm(rows, None, None, norm.eps)  # rstd (R, 1)
+        elif norm.training:
+            ctx.statistics = "batch"
+            running = norm.running_mean, norm.running_var
+            normed, _, rstd = torch.native_batch_norm(rows, None, None, *running, True, norm.momentum, norm.eps)
         else:
-            rstd = (running_var + eps).rsqrt()
-            normed = torch.addcmul(-running_mean * rstd, rows, rstd).to(x.dtype)
+            ctx.statistics = "running"
+            rstd = (norm.running_var + norm.eps).rsqrt()  # (D,)
+            normed = torch.addcmul(-norm.running_mean * rstd, rows, rstd).to(x.dtype)
         shift = torch.mv(weight, beta) if bias is None else torch.addmv(bias, weight, beta)
         y = torch.addmm(shift.to(x.dtype), normed, (weight * gamma).to(x.dtype).t())
         ctx.save_for_backward(normed, rstd, gamma, beta, weight)
-        ctx.kind = kind
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -149,12 +172,12 @@ class _NormedLinear(torch.autograd.Function):
         dgamma, dbeta = (weight * dfolded).sum(0), dbias @ weight
         dweight = torch.addr(dfolded.mul_(gamma), dbias, beta) if ctx.needs_input_grad[3] else None
         dx = None
-        if ctx.needs_input_grad[0] and ctx.kind == "layer":
+        if ctx.needs_input_grad[0] and ctx.statistics == "row":
             dx = _layer_gradient(dy @ (weight * gamma).to(dy.dtype), normed, rstd).view(shape)
         elif ctx.needs_input_grad[0]:
             dx = dy @ (weight * (gamma * rstd)).to(dy.dtype)  # times rstd already, which is constant for a channel
-            dx = (_batch_gradient(dx, normed, rstd) if ctx.kind == "batch" else dx).view(shape)
-        return dx, dgamma, dbeta, dweight, dbias if ctx.needs_input_grad[4] else None, *[None] * 5
+            dx = (_batch_gradient(dx, normed, rstd) if ctx.statistics == "batch" else dx).view(shape)
+        return dx, dgamma, dbeta, dweight, dbias if ctx.needs_input_grad[4] else None, None
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -228,9 +251,18 @@ class _DifferenceStreams(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d = x.shape[-1]
         dstreams, dweight, _ = torch.ops.aten.convolution_backward(
-            _images(dy, ctx.grid), _images(_streams(x), ctx.grid), weight.to(x.dtype), None,
-            [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
-        )  # fmt: skip
+            _images(dy, ctx.grid),
+            _images(_streams(x), ctx.grid),
+            weight.to(x.dtype),
+            bias_sizes=None,
+            stride=[1, 1],
+            padding=[1, 1],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=1,
+            output_mask=[True, True, False],
+        )
         dstreams = dstreams.permute(0, 2, 3, 1).reshape(*x.shape[:-1], 2 * d)  # (B, T, N, 2*d)
         change = (x[:, 1:] - x[:, :-1]).mul_(QUICK)
         change = torch.ops.aten.silu_backward(dstreams[:, 1:, :, d:], change).sub_(
@@ -259,23 +291,23 @@ class _AddToPatches(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of (..., D): the result in x's dtype, and mean and 1/deviation (..., 1) in float32 at least."""
+    """LayerNorm of (..., D): the result in x's dtype, then mean and 1/std (..., 1), at least in float32."""
     if weight is None and (ones := _float32_ones(x)) is not None:
         weight, bias = ones, torch.zeros_like(ones)
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def layer_norm_gradient(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient of x from that of LayerNorm's result; mean and rstd are those that `layer_norm` gave."""
+    """The gradient of x from that of LayerNorm's result; mean and rstd (1/std) are those of `layer_norm`."""
     weight = _float32_ones(x) if weight is None else weight
     shape = x.shape[-1:]
     return torch.ops.aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, None, [True, False, False])[0]
 
 
 def _batch_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """The gradient through a BatchNorm's statistics, (R, D) both.
+    """The gradient through a BatchNorm's statistics: dy (R, D), normalised input (R, D) -> (R, D).
 
-    From what `dy` is after rounding, with sums in float32: an error of the mean would be the same in all rows.
+    It starts from dy after rounding, with sums in float32: an error of the mean would be the same in all rows.
     """
     one, zero = torch.ones_like(rstd), torch.zeros_like(rstd)
     backward = torch.ops.aten.native_batch_norm_backward
@@ -283,12 +315,12 @@ def _batch_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _layer_gradient(dy: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
-    """As layer_norm_gradient, from the normalised input: as if that, of mean 0 and deviation 1, had been the input."""
+    """As layer_norm_gradient, but from the normalised input: as if that, of mean 0 and std 1, had been the input."""
     return layer_norm_gradient(dy, normed, torch.zeros_like(rstd), torch.ones_like(rstd), None).mul_(rstd)
 
 
 def _float32_ones(x: Tensor) -> Tensor | None:
-    """A weight of ones where it is needed: on a CPU a norm without weight keeps its statistics in x's own dtype."""
+    """A weight of ones where one is needed: on a CPU a norm without weight has its statistics in x's own dtype."""
     low = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return torch.ones(x.shape[-1]) if low else None
 
