@@ -1,11 +1,8 @@
-"""Configuration -> data loaders: the only file of this room that knows DataConfig's keys, together with traits.py.
+"""Configuration -> data loaders, and the checks before any video is read.
 
-Lives here: which list, root, reader, transform and sampler a loader gets, and the checks before any video is read.
-Does not live here: the steps themselves.
-
-    loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1)
-    loader.set_epoch(epoch)
-    for batch in loader: ...   # what a batch holds: video_dataset.collate
+loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1)
+loader.set_epoch(epoch)
+for batch in loader: ...   # what a batch holds: video_dataset.collate
 """
 
 from __future__ import annotations
@@ -25,7 +22,14 @@ from datasets.readers import FrameReader, Reader, VideoReader
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.sampling import ClipSampling
-from datasets.transforms import EvalTransform, TrainTransform
+from datasets.transforms import (
+    Crop,
+    EvalTransform,
+    MultiScaleCrop,
+    RandomResizedCrop,
+    RandomShortSideCrop,
+    TrainTransform,
+)
 from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
 
@@ -37,8 +41,10 @@ def train_loader(
     Args:
         seed: the same in every process; processes differ by `rank`.
         frames_per_segment: f, the neighbouring frames that the model reads at each of the T sampled ones.
+
     Raises:
-        ConfigError: a list or root is not set or not there. AnnotationError: a list with a bad row.
+        ConfigError: a list or root is not set or not there, or data.rand_aug_policy is unknown.
+        AnnotationError: a list with a bad row.
         ValueError: fewer videos than one batch in each process.
     """
     dataset = _training(data, seed, frames_per_segment)
@@ -99,19 +105,29 @@ def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainData
     if not data.augment:
         return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
     pixels = data.with_pixel_statistics()
-    transform = TrainTransform(
-        data.input_size,
-        traits.scale_size,
-        rand_aug=data.rand_aug,
-        rand_erase=data.rand_erase,
-        flip=traits.flip,
-        flip_pairs=traits.flip_pairs,
-        gray_prob=traits.gray_prob,
-        crop_scale=data.crop_scale,
-        mean=pixels.mean,
-        std=pixels.std,
-    )
+    try:
+        transform = TrainTransform(
+            data.input_size,
+            _crop(data, traits.scale_size),
+            rand_aug_policy=data.rand_aug_policy if data.rand_aug else None,
+            rand_erase=data.rand_erase,
+            flip=traits.flip,
+            flip_pairs=traits.flip_pairs,
+            gray_prob=traits.gray_prob,
+            mean=pixels.mean,
+            std=pixels.std,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.rand_aug_policy: {error}") from None
     return TrainDataset(source, sampling, transform, seed, num_sample=data.num_sample, random_frames=data.random_shift)
+
+
+def _crop(data: DataConfig, scale_size: int | tuple[int, int]) -> Crop:
+    if data.crop == "multi_scale":
+        return MultiScaleCrop(data.input_size, data.crop_scales)
+    if data.crop == "random_short_side":
+        return RandomShortSideCrop(data.input_size, data.short_side)
+    return RandomResizedCrop(scale_size, data.crop_scale)
 
 
 def _training_source(data: DataConfig, seed: int) -> VideoSource:
@@ -173,7 +189,7 @@ def build_reader(data: DataConfig) -> Reader:
 
 
 def list_or_root(data: DataConfig, split: str, what: Literal["list", "root"]) -> tuple[str, str]:
-    """The key that holds the list or root of a split, and its value; testing falls back to validation's."""
+    """The key that names the list or root of a split, and its value; testing falls back to validation's."""
     keys = [f"{split}_{what}"] + ([f"val_{what}"] if split == "test" else [])
     for key in keys:
         if getattr(data, key):

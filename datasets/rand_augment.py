@@ -1,22 +1,21 @@
-"""RandAugment for all frames of a clip at once, worked out only where a crop will look.
+"""RandAugment for all frames of a clip at once, computed only where the crop will look.
 
-Lives here: timm's policy, drawn by timm itself, and its operations on uint8 arrays: tables and warps of OpenCV instead
-of one Pillow image after the other. Does not live here: the crop, and who seeds the draws (transforms.py).
+timm draws the operations; here they run on uint8 arrays, as tables and warps of OpenCV instead of one Pillow image
+after the other. An operation needs of its input what the crop shows of its output: the same box (tables), a pixel more
+on each side (sharpness), the box that a warp looks at, or the complete frame where it depends on a histogram. So the
+boxes are computed from the last operation back to the first, and the operations then run forward on no more than those.
 
-An operation needs of its input what the crop shows of its output: the same box (tables), a pixel more on each side
-(sharpness), the box that a warp looks at, or the whole frame where it depends on a histogram. So the boxes are worked
-out from the last operation back to the first, and the operations then run forward on no more than those.
-
-Against Pillow the tables are exact, colour, sharpness and translations within 2 of 255 levels; rotations and shears
-differ as two bicubic kernels do (OpenCV's a is -0.75, Pillow's -1) and in how 2 pixels at the border to the fill blend.
-Source of policy and magnitudes: timm.data.auto_augment; of the operations: Pillow's ImageOps, ImageEnhance, Image.
-T frames, H and W height and width of a frame, h and w of a box, in pixels.
+Compared with Pillow, tables are exact; colour, sharpness and translations are within 2 of 255 levels; rotations and
+shears differ as two bicubic kernels do (OpenCV's a is -0.75, Pillow's -1) and in how 2 pixels at the border to the fill
+blend. Source of policy and magnitudes: timm.data.auto_augment; of the operations: Pillow's ImageOps, ImageEnhance,
+Image. T frames, H and W height and width of a frame, h and w of a box, in pixels.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -28,8 +27,12 @@ from timm.data.auto_augment import rand_augment_transform
 
 from datasets.box import Box
 
-# Workers share the cores among themselves. It must be said before OpenCV starts threads, which a fork would not copy.
+# Workers share the cores among themselves. This comes before OpenCV starts threads, which a fork would not copy.
 cv2.setNumThreads(1)
+
+# Parts of a policy: magnitude, number of operations, probability of each, the magnitude's deviation and largest value,
+# and whether severity increases with the magnitude.
+POLICY_PART = re.compile(r"(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?")
 
 BICUBIC_REACH = 2  # pixels that bicubic interpolation looks beyond a point
 REPLICATE = cv2.BORDER_REPLICATE
@@ -49,20 +52,28 @@ class RandAugment:
     """A policy such as "rand-m7-n4-mstd0.5-inc1".
 
     Args:
-        policy: timm's string.
+        policy: in timm's words (rand_augment_transform): "rand", then parts of POLICY_PART.
         fill: RGB, 0..255, for what warps bring in from outside the frame.
+
+    Raises:
+        ValueError: a part that timm does not know.
     """
 
     def __init__(self, policy: str, fill: tuple[int, int, int]):
+        kind, *parts = policy.split("-")
+        unknown = [part for part in parts if not POLICY_PART.fullmatch(part)] + ([kind] if kind != "rand" else [])
+        if unknown:
+            raise ValueError(
+                f"{policy!r} has an unknown part {unknown[0]!r}; write e.g. rand-m7-n4-mstd0.5-inc1 "
+                "(m, n, p, mstd, mmax, inc with a number each)"
+            )
         self.fill = fill
         self._policy = rand_augment_transform(policy, {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC})
         for operation in self._policy.ops:
-            if operation.name not in LOOKS_AT:
-                raise ValueError(f"RandAugment {policy}: there is no operation {operation.name} here")
-            operation.aug_fn = partial(_note, operation.name)
+            operation.aug_fn = partial(_record_step, operation.name)
 
     def draw(self) -> tuple[Step, ...]:
-        """Let timm draw for one image, from Python's generator alone: it seeds NumPy's, which is then put back."""
+        """Let timm draw for one image, from Python's generator alone: it seeds NumPy's, which is then restored."""
         state = np.random.get_state()
         np.random.seed(random.getrandbits(32))
         try:
@@ -103,41 +114,43 @@ class RandAugment:
         return frames
 
 
-def _note(name: str, steps: tuple[Step, ...], *args: float, **_: object) -> tuple[Step, ...]:
-    """Stands in for timm's operation on an image: the "image" is the list of the steps so far."""
+def _record_step(name: str, steps: tuple[Step, ...], *args: float, **_: object) -> tuple[Step, ...]:
+    """Takes the place of timm's operation on an image: the "image" is the tuple of the steps so far."""
     return (*steps, Step(name, args))
 
 
-# What a step looks at to fill a box of its output.
+# ---- what a step looks at to fill a box of its output
 
 
-def _same(step: Step, box: Box, height: int, width: int) -> Box:
+def _same_box(step: Step, box: Box, height: int, width: int) -> Box:
     return box
 
 
-def _whole(step: Step, box: Box, height: int, width: int) -> Box:
+def _complete_frame(step: Step, box: Box, height: int, width: int) -> Box:
     return Box(0, 0, height, width)
 
 
-def _around(step: Step, box: Box, height: int, width: int) -> Box:
+def _one_pixel_more(step: Step, box: Box, height: int, width: int) -> Box:
     return Box(box.top - 1, box.left - 1, box.bottom + 1, box.right + 1)
 
 
-def _source(step: Step, box: Box, height: int, width: int) -> Box:
+def _warp_source(step: Step, box: Box, height: int, width: int) -> Box:
     corners = np.array([(x, y, 1) for x in (box.left, box.right - 1) for y in (box.top, box.bottom - 1)])  # (4, 3)
     x, y = WARPS[step.name](step.args[0], height, width) @ corners.T  # (4,) each
-    reach = BICUBIC_REACH
     return Box(
-        math.floor(y.min()) - reach, math.floor(x.min()) - reach,
-        math.ceil(y.max()) + reach + 1, math.ceil(x.max()) + reach + 1,
-    )  # fmt: skip
+        top=math.floor(y.min()) - BICUBIC_REACH,
+        left=math.floor(x.min()) - BICUBIC_REACH,
+        bottom=math.ceil(y.max()) + BICUBIC_REACH + 1,
+        right=math.ceil(x.max()) + BICUBIC_REACH + 1,
+    )
 
 
-# Where in the input the pixel (x, y) of the output comes from: (2, 3) matrices for pixel centres at whole numbers.
+# ---- warps: where in the input the pixel (x, y) of the output comes from, as (2, 3) matrices for pixel centres at
+# whole numbers
 
 
 def _affine(matrix: Sequence[float]) -> np.ndarray:
-    """Pillow counts pixel centres at halves: the shift by half a pixel, there and back."""
+    """Pillow's matrix, whose pixel centres lie at halves: shift by half a pixel, there and back."""
     a, b, c, d, e, f = matrix
     return np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
 
@@ -155,8 +168,6 @@ WARPS: dict[str, Callable[[float, int, int], np.ndarray]] = {
     "TranslateXRel": lambda share, height, width: _affine((1, 0, share * width, 0, 1, 0)),
     "TranslateYRel": lambda share, height, width: _affine((1, 0, 0, 0, 1, share * height)),
 }
-
-
 # Warps that move every pixel alike, along one axis: four products a value instead of sixteen, and Pillow's kernel.
 SHIFTS = ("TranslateXRel", "TranslateYRel")
 
@@ -164,6 +175,7 @@ SHIFTS = ("TranslateXRel", "TranslateYRel")
 def _shift(
     frames: np.ndarray, step: Step, before: Box, after: Box, size: tuple[int, int], fill: tuple[int, int, int]
 ) -> np.ndarray:
+    """Translate frames, which show the box `before`, and give the box `after`."""
     down = step.name == "TranslateYRel"
     length = size[0] if down else size[1]
     amount = step.args[0] * length
@@ -179,9 +191,8 @@ def _shift(
     out = np.empty((len(frames), after.height, after.width, 3), np.uint8)
     out[:] = fill
     if inside.height > 0 and inside.width > 0:
-        padded = Box(
-            before.top - border[0], before.left - border[2], before.bottom + border[1], before.right + border[3]
-        )
+        above, below, on_left, on_right = border
+        padded = Box(before.top - above, before.left - on_left, before.bottom + below, before.right + on_right)
         for frame, shifted in zip(frames, out, strict=True):
             frame = cv2.copyMakeBorder(frame, *border, REPLICATE)
             frame = cv2.filter2D(frame, -1, kernel, anchor=anchor, borderType=REPLICATE)
@@ -202,6 +213,7 @@ def _bicubic(part: float) -> tuple[float, float, float, float]:
 
 
 def _warp(frames: np.ndarray, matrix: np.ndarray, before: Box, after: Box, fill: tuple[int, int, int]) -> np.ndarray:
+    """Warp frames, which show the box `before`, and give the box `after`."""
     matrix = matrix.copy()
     matrix[:, 2] += matrix[:, :2] @ (after.left, after.top) - (before.left, before.top)
     size = (after.width, after.height)
@@ -212,21 +224,28 @@ def _warp(frames: np.ndarray, matrix: np.ndarray, before: Box, after: Box, fill:
     return out
 
 
+# ---- values
+
+
 def _sharpness(frames: np.ndarray, factor: float, box: Box, height: int, width: int) -> np.ndarray:
     """Blend with a smoothed frame; Pillow does not smooth the outermost pixels of a frame."""
     out = np.empty(frames.shape, np.uint8)
     for frame, sharp in zip(frames, out, strict=True):
         cv2.filter2D(frame, -1, SMOOTH, dst=sharp, borderType=REPLICATE)
-        for at_border, place in ((box.top == 0, np.s_[0]), (box.bottom == height, np.s_[-1]),
-                                 (box.left == 0, np.s_[:, 0]), (box.right == width, np.s_[:, -1])):  # fmt: skip
-            if at_border:
-                sharp[place] = frame[place]
+        if box.top == 0:
+            sharp[0] = frame[0]
+        if box.bottom == height:
+            sharp[-1] = frame[-1]
+        if box.left == 0:
+            sharp[:, 0] = frame[:, 0]
+        if box.right == width:
+            sharp[:, -1] = frame[:, -1]
         cv2.addWeighted(frame, factor, sharp, 1 - factor, 0, dst=sharp)
     return out
 
 
 def _recolour(frames: np.ndarray, step: Step) -> np.ndarray:
-    """Steps that give each pixel a value that depends on its own and, for three of them, on the frame's histogram."""
+    """Give each pixel a value that depends on its own and, for the steps of STATISTICS, on the frame's histogram."""
     if step.name.startswith("Color"):
         factor = step.args[0]
         matrix = factor * np.eye(3, dtype=np.float32) + (1 - factor) * GRAY  # (3 out, 3 in)
@@ -287,7 +306,7 @@ def _posterize(bits: int) -> np.ndarray | None:
 
 
 def _table(values: np.ndarray) -> np.ndarray:
-    """Numbers -> uint8, cut off to 0..255 and to whole numbers."""
+    """Numbers -> uint8, clipped to 0..255 and cut to whole numbers."""
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
@@ -304,8 +323,8 @@ STATISTICS: dict[str, Callable[..., np.ndarray]] = {
     "Contrast": _contrast,
 }
 LOOKS_AT: dict[str, Callable[[Step, Box, int, int], Box]] = (
-    dict.fromkeys(WARPS, _source)
-    | {f"{name}{end}": _whole for name in STATISTICS for end in ("", "Increasing")}
-    | {f"{name}{end}": _same for name in (*TABLES, "Color") for end in ("", "Increasing")}
-    | {"Sharpness": _around, "SharpnessIncreasing": _around}
+    dict.fromkeys(WARPS, _warp_source)
+    | {f"{name}{end}": _complete_frame for name in STATISTICS for end in ("", "Increasing")}
+    | {f"{name}{end}": _same_box for name in (*TABLES, "Color") for end in ("", "Increasing")}
+    | {"Sharpness": _one_pixel_more, "SharpnessIncreasing": _one_pixel_more}
 )

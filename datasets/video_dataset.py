@@ -1,12 +1,8 @@
-"""Record -> indices -> frames -> clip: the map-style datasets, and how their items become a batch.
+"""Row of a list -> item -> batch: the map-style datasets, what happens to a video that cannot be read, and `collate`.
 
-Lives here: the datasets (training with and without augmentation, evaluation), the keys that make an item depend on
-(seed, epoch, index) alone, what happens to a video that cannot be read, and `collate`.
-Does not live here: the steps themselves (sampling.py, readers.py, transforms.py), the order of videos (sampler.py), and
-normalising: pixels stay uint8, a quarter of the bytes, until they are on the model's device.
-
-B is the number of videos in a batch, V of views of a video, T of frames, S the side of a frame in pixels. Videos are
-(..., T, 3, S, S) as everywhere; in memory the three colours of a pixel lie together, which is how they were decoded.
+B is the number of videos in a batch, V of views of a video, T * f of frames in a clip, S the side of a frame in pixels.
+Pixels are (..., T * f, S, S, 3) from the decoder to the batch of `collate`; the loader moves the channels once, to
+(..., T * f, 3, S, S). They stay uint8, a quarter of the bytes, until they are on the model's device.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ class VideoSource:
         records: the rows of the list.
         root: the folder that their paths start from.
         list_file: named in messages, with the line.
-        skip_errors: leave a video that cannot be read out of its batch, instead of ending the run.
+        skip_errors: skip a video that cannot be read, instead of ending the run.
     """
 
     records: Sequence[VideoRecord]
@@ -50,23 +46,23 @@ class VideoSource:
     skip_errors: bool = False
 
     def stamp(self) -> str:
-        """A hash of the size and the time of change of all that the rows name; the contents are not read.
+        """A hash of the sizes and modification times of all files that the rows name; the contents are not read.
 
-        Of a folder of frames that is the folder's: a frame that is written over in place does not change it.
+        Of a frame folder it takes the folder's own: a frame that is written over in place does not change it.
         """
         digest = hashlib.sha256()
         for path in dict.fromkeys(self.reader.stored_at(os.path.join(self.root, row.path)) for row in self.records):
             try:
                 found = os.stat(path)
                 digest.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
-            except OSError:  # which whoever reads it will say
+            except OSError:  # reported where the video is read
                 digest.update(b"none\n")
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class BadVideo:
-    """Stands in a batch for a video that could not be read; exceptions would cross the workers as pages of text."""
+    """An item whose video could not be read. As an exception, it would arrive from a worker as pages of text."""
 
     message: str
     index: int
@@ -74,9 +70,9 @@ class BadVideo:
 
 
 class _VideoDataset(Dataset):
-    """What both datasets do: open a video, read its frames, report what cannot be read.
+    """What all datasets share: open a video, read its frames, report what cannot be read.
 
-    Items are addressed by (epoch, index), or by index alone, which means epoch 0.
+    Keys are (epoch, index), or an index alone, which means epoch 0.
     """
 
     def __init__(self, source: VideoSource, sampling: ClipSampling):
@@ -86,7 +82,7 @@ class _VideoDataset(Dataset):
         return len(self.source.records)
 
     def stamp(self) -> str:
-        """Another one where the videos have changed (see VideoSource)."""
+        """Changes with the videos (see VideoSource.stamp)."""
         return self.source.stamp()
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | BadVideo:
@@ -97,14 +93,14 @@ class _VideoDataset(Dataset):
             frames = clip.fetch(self.frame_indices(clip.num_frames, epoch, index).reshape(-1))
             views = self._views(frames, record.label, epoch, index)
         except ReadError as error:
-            if (sentence := _no_more_files()) is not None:  # the video may be sound: not to be skipped
+            if (sentence := _no_more_files()) is not None:  # the video may be valid, so it is not skipped
                 return BadVideo(sentence, index, skip=False)
             where = f"{self.source.list_file}, line {record.line}"
             return BadVideo(f"{error} ({where})", index, self.source.skip_errors)
         return {**views, "path": record.path}
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
-        """The items of a batch; what comes before the keys is passed on to `collate`."""
+        """The items of a batch; a slot before the keys is passed on to `collate`."""
         return [key if isinstance(key, Slot) else self[key] for key in keys]
 
     def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
@@ -118,10 +114,11 @@ class _VideoDataset(Dataset):
 class TrainDataset(_VideoDataset):
     """One random clip a video, transformed `num_sample` times (repeated augmentation): same frames, other draws.
 
-    Everything random depends on (seed, epoch, index, draw) alone: not on the number of workers or processes, and the
+    Everything random depends on (seed, epoch, index, draw) alone: not on the number of workers or processes. The
     generators of the calling process are left as they were.
 
-    Item: video (num_sample, T, 3, S, S) uint8 (float32 with erasing), label and index (num_sample,) int64, path str; or BadVideo.
+    Item: video (num_sample, T * f, S, S, 3) uint8 (float32 with erasing), label and index (num_sample,) int64, path
+    str; or BadVideo.
 
     Args:
         random_frames: False takes the frames of validation.
@@ -155,14 +152,14 @@ class TrainDataset(_VideoDataset):
         pixels = frames.decode(origin, fast=True)
         videos, labels = zip(*(self.transform(pixels, origin, draw, label) for draw in draws), strict=True)
         indices = torch.full((self.num_sample,), index)
-        video = torch.stack(videos) if len(videos) > 1 else videos[0][None]  # (num_sample, T, S, S, 3)
-        return {"video": _colours_third(video), "label": torch.tensor(labels), "index": indices}
+        video = torch.stack(videos) if len(videos) > 1 else videos[0][None]  # (num_sample, T * f, S, S, 3)
+        return {"video": video, "label": torch.tensor(labels), "index": indices}
 
 
 class EvalDataset(_VideoDataset):
     """The same views of a video every time: V = clips * crops, the crops of the first clip first.
 
-    Item: video (V, T, 3, S, S) uint8, label and index () int64, path str; or BadVideo.
+    Item: video (V, T * f, S, S, 3) uint8, label and index () int64, path str; or BadVideo.
 
     Args:
         clips: None for validation's one clip, a number for that many clips of testing.
@@ -187,13 +184,13 @@ class EvalDataset(_VideoDataset):
         video = self.transform(frames)  # (crops, clips * T * f, S, S, 3)
         video = video.unflatten(1, (-1, self.sampling.clip_frames))  # (crops, clips, T * f, S, S, 3)
         video = video.transpose(0, 1).flatten(0, 1)  # (clips * crops, T * f, S, S, 3)
-        return {"video": _colours_third(video), "label": torch.tensor(label), "index": torch.tensor(index)}
+        return {"video": video, "label": torch.tensor(label), "index": torch.tensor(index)}
 
 
 class PlainTrainDataset(EvalDataset):
     """Training without augmentation: validation's frames and centre crop, the same in every epoch.
 
-    Item: video (1, T, 3, S, S) uint8, label and index (1,) int64, path str: as TrainDataset's; or BadVideo.
+    Item: video (1, T * f, S, S, 3) uint8, label and index (1,) int64, path str: as TrainDataset's; or BadVideo.
     """
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
@@ -201,25 +198,26 @@ class PlainTrainDataset(EvalDataset):
         return item | {key: item[key][None] for key in ("label", "index")}  # (1,)
 
 
-def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], ring: SharedBuffers | None = None) -> dict[str, Any]:
+def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], buffers: SharedBuffers | None = None) -> dict[str, Any]:
     """Items -> batch.
 
     Args:
-        items: those of a dataset; before them maybe a claim on a buffer.
-        ring: where the buffer is; None in the process that uses the batch.
+        items: those of a dataset; before them maybe the slot of a shared buffer.
+        buffers: those of the slot; None in the process that uses the batch.
+
     Returns:
-        video: training (B * num_sample, T, 3, S, S), the draws of a video side by side; evaluation (B, V, T, 3, S, S);
-            pixels as uint8, or float32 where the transform normalised them. None where no video of the batch could be
-            read: evaluation passes over such a batch, training ends. With a claim, a BufferRef: (..., S, S, 3) in memory.
-        label, index: training (B * num_sample,), evaluation (B,); int64. The index is the place in the list. With a
-            ring, arrays of NumPy.
-        path: list of str, the names of the videos as the list has them, in the order of label: one for each clip in
+        video: training (B * num_sample, T * f, S, S, 3), the draws of a video side by side; evaluation
+            (B, V, T * f, S, S, 3); uint8, or float32 where the transform normalised it. With a slot, a BufferRef. None
+            where no video of the batch could be read: evaluation passes over such a batch, training ends.
+        label, index: training (B * num_sample,), evaluation (B,); int64. The index is the row of the list. With
+            buffers, NumPy arrays.
+        path: list of str, the paths of the videos as the list has them, in the order of label: one for each clip in
             training, one a video in evaluation; empty where nothing could be read.
-        skipped: one sentence for each video that was left out.
-        error: None, or the sentence that must end the run; its reader raises it.
-        claim: the claim, or None.
+        skipped: one sentence for each skipped video.
+        error: None, or the sentence that must end the run; the user of the batch raises it.
+        slot: the slot, or None.
     """
-    claim = next((item for item in items if isinstance(item, Slot)), None)
+    slot = next((item for item in items if isinstance(item, Slot)), None)
     bad = [item for item in items if isinstance(item, BadVideo)]
     good = [item for item in items if isinstance(item, dict)]
     batch: dict[str, Any] = {
@@ -229,20 +227,20 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], ring: SharedBuffe
         "path": [],
         "skipped": [item.message for item in bad if item.skip],
         "error": next((item.message for item in bad if not item.skip), None),
-        "claim": claim,
+        "slot": slot,
     }
     if good and batch["error"] is None:
         join = torch.cat if good[0]["label"].ndim else torch.stack
         batch |= {key: join([item[key] for item in good]) for key in ("label", "index")}
         batch["path"] = [item["path"] for item in good for _ in range(item["label"].numel())]
-        videos = [item["video"].movedim(-3, -1) for item in good]  # (..., S, S, 3), as they lie in memory
-        if claim is not None and ring is not None:
-            batch["video"] = ring.put(claim, videos, join)
+        videos = [item["video"] for item in good]
+        if slot is not None and buffers is not None:
+            batch["video"] = buffers.put(slot, videos, join)
         else:
-            batch["video"] = _colours_third(join(videos))
-            if ring is not None:
-                batch["video"].share_memory_()  # here, where a lack of it is an error that the main process hears of
-    if ring is not None:  # small arrays travel as they are, tensors by a file each
+            batch["video"] = join(videos)
+            if buffers is not None:
+                batch["video"].share_memory_()  # here, where too little of it is an error that the main process gets
+    if buffers is not None:  # NumPy arrays travel in the message itself, tensors in a file each
         batch |= {key: batch[key].numpy() for key in ("label", "index")}
     return batch
 
@@ -257,8 +255,3 @@ def _no_more_files() -> str | None:
         worker = get_worker_info()
         return too_many_files(worker.num_workers if worker else None)
     return None
-
-
-def _colours_third(video: torch.Tensor) -> torch.Tensor:
-    """(..., S, S, 3) -> (..., 3, S, S), a view of the same bytes."""
-    return video.movedim(-1, -3)

@@ -89,12 +89,12 @@ def contact_sheet(
 
 
 def to_pixels(video: torch.Tensor, data: DataConfig) -> np.ndarray:
-    """(..., 3, S, S) uint8 pixels, or float normalised by data.mean and data.std -> (..., S, S, 3) uint8."""
+    """(..., S, S, 3) uint8 pixels, or float normalised by data.mean and data.std -> (..., S, S, 3) uint8."""
     if video.is_floating_point():
         data = data.with_pixel_statistics()
-        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        mean, std = torch.tensor(data.mean), torch.tensor(data.std)
         video = ((video.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return video.movedim(-3, -1).numpy()
+    return video.numpy()
 
 
 def _blocks(

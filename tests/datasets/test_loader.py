@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets import loader as module
-from datasets.loader import NOT_FOR_WORKERS, SharedBuffers, Slot, VideoLoader
+from datasets.loader import MAIN_SIGNALS, SharedBuffers, Slot, VideoLoader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.video_dataset import BadVideo, collate
 
@@ -38,7 +38,7 @@ class Numbers(Dataset):
         video = torch.full((2, 3, 4, 4, 3), (10 * epoch + index) % 256, dtype=self.dtype)
         video += torch.arange(3, dtype=self.dtype)  # the colours differ
         both = {"label": torch.tensor([1, 2]), "index": torch.tensor([index, index])}
-        return {**both, "video": video.movedim(-1, -3), "path": f"video {index}"}
+        return {**both, "video": video, "path": f"video {index}"}
 
     def __getitems__(self, keys):
         return [key if isinstance(key, Slot) else self[key] for key in keys]
@@ -81,6 +81,12 @@ def test_workers_change_nothing(workers, dtype):
         assert batches[0]["video"].shape == (8, 3, 3, 4, 4)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_channels_move_once_and_lie_together_in_memory(workers):
+    video = next(iter(make(workers)))["video"]
+    assert video.movedim(-3, -1).is_contiguous() and (video[0, 0, :, 0, 0].diff() == 1).all()
+
+
 def test_kept_batches_are_not_overwritten():
     """Far more batches are held than there are buffers; views of them count, too."""
     loader, held = make(1, Numbers(100)), []
@@ -89,20 +95,20 @@ def test_kept_batches_are_not_overwritten():
         for batch in loader:
             held.append((batch["video"].flatten(0, 1)[:, 0], batch["video"].clone()))
             del batch
-    assert len(held) == 50 > len(loader.ring.memory)
+    assert len(held) == 50 > len(loader.buffers.memory)
     for view, copy in held:
         assert torch.equal(view, copy.flatten(0, 1)[:, 0])
-    assert not loader.ring.free
+    assert not loader.buffers.free
     held.clear()
     del view, copy
     gc.collect()
-    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+    assert sorted(loader.buffers.free) == list(range(len(loader.buffers.memory)))
 
 
 def test_a_simple_loop_always_finds_a_buffer(monkeypatch):
     loader = make(2, Numbers(80))
     sent = []
-    monkeypatch.setattr(loader.ring, "open", lambda parcel, real=loader.ring.open: sent.append(1) or real(parcel))
+    monkeypatch.setattr(loader.buffers, "open", lambda ref, real=loader.buffers.open: sent.append(1) or real(ref))
     assert [len(batch["video"]) for batch in loader] == [8] * 20 and len(sent) == 20
 
 
@@ -117,7 +123,7 @@ def test_an_abandoned_iteration_gives_its_buffers_back():
     reference.set_epoch(6)
     assert same(list(reference), found)
     gc.collect()
-    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+    assert sorted(loader.buffers.free) == list(range(len(loader.buffers.memory)))
 
 
 def test_batches_without_videos_give_their_buffers_back():
@@ -126,11 +132,11 @@ def test_batches_without_videos_give_their_buffers_back():
         found = [None if batch["video"] is None else batch["index"].tolist()[::2] for batch in loader]
         assert found == [[0, 1, 2, 3], None, None, [12, 13, 14, 15], [16, 17, 18, 19]]
     gc.collect()
-    assert sorted(loader.ring.free) == list(range(len(loader.ring.memory)))
+    assert sorted(loader.buffers.free) == list(range(len(loader.buffers.memory)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_going_on_in_the_middle_of_an_epoch(workers):
+def test_resume_in_the_middle_of_an_epoch(workers):
     loader = make(workers)
     loader.set_epoch(2)
     whole = [{**batch, "video": batch["video"].clone()} for batch in loader]
@@ -182,7 +188,7 @@ def test_no_shared_memory_for_a_batch_without_a_buffer(monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     loader = make(1)
-    loader.ring.free.clear()
+    loader.buffers.free.clear()
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # workers are forks of this process
     with pytest.raises(OSError, match=r"found no shared memory in /dev/shm: lower data\.workers"):
         list(loader)
@@ -195,7 +201,7 @@ def workers_of(loader):
 def test_workers_take_signals_from_the_main_process_alone():
     loader, reference = make(2, Numbers(40)), list(make(0, Numbers(40)))
     heard = []
-    former = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in NOT_FOR_WORKERS}
+    previous = {number: signal.signal(number, lambda number, _: heard.append(number)) for number in MAIN_SIGNALS}
     try:
         batches, found = iter(loader), []
         for batch in batches:
@@ -204,7 +210,7 @@ def test_workers_take_signals_from_the_main_process_alone():
                 subprocess.run(["bash", "-c", f"kill -INT {worker.pid}; kill {worker.pid}; kill -USR1 {worker.pid}"])
         os.kill(os.getpid(), signal.SIGUSR1)
     finally:
-        for number, handler in former.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
     assert heard == [signal.SIGUSR1] and same(reference, found)
     for worker in workers_of(loader):
@@ -226,12 +232,12 @@ def test_there_is_no_moment_at_which_a_signal_kills_a_worker():
             subprocess.run(["kill", str(worker.pid)])
         return iterator
 
-    former = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     loader._get_iterator = struck
     try:
         assert len(list(loader)) == 10
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)
     assert heard == [signal.SIGTERM] and all(worker.is_alive() for worker in workers_of(loader))
 
 
@@ -272,7 +278,7 @@ def test_too_many_open_files_are_one_sentence(more, monkeypatch):
     os.close(files := os.open(os.devnull, os.O_RDONLY))  # the lowest free number
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
     loader, kept = make(2, Numbers(400)), []
-    loader.ring.free.clear()  # each batch now comes in a file of its own
+    loader.buffers.free.clear()  # each batch now comes in a file of its own
     resource.setrlimit(resource.RLIMIT_NOFILE, (files + more, allowed[1]))
     try:
         with pytest.raises(
@@ -313,14 +319,14 @@ def test_workers_do_not_collect_what_they_inherit():
         gc.enable()
 
 
-def test_a_ring_by_hand():
-    ring = SharedBuffers(2, 64)
-    assert ring.free.popleft() == 0
-    parcel = ring.put(Slot(0), [torch.arange(6, dtype=torch.float32).view(1, 6)] * 2, torch.cat)
-    video = ring.open(parcel)
-    assert video.shape == (2, 6) and list(ring.free) == [1] and np.array_equal(video[1].numpy(), np.arange(6))
+def test_shared_buffers_by_hand():
+    buffers = SharedBuffers(2, 64)
+    assert buffers.free.popleft() == 0
+    ref = buffers.put(Slot(0), [torch.arange(6, dtype=torch.float32).view(1, 6)] * 2, torch.cat)
+    video = buffers.open(ref)
+    assert video.shape == (2, 6) and list(buffers.free) == [1] and np.array_equal(video[1].numpy(), np.arange(6))
     row = video[1]
     del video
-    assert list(ring.free) == [1]  # a view is enough to keep it
+    assert list(buffers.free) == [1]  # a view is enough to keep it
     del row
-    assert list(ring.free) == [1, 0]
+    assert list(buffers.free) == [1, 0]

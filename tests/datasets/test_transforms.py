@@ -1,6 +1,8 @@
 """Transforms: one draw a clip, the crops of the field, labels that follow a flip."""
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +10,18 @@ import torch
 
 from datasets.box import Box
 from datasets.readers import DecodedFrames
-from datasets.transforms import EvalTransform, TrainTransform, scaled
+from datasets.transforms import (
+    EvalTransform,
+    MultiScaleCrop,
+    RandomResizedCrop,
+    RandomShortSideCrop,
+    TrainTransform,
+    scaled,
+)
 
+TDN_CROPS = Path(__file__).parents[3] / "shared/golden_tadn/tables/crops_train_tdn.json"
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+POLICY = "rand-m7-n4-mstd0.5-inc1"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
@@ -49,7 +60,7 @@ def evaluate(transform, pixels):
 
 def test_equal_frames_stay_equal():
     """Everything but erasing, whose noise differs, treats all frames alike."""
-    transform = TrainTransform(32, 40, rand_aug=True, gray_prob=0.5, mean=MEAN, std=STD)
+    transform = TrainTransform(32, RandomResizedCrop(40), rand_aug_policy=POLICY, gray_prob=0.5, mean=MEAN, std=STD)
     outputs = []
     for number in range(25):
         seed(number)
@@ -61,7 +72,9 @@ def test_equal_frames_stay_equal():
 
 
 def test_same_seed_same_clip():
-    transform = TrainTransform(32, 40, rand_aug=True, rand_erase=True, gray_prob=0.5, mean=MEAN, std=STD)
+    transform = TrainTransform(
+        32, RandomResizedCrop(40), rand_aug_policy=POLICY, rand_erase=True, gray_prob=0.5, mean=MEAN, std=STD
+    )
     for number in range(10):
         seed(number)
         first, _ = train(transform, equal_frames())
@@ -70,8 +83,10 @@ def test_same_seed_same_clip():
         assert (first == again).all()
 
 
-def test_rand_augment_draws_anew_for_each_clip():
-    transform = TrainTransform(40, 40, rand_aug=True, flip=False, crop_scale=(1.0, 1.0), mean=MEAN, std=STD)
+def test_rand_augment_draws_again_for_each_clip():
+    transform = TrainTransform(
+        40, RandomResizedCrop(40, (1.0, 1.0)), rand_aug_policy=POLICY, flip=False, mean=MEAN, std=STD
+    )
     seed(0)
     clips = [train(transform, equal_frames(height=40, width=40))[0].numpy() for _ in range(12)]
     assert len({clip.tobytes() for clip in clips}) > 6
@@ -80,7 +95,7 @@ def test_rand_augment_draws_anew_for_each_clip():
 def test_erasing_takes_the_same_box_in_all_frames():
     frames = np.full((4, 40, 40, 3), 128, np.uint8)
     plain = 128 / 255
-    transform = TrainTransform(32, 40, flip=False, rand_erase=True, **PLAIN)
+    transform = TrainTransform(32, RandomResizedCrop(40), flip=False, rand_erase=True, **PLAIN)
     erased = 0
     for number in range(200):
         seed(number)
@@ -92,7 +107,7 @@ def test_erasing_takes_the_same_box_in_all_frames():
 
 
 def test_flip_exchanges_labels_and_only_with_the_flip():
-    transform = TrainTransform(16, 16, flip_pairs=((1, 2),), crop_scale=(1.0, 1.0), **PLAIN)
+    transform = TrainTransform(16, RandomResizedCrop(16, (1.0, 1.0)), flip_pairs=((1, 2),), **PLAIN)
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     frames[:, :, 8:] = 255  # bright on the right
     flips = 0
@@ -106,21 +121,24 @@ def test_flip_exchanges_labels_and_only_with_the_flip():
     assert 30 < flips < 70
     for number in range(30):
         seed(number)
-        assert train(TrainTransform(16, 16, flip=False, flip_pairs=((1, 2),), **PLAIN), frames, 1)[1] == 1
+        assert (
+            train(TrainTransform(16, RandomResizedCrop(16), flip=False, flip_pairs=((1, 2),), **PLAIN), frames, 1)[1]
+            == 1
+        )
 
 
 def test_gray_probability():
     for probability in (0.0, 1.0, 0.3):
-        transform = TrainTransform(16, 20, gray_prob=probability, **PLAIN)
+        transform = TrainTransform(16, RandomResizedCrop(20), gray_prob=probability, **PLAIN)
         seed(1)
         videos = [train(transform, equal_frames(2))[0] for _ in range(200)]
         share = np.mean([bool((video[:, 0] == video[:, 1]).all()) for video in videos])
         assert abs(share - probability) < 0.1 and (share == probability or 0 < probability < 1)
 
 
-def test_crops_cover_the_asked_area_and_shape():
+def test_crops_cover_the_requested_area_and_shape():
     """A picture whose channels hold the coordinates shows what was cropped."""
-    transform = TrainTransform(32, (200, 250), flip=False, crop_scale=(0.2, 0.5), **PLAIN)
+    transform = TrainTransform(32, RandomResizedCrop((200, 250), (0.2, 0.5)), flip=False, **PLAIN)
     seed(2)
     areas, ratios, lefts = [], [], []
     for _ in range(300):
@@ -138,7 +156,7 @@ def test_crops_cover_the_asked_area_and_shape():
 
 
 def test_crop_that_never_fits_takes_the_short_side():
-    transform = TrainTransform(32, (32, 320), crop_scale=(1.0, 1.0), **PLAIN)
+    transform = TrainTransform(32, RandomResizedCrop((32, 320), (1.0, 1.0)), **PLAIN)
     assert train(transform, equal_frames(2))[0].shape == (2, 3, 32, 32)
 
 
@@ -196,7 +214,7 @@ def test_bad_arguments():
 def test_input_is_not_changed():
     frames = equal_frames()
     before = frames.copy()
-    transform = TrainTransform(32, 40, rand_aug=True, rand_erase=True, mean=MEAN, std=STD)
+    transform = TrainTransform(32, RandomResizedCrop(40), rand_aug_policy=POLICY, rand_erase=True, mean=MEAN, std=STD)
     whole = Box(0, 0, 60, 80)
     for _ in range(20):
         transform(frames, whole, transform.draw(60, 80), 0)
@@ -208,3 +226,157 @@ def test_a_frame_of_the_scaled_size_is_not_scaled():
     for size in ((256, 341), (341, 256), (256, 256), (256, 455)):
         assert scaled(*size, 256) == size
     assert scaled(240, 320, 256) == (256, 341) and scaled(240, 427, (256, 320)) == (256, 320)
+
+
+# ---- other training crops
+
+CROPS = {
+    "random_resized": RandomResizedCrop(40),
+    "multi_scale": MultiScaleCrop(32),
+    "random_short_side": RandomShortSideCrop(32, (36, 50)),
+}
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_every_crop_treats_all_frames_alike_and_repeats_with_its_seed(name):
+    transform = TrainTransform(32, CROPS[name], rand_aug_policy=POLICY, flip_pairs=((1, 2),), mean=MEAN, std=STD)
+    seen, labels = set(), set()
+    for number in range(25):
+        found = []
+        for _ in range(2):
+            seed(number)
+            video, label = train(transform, equal_frames(), label=1)
+            assert video.shape == (4, 3, 32, 32) and video.dtype == torch.uint8 and (video == video[:1]).all()
+            found.append((video[0].numpy().tobytes(), label))
+        assert found[0] == found[1]
+        seen.add(found[0][0])
+        labels.add(label)
+    assert len(seen) > 20 and labels == {1, 2}
+
+
+def test_multi_scale_sides_are_pairs_of_neighbouring_scales():
+    sides = MultiScaleCrop(224).sides(240, 320)
+    assert sides == [
+        (240, 240), (240, 210), (210, 240), (210, 210), (210, 180), (180, 210), (180, 180), (180, 158), (158, 180),
+        (158, 158),
+    ]  # fmt: skip
+    assert (224, 224) in MultiScaleCrop(224).sides(257, 300)  # int(0.875 * 257) is 224
+    assert (224, 224) in MultiScaleCrop(224).sides(226, 300) and (227, 227) in MultiScaleCrop(224).sides(227, 300)
+    assert MultiScaleCrop(16, (1.0, 0.5)).sides(40, 60) == [(40, 40), (40, 20), (20, 40), (20, 20)]
+    assert max(max(pair) for pair in MultiScaleCrop(224).sides(222, 300)) == 222  # never larger than the frame
+
+
+def test_multi_scale_positions():
+    assert MultiScaleCrop.positions(down=43, right=80) == [
+        (0, 0), (0, 80), (40, 0), (40, 80), (20, 40), (20, 0), (20, 80), (40, 40), (0, 40), (10, 20), (10, 60),
+        (30, 20), (30, 60),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not TDN_CROPS.is_file(), reason="the golden tables of TDN are not here")
+def test_multi_scale_crops_are_tdns():
+    cases = json.loads(TDN_CROPS.read_text())
+    assert cases
+    crop = MultiScaleCrop(224)
+    for case in cases:
+        height, width = case["height"], case["width"]
+        pairs = crop.sides(height, width)
+        assert [[w, h] for h, w in pairs] == case["pairs_width_height"], case
+        for h, w in pairs:
+            positions = crop.positions(height - h, width - w)
+            assert [[x, y] for y, x in positions] == case["offsets_x_y"][f"{w}x{h}"], case
+
+
+def test_multi_scale_draws_every_pair_and_position_about_equally():
+    crop = MultiScaleCrop(32)
+    seed(0)
+    boxes = [crop.draw(60, 80) for _ in range(13000)]
+    pairs, positions = {}, {}
+    for box in boxes:
+        pairs[box.height, box.width] = pairs.get((box.height, box.width), 0) + 1
+        if (box.height, box.width) == (52, 45):
+            positions[box.top, box.left] = positions.get((box.top, box.left), 0) + 1
+        assert 0 <= box.top and box.bottom <= 60 and 0 <= box.left and box.right <= 80
+    assert (
+        set(pairs) == set(crop.sides(60, 80))
+        and len(pairs) == 10
+        and 1100 < min(pairs.values()) <= max(pairs.values()) < 1500
+    )
+    assert set(positions) == set(crop.positions(60 - 52, 80 - 45)) and len(positions) == 13
+    assert 60 < min(positions.values()) <= max(positions.values()) < 140
+
+
+def test_multi_scale_resizes_its_part_of_the_frame_and_nothing_before():
+    """A frame of 1000 x 1500 pixels keeps its size: the sides are shares of 1000."""
+
+    class Large(DecodedFrames):
+        def reduced(self, *_):
+            raise AssertionError("the frame was resized")
+
+    frames = Large(np.zeros((1, 1000, 1500, 3), np.uint8))
+    transform = TrainTransform(224, MultiScaleCrop(224), flip=False, **PLAIN)
+    assert transform.shrink(frames) is frames
+    seed(1)
+    assert transform.draw(1000, 1500).needs.height in {1000, 875, 750, 660}
+
+
+def test_random_short_side_is_uniform_and_its_crops_fill_the_frame():
+    crop = RandomShortSideCrop(32, (36, 40))
+    seed(2)
+    boxes = [crop.draw(400, 600) for _ in range(5000)]  # ten stored pixels and more for each of the scaled frame
+    heights = np.array([box.height for box in boxes])
+    expected = {round(32 * 400 / short) for short in range(36, 41)}
+    assert {int(height) for height in heights} <= {height + step for height in expected for step in (-1, 0, 1)}
+    shorts = np.round(32 * 400 / heights).astype(int)
+    counts = np.bincount(shorts, minlength=41)[36:]
+    assert counts.sum() == 5000 and 900 < counts.min() and counts.max() < 1100
+    for box in boxes:
+        assert 0 <= box.top and box.bottom <= 400 and 0 <= box.left and box.right <= 600
+        assert abs(box.height - box.width) <= 4  # the scaled width is a whole number, too
+    assert min(box.top for box in boxes) == 0 and max(box.bottom for box in boxes) == 400
+    assert min(box.left for box in boxes) == 0 and max(box.right for box in boxes) > 595
+
+
+def test_random_short_side_of_the_stored_size_cuts_without_a_resize():
+    transform = TrainTransform(32, RandomShortSideCrop(32, (60, 60)), flip=False, **PLAIN)
+    frames = equal_frames(2)
+    seed(3)
+    draw = transform.draw(60, 80)
+    video, _ = transform(frames, Box(0, 0, 60, 80), draw, 0)
+    assert (video.numpy() == draw.needs.cut(frames, Box(0, 0, 60, 80))).all()
+
+
+def test_random_short_side_decodes_large_frames_small():
+    class Large(DecodedFrames):
+        def reduced(self, least_height, least_width):
+            self.least = least_height, least_width
+            return self
+
+    frames = Large(np.zeros((1, 1000, 1500, 3), np.uint8))
+    TrainTransform(224, RandomShortSideCrop(224, (256, 320)), **PLAIN).shrink(frames)
+    assert frames.least == (320, 480)
+
+
+def test_the_mean_fills_what_a_warp_brings_in():
+    transform = TrainTransform(32, RandomResizedCrop(40), rand_aug_policy=POLICY, mean=(0.2, 0.4, 0.6), std=STD)
+    assert transform.rand_augment.fill == (51, 102, 153)
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m7-q3", "rand-m7-n4-w0", "rand-m7.5", "rand-mstd", "augmix-m3", "rand-tweights", ""]
+)
+def test_unknown_policies(policy):
+    with pytest.raises(ValueError, match="has an unknown part"):
+        TrainTransform(32, RandomResizedCrop(40), rand_aug_policy=policy, mean=MEAN, std=STD)
+
+
+def test_policies_are_timms():
+    for policy, operations, count in (
+        ("rand-m9-n2", "Brightness", 2),
+        ("rand-m9-n3-p1-inc1", "BrightnessIncreasing", 3),
+    ):
+        augment = TrainTransform(32, RandomResizedCrop(40), rand_aug_policy=policy, mean=MEAN, std=STD).rand_augment
+        seed(0)
+        steps = [augment.draw() for _ in range(60)]
+        assert operations in {step.name for draw in steps for step in draw}
+        assert max(map(len, steps)) == count and (min(map(len, steps)) == count) == ("p1" in policy)

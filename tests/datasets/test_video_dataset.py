@@ -24,7 +24,7 @@ from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.sampling import ClipSampling, train_indices, val_indices
 from datasets.sampling import test_indices as indices_of_test
 from datasets.seeding import seeded
-from datasets.transforms import TrainTransform
+from datasets.transforms import RandomResizedCrop, TrainTransform
 from datasets.video_dataset import BadVideo, TrainDataset, VideoSource, collate
 from tests.helpers.video_files import overwrite, write_avi, write_video
 
@@ -131,13 +131,39 @@ def test_repeated_augmentation_reads_once_and_keeps_frames(data):
             return DecodedFrames(pixels[indices])
 
     source = VideoSource((VideoRecord("a", 60, 1, 1),), "root", Reader(), "list")
-    transform = TrainTransform(16, 20, mean=CLIP_MEAN, std=CLIP_STD)
+    transform = TrainTransform(16, RandomResizedCrop(20), mean=CLIP_MEAN, std=CLIP_STD)
     dataset = TrainDataset(source, ClipSampling(4, "kinetics"), transform, seed=0, num_sample=3)
     item = dataset[0]
-    assert len(Reader.fetched) == 1 and item["video"].shape == (3, 4, 3, 16, 16)
+    assert len(Reader.fetched) == 1 and item["video"].shape == (3, 4, 16, 16, 3)
     assert len({draw.numpy().tobytes() for draw in item["video"]}) == 3
     dataset[(0, 0)], dataset[(1, 0)]
     assert Reader.fetched[0] == Reader.fetched[1] != Reader.fetched[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop": "multi_scale"},
+        {"crop": "multi_scale", "crop_scales": (1.0, 0.7)},
+        {"crop": "random_short_side", "short_side": (20, 24)},
+        {"rand_aug": True, "rand_aug_policy": "rand-m9-n2-mstd1"},
+    ],
+)
+def test_other_crops_and_policies(data, changes):
+    changed = replace(data, num_sample=2, **changes)
+    found = batches(changed)
+    assert all(batch["video"].shape == (6, 4, 3, 16, 16) for batch in found)
+    assert same(found, batches(replace(changed, workers=1))) and not same(found, batches(replace(data, num_sample=2)))
+    assert [batch["index"].tolist() for batch in found] == [
+        batch["index"].tolist() for batch in batches(replace(data, num_sample=2))
+    ]
+
+
+def test_an_unknown_policy_names_its_key(data):
+    with pytest.raises(
+        ConfigError, match=r"^data\.rand_aug_policy: 'rand-m7-q3' has an unknown part 'q3'; write e\.g\."
+    ):
+        train_loader(replace(data, rand_aug=True, rand_aug_policy="rand-m7-q3"), seed=0)
 
 
 def test_random_shift_off_takes_validation_frames(data):
@@ -433,7 +459,7 @@ def test_training_reads_neighbouring_frames(numbered, dense, changes):
     draws = numbered.num_sample
     assert batch["video"].shape == (3 * draws, 4 * F, 3, 16, 16)
     size = batch["video"].numel() * batch["video"].element_size()
-    assert loaders[1].ring.memory.shape[1] == size
+    assert loaders[1].buffers.memory.shape[1] == size
     if numbered.rand_erase:
         return  # whose noise hides the numbers
     for found, index in zip(frame_numbers(batch["video"]), batch["index"].tolist(), strict=True):

@@ -81,6 +81,6 @@ def test_training_pixels_are_the_recipes(config, rand_aug, mean, most):
     reference = Reference(dataset, data, augments_whole=True)
     differences = []
     for key in ((epoch, index) for epoch in range(3) for index in range(8)):
-        ours = dataset[key]["video"][0].permute(0, 2, 3, 1).numpy().astype(int)
+        ours = dataset[key]["video"][0].numpy().astype(int)
         differences.append(np.abs(ours - reference.with_our_draw(key)))
     assert np.mean(differences) < mean and np.percentile(differences, 99) <= most

@@ -237,7 +237,7 @@ def _pixel_differences(dataset: TrainDataset, reference: Reference, order: Seque
         item = dataset[key]
         if isinstance(item, BadVideo):
             raise ValueError(item.message)
-        ours = item["video"][0].permute(0, 2, 3, 1).numpy().astype(int)  # (T, 224, 224, 3)
+        ours = item["video"][0].numpy().astype(int)  # (T, 224, 224, 3)
         differences.append(np.abs(ours - reference.with_our_draw(key)))
     found = np.stack(differences)
     return {"mean": float(found.mean()), "99 %": float(np.percentile(found, 99)), "highest": float(found.max())}

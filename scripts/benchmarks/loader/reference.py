@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from configs.schema import DataConfig
 from datasets.box import Box
 from datasets.seeding import seeded
-from datasets.transforms import RAND_AUGMENT, Draw
+from datasets.transforms import Draw
 from datasets.video_dataset import TrainDataset
 
 
@@ -57,7 +57,7 @@ class Reference(Dataset):
         self.dataset, self.data, self.augments_whole = dataset, data.with_pixel_statistics(), augments_whole
         fill = tuple(round(255 * value) for value in self.data.mean)
         hparams = {"img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-        self.augment = rand_augment_transform(RAND_AUGMENT, hparams) if data.rand_aug else None
+        self.augment = rand_augment_transform(data.rand_aug_policy, hparams) if data.rand_aug else None
 
     def __len__(self) -> int:
         return len(self.dataset)
