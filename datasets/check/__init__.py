@@ -1,6 +1,5 @@
-"""`python -m datasets.check CONFIG`: is this data what the configuration says, and is it read fast enough?
+"""`python -m datasets.check CONFIG`: is the data what the configuration says, and is it read fast enough?
 
-Lives here: rows.py (every row against disk), lists.py (what a list is as a whole), pictures.py (contact sheet, classes),
-speed.py (what the training loader feeds), report.py (findings and the files they go to), __main__.py (command line).
-Does not live here: reading and transforming videos. Everything is seen through the readers and loaders of training.
+rows.py: each row against disk. lists.py: a list as a whole. figures.py: contact sheet and class balance. speed.py: the
+rate of the training loader. report.py: findings and the report. Videos are read as in training, by its readers and loaders.
 """
