@@ -1,17 +1,13 @@
 #!/usr/bin/env bash
-# Trains a configuration on all GPUs of this machine, or on NPROC CPU processes where there is none.
+# Trains a configuration on all GPUs of this machine, or on NPROC CPU processes if there are none.
 #
 #   bash scripts/run_train_vision.sh configs/ssv2.yaml [--set solver.lr=5e-4 ...] [--log_time NAME] [--output DIR]
 #
-# The same command goes on with a run that was stopped; the status says why it ended: 0 finished, 75 saved on SIGTERM or
-# SIGUSR1 (start it again), 130 saved on Ctrl-C, else an error. On several machines give it on each, with NNODES,
-# NODE_RANK and RDZV. Under Slurm: slurm.sh.
+# Rerunning the command resumes its run. Exit status: 0 finished, 75 saved after SIGTERM or SIGUSR1 (rerun the command),
+# 130 saved after Ctrl-C, else an error. On several machines, run it on each with NNODES, NODE_RANK and RDZV. Under Slurm,
+# use slurm.sh. Paths, also those in the configuration, are relative to the working directory.
 #
-# Relative paths, those in the configuration too, are meant from where you stand.
-#
-# Environment, explained in launch.sh: NPROC (processes; default all GPUs, else 1), MAX_RESTARTS (after a failure; default
-# 0), NNODES, NODE_RANK, RDZV (machines, this one's place, host:port of the first), PORT (default: a free one),
-# TD4V_GRACE (seconds to save; default 120), PYTHON (default python).
+# Environment: NPROC, MAX_RESTARTS, NNODES, NODE_RANK, RDZV, PORT, TD4V_GRACE, PYTHON; see launch.sh.
 set -euo pipefail
 if [ $# -lt 1 ] || [ ! -f "$1" ]; then
     echo "usage: bash scripts/run_train_vision.sh CONFIG [--set section.key=value ...]: no configuration file ${1:-given}" >&2

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains under Slurm until the run is finished, across time limits and pre-emption. Copy it, set the lines below, and
-# give it what run_train_vision.sh takes, from the folder of this repository:
+# Trains under Slurm until the run is finished, across time limits and preemption. Copy it, set the lines below, and
+# submit it from the root of this repository with the arguments of run_train_vision.sh:
 #
 #   sbatch scripts/slurm.sh configs/ssv2.yaml --output exp/ssv2/run1
 #
-# Three minutes before the time limit (and on `scancel --batch --signal=USR1 JOB`) the run is saved and the job goes back
-# into the queue; started again, it goes on from there. Pre-emption with PreemptMode=REQUEUE does the same. `scancel JOB`
-# saves, too, and ends the job. An error ends it with the error's status.
+# Three minutes before the time limit (and on `scancel --batch --signal=USR1 JOB`) the run is saved and the job is
+# requeued; it then resumes. Preemption with PreemptMode=REQUEUE does the same. `scancel JOB` saves the run and ends the
+# job. After an error the job ends with the error's status.
 #
 #SBATCH --job-name=td4v
 #SBATCH --nodes=1
@@ -24,24 +24,24 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # Slurm runs a copy of this file from els
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NNODES=$SLURM_JOB_NUM_NODES RDZV=$first:$((20000 + SLURM_JOB_ID % 20000))
 export TD4V_GRACE=${TD4V_GRACE:-120}  # less than the 180 above
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it
 
 job="" interrupted=0 cancelled=0
-ask() {  # by USR1, which srun hands to the launchers; SIGTERM would end srun itself
+request_stop() {  # by USR1, which srun passes on to the launchers; SIGTERM would end srun itself
     interrupted=1
     [ -z "$job" ] || kill -USR1 "$job" 2> /dev/null
 }
-trap ask USR1
-trap 'cancelled=1; ask' TERM
+trap request_stop USR1
+trap 'cancelled=1; request_stop' TERM
 
-# a machine that has saved must not end the others
+# --wait=0: a machine that has saved must not end the others
 srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
     bash -c 'NODE_RANK=$SLURM_NODEID exec bash scripts/run_train_vision.sh "$@"' train "$@" &
 job=$!
-while interrupted=0; wait "$job"; status=$?; [ "$interrupted" = 1 ]; do :; done  # a signal ends `wait`, not the job
+while interrupted=0; wait "$job"; status=$?; [ "$interrupted" = 1 ]; do :; done  # a signal interrupts `wait`, not the job
 
 if [ "$status" = 75 ] && [ "$cancelled" = 0 ]; then
-    echo "saved: back into the queue"
+    echo "saved: the job is requeued"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -1,9 +1,9 @@
-"""Becomes the command that it is given, tied to the process that started it.
+"""Becomes the command that it is given, and lets the system end it when its parent process is killed.
 
-    python scripts/tied.py COMMAND [ARGUMENT ...]
+    python scripts/launch/die_with_parent.py COMMAND [ARGUMENT ...]
 
-Where that process is killed the command gets SIGTERM: without it a killed launcher would leave workers behind, which
-go on training in a folder that the next start wants. Only Linux can do so; elsewhere the command runs untied.
+Without it a killed launcher would leave workers behind, which keep training in a folder that the next start needs. Only
+Linux supports this; elsewhere the command runs without it.
 """
 
 import ctypes

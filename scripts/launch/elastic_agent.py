@@ -1,10 +1,8 @@
-"""torchrun's agent, which starts the workers of one machine, taught how runs of ours end.
+"""torchrun's agent, which starts the workers of one machine, with other rules for how a run ends.
 
-Lives here: what torchrun does otherwise by default. A signal to the launcher is passed on to the workers, which get
-TD4V_GRACE seconds instead of 30 to finish their step and save. Workers that stopped so, whoever asked them, are never
-started again. What the launcher exits with says what to do next. Workers end with their launcher even where that one is
-killed. And what happened is said in a sentence each.
-Does not live here: torchrun's arguments (launch.py).
+A signal to the launcher is passed on to the workers, which get TD4V_GRACE seconds instead of 30 to finish their step and
+save. Workers that stopped on request are never restarted. The launcher's exit status says what to do next. Workers end
+with their launcher, even if it is killed. Each event is logged in one sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousPara
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from torch.distributed.run import config_from_args, parse_args
 
-START_AGAIN = 75  # a worker's status: stopped on request and saved, the same command goes on
+RESUMABLE = 75  # a worker's exit status: stopped on request and saved; rerunning the command resumes it
 logger = logging.getLogger("td4v")
 
 
@@ -35,8 +33,8 @@ class Agent(LocalElasticAgent):
 
     Args:
         grace: seconds that workers get to end by themselves.
-        stop: the signals that ask for it. While the workers end, those but Ctrl-C are ignored; Ctrl-C kills them.
-        node: the place of this machine among all; None lets the rendezvous number them, by their addresses.
+        stop: the signals that request it. While the workers end, all but Ctrl-C are ignored; Ctrl-C kills them.
+        node: the rank of this machine; None lets the rendezvous number the machines by their addresses.
     """
 
     def __init__(self, *args: Any, grace: int, stop: Iterable[signal.Signals], node: int | None = None, **kwargs: Any):
@@ -45,7 +43,7 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
-        if self.node is not None:  # workers meet at the first of them, wherever the rendezvous thought that it is
+        if self.node is not None:  # workers meet on machine 0, whatever the rendezvous chose
             store = PrefixStore("workers", worker_group.store)
             meeting = RendezvousStoreInfo.build(self.node, store, worker_group.spec.local_addr)
             worker_group.master_addr, worker_group.master_port = meeting.master_addr, meeting.master_port
@@ -57,34 +55,34 @@ class Agent(LocalElasticAgent):
         return super()._assign_worker_ranks(store, node, group_world_size, spec)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int | None = None) -> None:
-        """Ask the workers to end, and wait. `timeout` is a newer torch's, which passes its own 30 seconds."""
+        """Ask the workers to end, and wait. Newer versions of torch pass a `timeout` of 30 seconds, which is ignored."""
         if self._pcontext is not None:
-            patient = [number for number in self.stop if number != signal.SIGINT]
-            former = {number: signal.signal(number, signal.SIG_IGN) for number in patient}
+            ignored = [number for number in self.stop if number != signal.SIGINT]
+            before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
             try:
                 self._pcontext.close(signal.SIGTERM if death_sig == signal.SIGHUP else death_sig, self.grace)
             except SignalException:
-                logger.warning("interrupted again: the processes are killed, what they had not saved is lost")
+                logger.warning("interrupted again: the processes are killed and lose what they had not saved")
                 self._pcontext.close(signal.SIGKILL)
             finally:
-                for number, handler in former.items():
+                for number, handler in before.items():
                     signal.signal(number, handler)
-        super()._shutdown(death_sig)  # finds nobody alive
+        super()._shutdown(death_sig)  # no worker is alive any more
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
             failure = _first(result.failures)
-            if failure.exitcode == START_AGAIN:
+            if failure.exitcode == RESUMABLE:
                 self._remaining_restarts = 0
             else:
                 left = self._remaining_restarts
-                then = f"all are started again ({left} of {worker_group.spec.max_restarts} restarts left)"
+                then = f"all are restarted ({left} of {worker_group.spec.max_restarts} restarts left)"
                 logger.error("a process %s%s", _ending(failure), f": {then}" if left else "")
         return result
 
     def failures(self) -> Mapping[int, ProcessFailure] | None:
-        """Of workers that ended otherwise than with status 0, after all have ended; None where there were no workers."""
+        """Those of workers with an exit status other than 0, after all have ended; None if there were no workers."""
         result = self._pcontext.wait(0) if self._pcontext is not None else None
         return None if result is None else result.failures
 
@@ -96,11 +94,11 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
         arguments: torchrun's.
         stop: signals that end the run, with the status for each.
         grace: seconds that workers have to end by themselves after a signal.
-        node: the place of this machine among several.
+        node: the rank of this machine among several.
     Returns:
-        The status to exit with: 0 if all workers ended so, even where a signal came while they did; that of `stop` after
-        a signal (75: the same command goes on), unless the first worker failed to stop; 75 where workers stopped without
-        the launcher being asked; else the status of the first worker that failed, or 1.
+        the exit status: 0 if all workers ended with 0, even if a signal came meanwhile; that of `stop` after a signal
+        (75: rerunning the command resumes the run), unless the first worker failed to stop; 75 if workers stopped
+        without a signal to the launcher; else the status of the first worker that failed, or 1.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for name in list(logging.root.manager.loggerDict):
@@ -113,12 +111,13 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
         return _stopped(agent.failures(), stop.get(stopped.sigval, 128 + stopped.sigval), grace)
     except RendezvousError as error:
         logger.error(
-            "the machines lost or did not find each other: is RDZV right, did all start and none end? (%s)", error
+            "the machines did not find or lost each other: check RDZV, and that all were started and none has ended (%s)",
+            error,
         )
         return 1
     finally:
         for number in stop:
-            signal.signal(number, signal.SIG_IGN)  # nobody is left to be asked
+            signal.signal(number, signal.SIG_IGN)  # there are no workers left to stop
     if result is None or not result.is_failed():
         return 0
     failure = _first(result.failures)
@@ -126,7 +125,7 @@ def launch(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
 
 
 def _agent(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int, node: int | None) -> Agent:
-    """What torch.distributed.launcher.launch_agent makes of torchrun's arguments."""
+    """The agent that torch.distributed.launcher.launch_agent would make of torchrun's arguments."""
     config, command, command_arguments = config_from_args(parse_args(arguments))
     names = [number.name for number in stop]
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join([*names, "SIGQUIT"])  # read where workers are started
@@ -157,7 +156,7 @@ def _agent(arguments: list[str], stop: Mapping[signal.Signals, int], grace: int,
 
 
 def _first(failures: Mapping[int, ProcessFailure]) -> ProcessFailure:
-    """The failure that was seen first; the others may be its consequences."""
+    """The failure that came first; the others may be its consequences."""
     return min(failures.values(), key=lambda failure: failure.timestamp)
 
 
@@ -166,25 +165,25 @@ def _ending(failure: ProcessFailure) -> str:
         return f"ended with status {failure.exitcode}"
     name = signal.Signals(-failure.exitcode).name
     guesses = {
-        "SIGKILL": " (by hand, or no memory left: see dmesg)",
-        "SIGABRT": " (NCCL gave up waiting for another one?)",
+        "SIGKILL": " (by hand, or out of memory: see dmesg)",
+        "SIGABRT": " (perhaps by NCCL, after waiting for another process)",
     }
     return f"was killed by {name}{guesses.get(name, '')}"
 
 
 def _stopped(failures: Mapping[int, ProcessFailure] | None, status: int, grace: int) -> int:
-    """The launcher's status after a signal, from how its workers took it: `failures` of Agent."""
+    """The launcher's exit status after a signal, from the Agent's `failures`."""
     if failures is None:
         return status
-    if not failures:  # they had finished, and to begin the command again would begin another run
+    if not failures:  # they had finished; rerunning the command would begin another run
         return 0
-    first = failures.get(0)  # it saves for all; that others lost it while it ended is no failure
+    first = failures.get(0)  # rank 0 saves for all; that others lost their connection to it is no failure
     if first is not None and first.exitcode > 0 and first.exitcode != status:
-        logger.error("a process %s when it was asked to stop", _ending(first))
+        logger.error("a process %s when it was requested to stop", _ending(first))
         return first.exitcode
     if any(failure.exitcode == -signal.SIGKILL for failure in failures.values()):
         logger.warning(
-            "a process had not saved within %d seconds (TD4V_GRACE) and was killed: the same command goes on from the "
+            "a process had not saved within %d seconds (TD4V_GRACE) and was killed: rerunning the command resumes from the "
             "last checkpoint",
             grace,
         )

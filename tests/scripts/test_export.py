@@ -44,7 +44,7 @@ def configuration(method: str = "td4v_side", **network: object) -> Config:
 
 
 def trained(config: Config, full: bool = False, ema: bool = False) -> tuple[torch.nn.Module, dict]:
-    """A model whose every tuned value is another than at the start, and its last_model.pt's content."""
+    """A model whose every trainable value is another than at the start, and its last_model.pt's content."""
     model = build_model(config).eval()
     parts = _parts(model, ema)
     with torch.no_grad(), torch.random.fork_rng():
@@ -139,14 +139,17 @@ def test_both_kinds_in_both_formats_give_the_same_logits(
     assert str(checkpoint_file.load(again)) == str(checkpoint_file.load(lean))
     assert torch.equal(logits(loaded(again, config)), logits(model))
     table = capsys.readouterr().out
-    kind = "all" if saved_full else "the tuned"
+    kind = "all" if saved_full else "trainable"
     assert (
-        f"a whole run: {kind} weights after 7 epochs, best top-1 56.12, on custom, random weights of seed 3 (" in table
+        f"a complete run: {kind} weights after 7 epochs, best top-1 56.12, on custom, random weights of seed 3 ("
+        in table
     )
     assert re.search(
-        rf"lean{suffix} +{lean.stat().st_size / 1e6:.2f} MB +[\d,]+  the tuned weights after 7 epochs", table
+        rf"lean{suffix} +\| +{lean.stat().st_size / 1e6:.2f} MB \| +[\d,]+ \| trainable weights after 7 epochs", table
     )
-    assert re.search(rf"full{suffix} +{full.stat().st_size / 1e6:.2f} MB +[\d,]+  all weights after 7 epochs", table)
+    assert re.search(
+        rf"full{suffix} +\| +{full.stat().st_size / 1e6:.2f} MB \| +[\d,]+ \| all weights after 7 epochs", table
+    )
 
 
 def test_a_full_export_needs_nothing_else(tmp_path: Path):
@@ -175,7 +178,7 @@ def test_a_full_export_needs_nothing_else(tmp_path: Path):
 
 def test_a_lean_export_needs_no_backbone_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     source = written(tmp_path, trained(configuration())[1])
-    monkeypatch.setattr("scripts.export.build_model", lambda *_: pytest.fail("no model is needed"))
+    monkeypatch.setattr("models.registry.build_model", lambda *_: pytest.fail("no model is needed"))
     exported(source, tmp_path / "a.pt")
 
 
@@ -187,7 +190,7 @@ def test_averaged_weights_are_the_ones(tmp_path: Path, capsys: pytest.CaptureFix
     found = checkpoint_file.load(path)["model_state_dict"]
     assert all(torch.equal(found[name], value) for name, value in content["ema_state_dict"].items())
     assert not torch.equal(logits(loaded(path, config)), logits(model))
-    assert "a whole run: the tuned weights and their averages after 7 epochs" in capsys.readouterr().out
+    assert "a complete run: trainable weights and their averages after 7 epochs" in capsys.readouterr().out
 
 
 def test_best_and_step_files(tmp_path: Path):
@@ -232,7 +235,7 @@ def test_a_file_of_the_authors_becomes_one_of_ours(tmp_path: Path, caplog: pytes
         assert found["epoch"] == 29 and found["best"] is None and found["config"]["network"]["model"] == "td4v_side"
         assert found["model_state_dict"].keys() == checkpointer.weights_to_save(wanted, full=bool(more)).keys()
         assert torch.equal(logits(loaded(ours, config)), logits(wanted))
-    assert "theirs.pt: holds no configuration: name" in refusal(caplog, path, "--out", tmp_path / "b.pt")
+    assert "theirs.pt: holds no configuration: give" in refusal(caplog, path, "--out", tmp_path / "b.pt")
 
     path, _ = authors(tmp_path, config, **{"module.visual.conv1.weight": torch.ones(64, 3, 8, 8)})
     message = refusal(caplog, path, "--out", tmp_path / "c.pt", "--config", chosen)
@@ -266,7 +269,7 @@ def test_refusals(tmp_path: Path, caplog: pytest.LogCaptureFixture):
         tmp_path / "soft.pt",
         tmp_path / "run" / ".." / "run" / "last_model.pt",
     ):
-        assert refusal(caplog, source, "--out", target).endswith("is the checkpoint itself, and would be overwritten")
+        assert refusal(caplog, source, "--out", target).endswith("is the checkpoint itself and would be overwritten")
     for name in ("model_best.pt", "step_00000007.pt", "failed_model.pt"):
         assert "is the name of a checkpoint of the run" in refusal(caplog, source, "--out", source.with_name(name))
     assert "must end with .safetensors or .pt" in refusal(caplog, source, "--out", tmp_path / "a.bin")
@@ -326,13 +329,13 @@ def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path)
         )  # fmt: skip
         assert status == 0, text
         found = checkpoint_file.load(again / "last_model.pt")["model_state_dict"]
-        tuned = [name for name in wanted if "running" not in name and "num_batches" not in name]
-        assert all(torch.allclose(found[name], wanted[name], atol=1e-12, rtol=0) for name in tuned)
+        trainable = [name for name in wanted if "running" not in name and "num_batches" not in name]
+        assert all(torch.allclose(found[name], wanted[name], atol=1e-12, rtol=0) for name in trainable)
 
 
 @pytest.mark.parametrize(("file", "millions", "megabytes"), [("hmdb51/td4v_finetune", 2.14, 8.7), ("ssv2", 20.4, 82)])
 def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabytes: float):
-    """What a checkpoint costs follows what is tuned, and not the 86 million frozen parameters below."""
+    """What a checkpoint costs follows what is trainable, not the 86 million frozen parameters below."""
     chosen = load_config(Path(__file__).parents[2] / "configs" / f"{file}.yaml", ["network.init=false"])
     model = build_model(chosen)
     parts = _parts(model)
@@ -344,14 +347,14 @@ def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabyte
     }
     paths["lean"] = exported(paths["best"], tmp_path / "lean.safetensors")
     size = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
-    tuned = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad) / 1e6
-    assert tuned == pytest.approx(millions, abs=0.05) and frozen > 85
+    assert trainable == pytest.approx(millions, abs=0.05) and frozen > 85
     assert size["best"] == pytest.approx(megabytes, rel=0.03) and size["lean"] == pytest.approx(size["best"], rel=0.03)
     assert size["last"] == pytest.approx(3 * size["best"], rel=0.03)  # and both of AdamW's moments
     if file == "hmdb51/td4v_finetune":
         full = exported(paths["best"], tmp_path / "full.safetensors", "--full").stat().st_size / 1e6
-        assert full == pytest.approx(4 * (tuned + frozen), rel=0.01) and full > 350
+        assert full == pytest.approx(4 * (trainable + frozen), rel=0.01) and full > 350
         again = build_model(chosen, pretrained=False)
         load_weights(
             again, checkpoint_file.weights_of(checkpoint_file.load(tmp_path / "full.safetensors"), "full"), "full"

@@ -126,7 +126,7 @@ def test_a_signal_before_there_are_workers():
 def test_a_crash_is_followed_by_a_new_start_as_often_as_allowed(tmp_path):
     launcher = Launcher(tmp_path, first="3", seconds=1, MAX_RESTARTS="1")
     status, errors = launcher.end()
-    assert status == 0 and "a process ended with status 3: all are started again (1 of 1 restarts left)" in errors
+    assert status == 0 and "a process ended with status 3: all are restarted (1 of 1 restarts left)" in errors
     assert [line[0] for line in launcher.said(0)] == ["up", "saved", "up", "finished"]
     assert [line[0] for line in launcher.said(1)] == ["up", "up", "finished"]
 
@@ -141,7 +141,7 @@ def test_a_killed_worker_is_told_of_without_a_guess_too_much(tmp_path):
     launcher = Launcher(tmp_path)
     launcher.wait_for("up")
     os.kill(int(launcher.said(1)[0][-1]), signal.SIGKILL)
-    assert launcher.end() == (1, "a process was killed by SIGKILL (by hand, or no memory left: see dmesg)\n")
+    assert launcher.end() == (1, "a process was killed by SIGKILL (by hand, or out of memory: see dmesg)\n")
 
 
 def test_paths_are_meant_from_where_the_user_stands(tmp_path):
@@ -243,7 +243,7 @@ def test_arguments_of_torchrun():
         ({"NODE_RANK": ""}, "NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT"),
         ({"RDZV": "localhost"}, "NNODES=2 needs NODE_RANK=0 to 1, and RDZV=HOST:PORT"),
         ({"NODE_RANK": "2"}, "NODE_RANK=2 is too large"),
-        ({"RDZV": "no.such.machine.invalid:1"}, "there is no way to the machine no.such.machine.invalid"),
+        ({"RDZV": "no.such.machine.invalid:1"}, "the machine no.such.machine.invalid cannot be reached"),
         ({"NNODES": "two"}, "NNODES must be a whole number of at least 1, not 'two'"),
         ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS must be a whole number of at least 0, not '-1'"),
     ],
