@@ -17,6 +17,7 @@ from scripts.cli import default_jobs, find_device, positive_int, write_json, wri
 logger = logging.getLogger("td4v")
 
 QUICKSTART = "configs/quickstart.yaml"
+ACCURACY = ("configs/compare_gym10.yaml", QUICKSTART)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,8 +33,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all")
     parser.add_argument("--costs", default="configs/hmdb51.yaml", metavar="CONFIG",
                         help="whose costs are measured (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--accuracy", nargs="+", metavar="CONFIG", default=["configs/compare_gym10.yaml", QUICKSTART],
-                        help="what is trained and tested (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--accuracy", nargs="+", metavar="CONFIG", default=ACCURACY,
+                        help=f"what is trained and tested (default: {' '.join(ACCURACY)})")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="overrides of all configurations")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")

@@ -275,7 +275,7 @@ def test_refusals(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert "must end with .safetensors or .pt" in refusal(caplog, source, "--out", tmp_path / "a.bin")
     assert "there is no folder" in refusal(caplog, source, "--out", tmp_path / "nowhere" / "a.pt")
     assert "no such checkpoint" in refusal(caplog, tmp_path / "none.pt", "--out", tmp_path / "a.pt")
-    assert "--set changes a file given by --config" in refusal(
+    assert "--set changes the file given by --config" in refusal(
         caplog, source, "--out", tmp_path / "a.pt", "--set", "seed=1"
     )
     assert "no/such.yaml" in refusal(caplog, source, "--out", tmp_path / "a.pt", "--config", "no/such.yaml")
