@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 
 from clip.towers.weights import OPENAI, find_weights
-from configs.schema import Config, ConfigError, load_config, require_data_paths
+from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, require_data_paths
 from datasets.build import class_names, test_loader
 from engine import checkpoint_file, results
 from engine.distributed import move_to_device, start
@@ -80,7 +80,7 @@ def main() -> None:
     else:
         model = build_model(config, class_names=names)
         check_untrained(model)
-    config = with_pixel_statistics(config, model)
+    config = with_pixel_statistics(fill_from_checkpoint(config, content.get("config")), model)
     move_to_device(model, process, config.solver.compile).eval()
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import logging
 
-from configs.schema import check_same_run, load_config, require_data_paths
+from configs.schema import fill_from_checkpoint, load_config, require_data_paths
 from datasets.build import class_names, listed_loader, train_loader, val_loader
 from engine import checkpoint_file, optim
 from engine.build import base_lr, build_training_state, clips_per_step
@@ -72,6 +72,7 @@ def main() -> None:
     wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh and not restarted()}
     folder, going_on = find_run(config, meta, process, **wishes) if trains else (None, False)
     path, content, whole = starting_point(config, meta, folder if going_on else None, process)
+    config = fill_from_checkpoint(config, content.get("config"))
 
     lean = checkpoint_file.lacks_backbone(content)
     brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
@@ -82,8 +83,6 @@ def main() -> None:
     config = with_pixel_statistics(config, model)
     data = config.data
     normalizer = Normalizer(data.mean, data.std)
-    if whole:  # again, now that null values are filled in
-        check_same_run(content["config"], config, path)
     # A run that goes on takes its weights with the rest of its state, unless features are computed before.
     if content and not (whole and trains and caches == "off"):
         identity = content["backbone"] if lean else None

@@ -37,7 +37,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "CLIP_MEAN", "CLIP_STD", "STYLES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LoggingConfig",
     "NetworkConfig", "PyramidConfig", "Ratio", "SolverConfig", "TextConfig", "VisionConfig", "check_same_run",
-    "did_you_mean", "difference", "fill_options", "load_config", "nearest", "parse_ratio",
+    "did_you_mean", "difference", "fill_from_checkpoint", "fill_options", "load_config", "nearest", "parse_ratio",
     "require_data_paths",
 ]  # fmt: skip
 
@@ -594,15 +594,32 @@ def require_data_paths(config: Config, splits: Sequence[Literal["train", "val", 
         )
 
 
+# Settings of the data section that are null until the model is built.
+_FILLED_BY_MODEL = ("mean", "std", "seg_length")
+
+
+def fill_from_checkpoint(config: Config, previous: Any) -> Config:
+    """Fill settings that follow the model with those of a checkpoint's configuration, so that its weights see what they
+    were trained on. A checkpoint without a configuration leaves them to the model.
+
+    Args:
+        previous: what the checkpoint has as its configuration, as `Config.to_dict` wrote it, or None.
+    """
+    data = previous.get("data") if isinstance(previous, Mapping) else None
+    if not isinstance(data, Mapping):
+        return config
+    values = {key: data[key] for key in _FILLED_BY_MODEL if getattr(config.data, key) is None and data.get(key)}
+    merged = config.to_dict()
+    merged["data"] |= values
+    return load_config(merged)
+
+
 # What may change when a run is resumed: where things are, how fast it runs, what is logged.
 _FREE_ON_RESUME = (
     "resume", "pretrain", "logging.", "checkpoint.", "data.workers", "data.on_error", "data.train_", "data.val_",
     "data.test_", "data.label_list", "network.init", "network.weights", "solver.evaluate", "solver.max_bad_steps",
     "solver.early_stop",
 )  # fmt: skip
-
-# Settings that are null until the model is built.
-_FILLED_BY_MODEL = ("data.mean", "data.std", "data.seg_length")
 
 
 def check_same_run(previous: dict[str, Any], config: Config, path: str | Path) -> None:
@@ -649,15 +666,16 @@ def difference(previous: dict[str, Any], config: Config, more_epochs: bool, same
 def _changed_settings(previous: dict[str, Any], config: Config, free: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ, with both values, except keys that begin with one of `free`.
 
-    A null value of _FILLED_BY_MODEL is the model's own, so it equals what the other configuration has there. A key
-    that `previous` does not have is at its default.
+    A setting that follows the model is null until the model is built; null equals what the other configuration has
+    there. A key that `previous` does not have is at its default.
     """
+    filled = {f"data.{key}" for key in _FILLED_BY_MODEL}
     old, new = (parse.flatten(one.to_dict()) for one in (load_config(previous), config))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if not key.startswith(free)}
     return {
         key: (was, now)
         for key, (was, now) in changed.items()
-        if was != now and not (key in _FILLED_BY_MODEL and None in (was, now))
+        if was != now and not (key in filled and None in (was, now))
     }
 
 

@@ -16,6 +16,7 @@ from configs.schema import (
     ConfigError,
     check_same_run,
     difference,
+    fill_from_checkpoint,
     load_config,
     parse_ratio,
     require_data_paths,
@@ -281,7 +282,11 @@ def test_values_that_the_model_fills_in_make_no_other_run(write):
     check_same_run(filled.to_dict(), config, "a.pt")
     check_same_run(config.to_dict(), filled, "a.pt")
     assert difference(filled.to_dict(), config, more_epochs=False, same_start=True) is None
+    assert fill_from_checkpoint(config, filled.to_dict()) == filled
+    assert fill_from_checkpoint(config, config.to_dict()) == fill_from_checkpoint(config, None) == config
+    assert fill_from_checkpoint(config, {"data": "of another project"}) == config
     other = load_config(write(SMALL), ["data.mean=[0.4, 0.4, 0.4]"])
+    assert fill_from_checkpoint(other, filled.to_dict()).data.mean == (0.4, 0.4, 0.4)
     with pytest.raises(ConfigError, match=r"data\.mean was \[0\.5, 0\.5, 0\.5\] in this run and is now \[0\.4"):
         check_same_run(filled.to_dict(), other, "a.pt")
     assert "data.mean was" in difference(filled.to_dict(), other, more_epochs=False, same_start=True)
