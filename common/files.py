@@ -17,9 +17,9 @@ logger = logging.getLogger("td4v")
 def write_atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Let `fill` write a file under a temporary name, and give it its name when it is on the disk.
 
-    Raises what `fill` and the system raise; then nothing has changed and nothing is left behind.
+    Raises what `fill` and the system raise; then `path` is as it was and nothing else is left behind.
     """
-    partial = path.with_name(f".{path.name}.partial")  # left behind by a kill, it is written over by the next
+    partial = path.with_name(f".{path.name}.partial")  # a killed process leaves it behind; the next one overwrites it
     try:
         with open(partial, "wb") as file:
             fill(file)
@@ -32,7 +32,7 @@ def write_atomic(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last, where the system can."""
+    """Make a rename survive a power cut, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -42,9 +42,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Lock a file for as long as it is open in this process; False where another process has it.
+    """Lock a file for as long as it is open in this process; False where another process holds the lock.
 
-    The lock is not passed on to copies of the process, such as workers that outlive a killed run for some seconds.
+    Copies of the process, such as workers that outlive a killed run for some seconds, do not hold it. Where the file
+    system has no locks, this warns and returns True.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +57,10 @@ def try_lock(file: IO[str]) -> bool:
 
 
 def walk(root: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, its files) for `root` and all below but `skip`, sorted. Raises OSError where one cannot be listed."""
+    """(folder, its files) for `root` and all below but `skip`, sorted, each once, without hidden ones.
+
+    Links are followed. Raises OSError where a folder cannot be listed.
+    """
     seen = {_identity(skip)} if skip is not None and skip.is_dir() else set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_fail):
         identity = _identity(Path(folder))

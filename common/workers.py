@@ -1,8 +1,7 @@
-"""A pool of processes that outlives its tasks' crashes, and its progress on the screen or in a log.
+"""A pool of processes that survives its tasks' crashes, and its progress on the screen or in a log.
 
-A task that kills its process (native decoders can) costs that task alone. Workers end with the process that started them,
-even where that is killed. For commands that look at many videos; the workers of training are loader.py's.
-Does not live here: what the tasks do (prepare/decode.py, check/rows.py).
+A task that kills its process (native decoders can) costs that task alone. Workers end with the process that started
+them, also where that is killed. Commands that look at many videos use it; training has workers of its own.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from tqdm import tqdm
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 LOG_SECONDS = 5.0
-PARENT_SECONDS = 0.5  # between two looks at whether the parent lives
+PARENT_SECONDS = 0.5  # between two checks whether the parent is alive
 
 logger = logging.getLogger("td4v")
 
 
 class Workers:
-    """`jobs` processes; use as a context, which on leaving drops waiting tasks and lets running ones end.
+    """`jobs` processes. Use it as a context: on leaving, waiting tasks are dropped and running ones end.
 
     Args:
-        start: `fork` is quicker, `spawn` safe in a process that has opened videos.
+        start: `fork` is faster, `spawn` is safe in a process that has opened videos.
     """
 
     def __init__(self, jobs: int, start: Literal["spawn", "fork"] = "spawn"):
@@ -48,9 +47,9 @@ class Workers:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result | None]]:
-        """Yields (task, result) as they end; the result is None where the task killed its process, twice.
+        """Yield (task, result) as tasks end; the result is None where the task killed its process, twice.
 
-        What `function` raises is raised here.
+        Raises what `function` raises.
         """
         waiting = deque(tasks)
         running: dict[Future[Result], Task] = {}
@@ -71,7 +70,7 @@ class Workers:
                 self._pool = self._new_pool(self.jobs)
 
     def _new_pool(self, jobs: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context(self.start), initializer=_begin)
+        return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context(self.start), initializer=_start_worker)
 
     def _alone(self, function: Callable[[Task], Result], task: Task) -> Result | None:
         with self._new_pool(1) as pool:
@@ -86,14 +85,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _begin() -> None:
-    """Ctrl-C is the parent's to handle; its death is the worker's end."""
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Asks again and again: the pipe that closes with a parent is held open by forked siblings."""
+    """Check repeatedly: forked siblings hold open the pipe that would close with the parent."""
     parent = multiprocessing.parent_process().pid
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
@@ -101,7 +100,7 @@ def _end_with_parent() -> None:
 
 
 def progress(items: Iterable[Task], total: int, what: str) -> Iterator[Task]:
-    """Passes items on and shows how many there were and the time left: a bar on a terminal, else a line now and then."""
+    """Pass items on, and show how many there were and the time left: a bar on a terminal, else a log line at times."""
     terminal = sys.stderr.isatty()
     start = reported = time.monotonic()
     with tqdm(total=total, desc=what, unit="video", disable=not terminal) as bar:

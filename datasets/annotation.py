@@ -1,9 +1,6 @@
-"""List file -> validated records: what the rows of a list may look like, class names, few-shot selection.
+"""List file -> validated records: the rows of a list of videos, class names, few-shot selection.
 
-Lives here: everything that reads a text file of annotations, and every complaint about one.
-Does not live here: looking at the videos themselves (readers.py) or writing lists (prepare/).
-
-    records = read_list("lists/train.txt", modality="RGB", num_classes=51, key="data.train_list")
+records = read_list("lists/train.txt", modality="RGB", num_classes=51, key="data.train_list")
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """One row: `path` relative to the root, frames on disk (None: ask the file), class, line number from 1."""
+    """One row: `path` relative to the root, number of frames (None: the file tells), class, line number from 1."""
 
     path: str
     num_frames: int | None
@@ -43,7 +40,8 @@ def read_list(
     number of frames. A byte order mark, CRLF and blank lines are accepted.
 
     Args:
-        key: what the file is called in messages about a missing file, e.g. `data.train_list`.
+        key: the name of the file in messages, e.g. `data.train_list`.
+
     Raises:
         AnnotationError: no such file, no rows, or a row with too few fields, with a frame count that is not a whole
             number above 0, or with a label that is not a whole number in 0..num_classes-1.
@@ -61,7 +59,7 @@ def read_list(
 def read_rows(
     path: str, modality: Literal["RGB", "video"], num_classes: int, key: str = "list"
 ) -> Iterator[VideoRecord | AnnotationError]:
-    """The rows of a list one by one, as `read_list`; what is wrong with a row comes in its place.
+    """The rows of a list one by one, as `read_list`; a bad row gives its error.
 
     Raises:
         AnnotationError: no such file, or no text.
@@ -99,9 +97,9 @@ def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tu
             once each.
     """
     names: dict[int, str] = {}
-    for position, (line, text) in enumerate(_lines(path, key)):
+    for number, (line, text) in enumerate(_lines(path, key)):
         row = [field.strip() for field in next(csv.reader([text]))]
-        if position == 0:
+        if number == 0:
             if row != ["id", "name"]:
                 raise AnnotationError(f"{path}, line {line}: the header must be `id,name`, not {text!r}")
             continue
@@ -110,19 +108,19 @@ def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tu
             raise AnnotationError(f"{where}: needs `id,name`, not {text!r}")
         label = _whole_number(row[0], "id", where)
         if label in names:
-            raise AnnotationError(f"{where}: id {label} was given before")
+            raise AnnotationError(f"{where}: id {label} occurs twice")
         names[label] = ",".join(row[1:])
     if sorted(names) != list(range(num_classes)):
         found = f"{len(names)} classes" if len(names) != num_classes else f"ids up to {max(names)}"
-        raise AnnotationError(f"{path}: holds {found}, but data.num_classes asks for the ids 0..{num_classes - 1}")
+        raise AnnotationError(f"{path}: holds {found}, but data.num_classes needs the ids 0..{num_classes - 1}")
     return tuple(names[label] for label in range(num_classes))
 
 
 def few_shot(records: Sequence[VideoRecord], shot: int, seed: int) -> tuple[VideoRecord, ...]:
-    """Pick `shot` videos of each class and repeat them to about the former length (Side4Video's few-shot lists).
+    """Pick `shot` videos of each class and repeat them to about the length of the list (as Side4Video does).
 
     The choice depends on the order of the records and on `seed` alone. Every picked video is repeated
-    max(1, len(records) // picked) times, so that an epoch keeps its number of steps.
+    max(1, len(records) // picked) times, so an epoch keeps its number of steps.
 
     Raises:
         AnnotationError: a class has fewer than `shot` videos.
@@ -140,7 +138,7 @@ def few_shot(records: Sequence[VideoRecord], shot: int, seed: int) -> tuple[Vide
 
 
 def _lines(path: str, key: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, stripped, with their numbers from 1."""
+    """(number from 1, stripped text) of each line that is not blank."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             return [(number, text.strip()) for number, text in enumerate(file, 1) if text.strip()]

@@ -1,12 +1,10 @@
-"""JPEG files in memory -> uint8 pixels.
+"""JPEG files in memory -> uint8 pixels, by simplejpeg (libjpeg-turbo).
 
-Lives here: the call of the decoder (simplejpeg: libjpeg-turbo), and what counts as damage. Does not live here: files and
-folders (readers.py), and the cut to a crop.
-
-Whatever libjpeg complains of is an error, whichever part of the image is wanted: Pillow passes over most of it and shows
-smeared or grey pixels. Bytes that were changed into other valid ones nobody can tell.
-Tried and left out, since a crop is most of an image: leaving rows out below (8 % faster, but the decoder then cannot tell
-damage) and above (by restart markers; nothing gained), and the faster inverse DCT (5 %, pixels off by 1 on average).
+Whatever libjpeg complains of is an error, whichever part of the image is needed: Pillow passes over most of it and shows
+smeared or grey pixels. Bytes that were changed into other valid ones cannot be detected.
+Not worth it, since a crop is most of an image: decoding no rows below the crop (8 % faster, but the decoder then cannot
+detect damage) or above it (by restart markers; nothing gained), and the faster inverse DCT (5 %, pixels off by 1 on
+average).
 """
 
 from __future__ import annotations
@@ -19,11 +17,11 @@ LARGEST_REDUCTION = 8
 
 
 class JpegError(ValueError):
-    """Bytes that are no JPEG file, a damaged one, or one that this decoder does not know."""
+    """Bytes that are no JPEG file, a damaged one, or one of a kind that this decoder does not know."""
 
 
 def is_jpeg(data: bytes) -> bool:
-    """Whether it begins as one."""
+    """Whether the bytes begin as a JPEG file."""
     return data.startswith(START)
 
 
@@ -37,14 +35,14 @@ def size(data: bytes) -> tuple[int, int]:
 
 
 def decode(data: bytes, fast: bool = False) -> np.ndarray:
-    """The whole image: (H, W, 3) uint8 RGB, with the pixels that Pillow gives.
+    """The complete image: (H, W, 3) uint8 RGB, with the pixels that Pillow gives.
 
     Args:
-        fast: do not smooth the colours, which are stored at half the resolution, over the borders of their pixels:
-            8 % faster. On video frames values are off by 0.1 of 255 on average and by about 15 where colours meet; the
-            most saturated edges can be off by 40.
+        fast: do not smooth the colours, which are stored at half the resolution: 8 % faster. On video frames, values
+            are off by 0.1 of 255 on average and by about 15 where colours meet; the most saturated edges by up to 40.
+
     Raises:
-        JpegError.
+        JpegError: the image is damaged or of an unknown kind.
     """
     return _decode(data, fastupsample=fast)
 

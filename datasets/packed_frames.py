@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.files import try_lock, write_atomic
-from common.workers import Workers, progress
+from common.tables import format_bytes
+from common.workers import Workers, num_cores, progress
 
 SUFFIX = ".zip"
 IMAGE_TMPL = "{:06d}.jpg"
@@ -204,7 +205,7 @@ def _check_template(image_tmpl: str) -> None:
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(next(folder for folder in (out, *out.resolve().parents) if folder.exists())).free
     if needed > free:
-        raise PackError(f"{out}: needs {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB free")
+        raise PackError(f"{out}: needs {format_bytes(needed)}, but the disk has {format_bytes(free)} free")
 
 
 def _refuse(problems: Sequence[str]) -> None:
@@ -227,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--image-tmpl", default=IMAGE_TMPL, help="names of the frames, from 1 on (default: %(default)s)"
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=num_cores(), help="processes (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error("--jobs must be 1 or more")

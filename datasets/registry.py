@@ -1,7 +1,6 @@
-"""What is particular to a dataset: its resize and its augmentation. The one table to edit for a new dataset.
+"""The table of datasets: how clips of each are resized and augmented. Edit it to add a dataset.
 
-Lives here: which videos may be mirrored, which labels a mirror exchanges, how often a clip turns grey.
-Does not live here: the frame sampling of a style (sampling.py), the names of the styles (configs.schema.STYLES).
+The sampling style of each name is in configs.schema.STYLES, which checks the configuration.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ class Traits:
     gray_prob: float
 
 
-# Something-Something: mirroring turns "left to right" into "right to left". The pairs are those of version 2's labels;
-# version 1 numbers its classes otherwise and nobody states its pairs, so it is not mirrored unless data.flip_pairs is.
+# Something-Something: mirroring turns "left to right" into "right to left". The pairs are those of version 2's labels.
+# Version 1 numbers its classes otherwise and nobody states its pairs, so it is mirrored only with data.flip_pairs.
 MIRRORED_LABELS = {name: ((86, 87), (93, 94), (166, 167)) for name in ("somethingv2", "something-v2", "ssv2", "sthv2")}
 MIRRORED_CLASSES = 174
 KINETICS_GRAY = 0.2
 
 
 def dataset_traits(data: DataConfig) -> Traits:
-    """The dataset's own traits, each overridden by data.flip, data.flip_pairs or data.gray_prob where these are set.
+    """The dataset's own traits; data.flip, data.flip_pairs and data.gray_prob override them where they are set.
 
     kinetics style: short side `scale_size`, mirrored, grey with probability 0.2. something style: exactly `scale_size`
-    high and 5/4 of it wide (256 x 320), never grey, mirrored only with known pairs of labels. Data with a name of its
-    own follows data.style.
+    high and 5/4 of it wide (256 x 320), never grey, mirrored only with known pairs of labels. A dataset that is not in
+    the table follows data.style.
     """
     something = next((style for style, names in STYLES.items() if data.dataset in names), data.style) == "something"
     pairs = data.flip_pairs

@@ -1,8 +1,4 @@
-"""Which videos a process sees, in which order. Samplers yield (epoch, index), so that workers know the epoch.
-
-Lives here: the shuffled, equal shares of training and the exact shares of evaluation.
-Does not live here: which frames of a video are taken (sampling.py).
-"""
+"""Which videos a process sees, in which order. Samplers yield (epoch, index), so that workers know the epoch."""
 
 from __future__ import annotations
 
@@ -15,8 +11,8 @@ from torch.utils.data import Sampler
 class ShuffledSampler(Sampler[tuple[int, int]]):
     """A new permutation each epoch, cut to full global batches and dealt to the processes in turn.
 
-    Every process has the same number of full batches; what is left over is not seen in that epoch. `seed` must be the
-    same in every process, or their shares overlap. Call `set_epoch` before each epoch.
+    Every process has the same number of full batches; the remaining videos are not seen in that epoch. `seed` must be
+    the same in every process, or their shares overlap. Call `set_epoch` before each epoch.
 
     Raises:
         ValueError: fewer videos than one batch in each process.
@@ -34,13 +30,13 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
         self.epoch, self.first = 0, 0
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """From now on give the videos of `epoch`, without the `first` ones of this process, which were seen already."""
+        """Give the videos of `epoch` from now on, without the `first` ones of this process, which were seen already."""
         if not 0 <= first <= self.share:
             raise ValueError(f"an epoch has {self.share} videos a process, so {first} of them cannot have been seen")
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
-        """Videos of this process in what is left of the epoch."""
+        """Videos of this process in the rest of the epoch."""
         return self.share - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -50,7 +46,7 @@ class ShuffledSampler(Sampler[tuple[int, int]]):
 
 
 class StridedSampler(Sampler[tuple[int, int]]):
-    """Videos rank, rank + world_size, ...: together the processes see each video once, so shares may be uneven."""
+    """Videos rank, rank + world_size, ...: together the processes see each video once. Shares may be uneven."""
 
     def __init__(self, length: int, rank: int = 0, world_size: int = 1):
         self.indices = range(rank, length, world_size)

@@ -1,8 +1,4 @@
-"""Random generators that start from a key and leave no trace: what an item draws depends on nothing but its key.
-
-Lives here: `seeded`. Does not live here: which key an item has (video_dataset.py), and NumPy's global generator, whose
-state takes longer to put back than a crop to draw: who needs it seeds it from Python's (rand_augment.py).
-"""
+"""Random generators that start from a key and leave no trace: what an item draws depends on its key alone."""
 
 from __future__ import annotations
 
@@ -16,7 +12,11 @@ import torch
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, Python's and torch's CPU generators start from `key`; afterwards they are as before."""
+    """Inside, Python's and torch's CPU generators start from `key`; afterwards they are as before.
+
+    NumPy's global generator is left out: restoring it takes longer than drawing a crop. rand_augment.py, which needs
+    it, seeds it from Python's.
+    """
     states = random.getstate(), torch.get_rng_state()
     words = [int(word) for word in np.random.SeedSequence(key).generate_state(2)]
     random.seed(words[0])

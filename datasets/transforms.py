@@ -6,7 +6,7 @@ torch's too; the caller seeds them. Normalising happens later, on the model's de
 
 Source of the recipe: HJYao00/Side4Video, Recognition/utils/Augmentation.py; the operations are torchvision's, timm's
 and, for RandAugment, OpenCV's. A training crop is cut out of the frame as stored and resized once, where the recipe
-resizes the whole frame to `scale_size` before it crops; frames stored at twice that size or more are decoded at a
+resizes the frame to `scale_size` before it crops; frames stored at twice that size or more are decoded at a
 fraction of it. On real video frames of 256 pixels and crops out of 256 the same draw gives the recipe's pixels within
 0.3 of 255 on average and 3 for 99 %; on frames of 240 and 1080 pixels within 2.3 and 23, for there is one resampling
 instead of two, and the edges of a crop are whole stored pixels. Evaluation has the recipe's pixels.

@@ -20,7 +20,7 @@ KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded from its start
 
 
 class DecodeError(RuntimeError):
-    """A video file that cannot be decoded as asked; one sentence that names the file."""
+    """A video file that cannot be decoded as requested; one sentence that names the file."""
 
 
 class DecoderMissing(RuntimeError):

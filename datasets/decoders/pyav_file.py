@@ -79,7 +79,7 @@ class PyAVFile(VideoFile):
             return None
         if any(packet.is_corrupt for packet in self._packets):  # cut off: what FFmpeg conceals depends on the start
             return None
-        if min(stamps) < stamps[0]:  # the file starts with an open GOP that lacks what its first pictures depend on
+        if min(stamps) < stamps[0]:  # the file starts with an open GOP, without what its first pictures depend on
             return None
         if container == "avi" and self._context.has_b_frames:
             return None

@@ -1,4 +1,4 @@
-"""Processes that die cost their task alone; progress is told where there is no terminal."""
+"""Processes that die cost their task alone; progress is logged where there is no terminal."""
 
 import logging
 import os
@@ -78,7 +78,7 @@ def waited(condition) -> None:
     raise AssertionError("nothing happened for 15 seconds")
 
 
-def test_progress_passes_items_on_and_tells(caplog, monkeypatch):
+def test_progress_passes_items_on_and_logs(caplog, monkeypatch):
     monkeypatch.setattr(workers, "LOG_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "td4v"):
         assert list(workers.progress(iter("abc"), 3, "reading")) == ["a", "b", "c"]

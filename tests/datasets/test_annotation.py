@@ -78,7 +78,7 @@ def test_labels(tmp_path):
         ("0,a\n1,b\n", "line 1: the header"),
         ("id,name\n0,a\n", "1 classes, but data.num_classes"),
         ("id,name\n0,a\n2,b\n", "ids up to 2"),
-        ("id,name\n0,a\n0,b\n", "line 3: id 0 was given before"),
+        ("id,name\n0,a\n0,b\n", "line 3: id 0 occurs twice"),
         ("id,name\n0\n1,b\n", "line 2: needs `id,name`"),
         ("id,name\nx,a\n1,b\n", "line 2: the id must be"),
         ("", "0 classes"),
@@ -91,7 +91,7 @@ def test_bad_labels(tmp_path, text, message):
     assert message in str(caught.value) and path in str(caught.value)
 
 
-@pytest.mark.skipif(not KINETICS_LABELS.is_file(), reason="the owners' Kinetics label file is not here")
+@pytest.mark.skipif(not KINETICS_LABELS.is_file(), reason="the published Kinetics label file is not here")
 def test_kinetics_labels():
     names = read_labels(str(KINETICS_LABELS), 400)
     assert names[0] == "abseiling" and len(set(names)) == 400

@@ -41,7 +41,7 @@ SIZES = {
     "v_SoccerJuggling_g23_c01.avi": (240, 240, 240, 320),
     "v_SoccerJuggling_g24_c01.avi": (251, 251, 240, 320),
 }
-# name: frames, packets without a frame; the first has no time stamps, the others lack frames in their middle
+# name: frames, packets without a frame; the first has no time stamps, the others miss frames in their middle
 UCF101_ODD = {
     "WallPushups/v_WallPushups_g10_c02.avi": (69, 0),
     "JumpRope/v_JumpRope_g17_c04.avi": (613, 6),
@@ -205,11 +205,11 @@ def test_made_files(name, tmp_path, capfd):
 
 @needs_decord
 @pytest.mark.parametrize("name", ["uneven.mp4", "pyramid.mp4", "open.mkv", "hevc.mp4", "vp9.webm", "plain.avi"])
-def test_usual_files_are_not_decoded_whole(name, tmp_path):
+def test_usual_files_are_not_decoded_from_their_start(name, tmp_path):
     path = write_video(tmp_path / name, **MADE[name])
-    for decoder, decoded_whole in (("decord", "_from_start"), ("pyav", "_by_count")):
+    for decoder, decode_all in (("decord", "_from_start"), ("pyav", "_by_count")):
         video = open_video(str(path), decoder)
-        setattr(video, decoded_whole, None)
+        setattr(video, decode_all, None)
         video.read(np.arange(0, video.num_frames, 7))
         assert video._kept is None
 
@@ -241,7 +241,7 @@ def test_truncated(b_frames, decoder, tmp_path):
 
 def not_coded(time: int) -> bytes:
     """A packet of MPEG-4 that says "nothing changed" and gives no frame (ISO/IEC 14496-2, 6.2.5: vop_coded is 0)."""
-    bits = f"01{'0'}1{time % 25:05b}100"  # P; no whole second; marker; time; marker, not coded, padding
+    bits = f"01{'0'}1{time % 25:05b}100"  # P; no full second; marker; time; marker, not coded, padding
     bits += "1" * (-len(bits) % 8)
     return b"\0\0\1\xb6" + int(bits, 2).to_bytes(len(bits) // 8, "big")
 
@@ -340,13 +340,13 @@ def test_frames_that_an_edit_list_hides_do_not_count(decoder, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_pictures_before_the_first_whole_one_do_not_count(decoder, tmp_path):
+def test_pictures_before_the_first_complete_one_do_not_count(decoder, tmp_path):
     """A stream cut at an open GOP starts with pictures that depend on what is gone."""
     whole = write_video(tmp_path / "whole.mkv", frames=60, **{"x264-params": OPEN})
     with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         packets = [packet for packet in source.demux(video=0) if packet.size]
-        first = [place for place, packet in enumerate(packets) if packet.is_keyframe][1]
+        first = [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
         for packet in packets[first:]:
             packet.stream = stream
             target.mux(packet)

@@ -1,4 +1,4 @@
-"""Decoding part of a JPEG gives the pixels of the whole, and damage is an error."""
+"""Decoding part of a JPEG gives the pixels of the complete image, and damage is an error."""
 
 import io
 

@@ -220,7 +220,7 @@ def test_workers_take_signals_from_the_main_process_alone():
 
 
 def test_there_is_no_moment_at_which_a_signal_kills_a_worker():
-    """What reaches the whole run while workers start is for the main process, and is not lost."""
+    """What reaches all processes of a run while workers start is for the main process, and is not lost."""
     heard = []
     loader = make(2, Numbers(40))
     began = loader._get_iterator

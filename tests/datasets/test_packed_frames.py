@@ -158,7 +158,7 @@ def test_frames_of_another_template(tmp_path):
 
 def test_too_little_space_is_seen_before(frames, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 0, 200_000))
-    assert "needs 0.0 GB, but the disk has 0.0 GB free" in failure(pack, frames, tmp_path / "packed")
+    assert "needs 245.0 kB, but the disk has 200.0 kB free" in failure(pack, frames, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
 
@@ -304,10 +304,12 @@ def test_damage_anywhere_is_an_error_or_harmless(packed, tmp_path):
     whole = (packed / "a/v_1.zip").read_bytes()
     frames = {name: PackedVideo(packed / "a/v_1.zip").read(name) for name in PackedVideo(packed / "a/v_1.zip").sizes()}
     rng = np.random.default_rng(0)
-    places = [*rng.integers(len(whole), size=100), *range(100), *range(len(whole) - 800, len(whole), 3)]
+    positions = [*rng.integers(len(whole), size=100), *range(100), *range(len(whole) - 800, len(whole), 3)]
     damaged = 0
-    for place in places:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ int(rng.integers(1, 256))]) + whole[place + 1 :])
+    for position in positions:
+        path.write_bytes(
+            whole[:position] + bytes([whole[position] ^ int(rng.integers(1, 256))]) + whole[position + 1 :]
+        )
         try:
             video = PackedVideo(path)
         except packed_frames.PackError as error:

@@ -32,7 +32,7 @@ def failure(reader, path, declared, indices=(0,)):
     return message
 
 
-def test_folder_reads_in_the_order_asked(folder):
+def test_folder_reads_in_the_requested_order(folder):
     clip = FrameReader("{:06d}.jpg").open(str(folder), 10)
     frames = clip.read(np.array([9, 0, 3, 3]))
     assert clip.num_frames == 10 and frames.shape == (4, 20, 30, 3) and frames.dtype == np.uint8
@@ -62,7 +62,7 @@ def test_repeated_frames_are_decoded_once(folder, monkeypatch):
     assert len(decoded) == 2
 
 
-def test_fewer_frames_than_declared_even_if_not_asked_for(folder):
+def test_fewer_frames_than_declared_even_if_not_requested(folder):
     message = failure(FrameReader("{:06d}.jpg"), folder, 12)
     assert "000012.jpg is missing" in message and "10 files" in message and "declares 12" in message
 

@@ -96,7 +96,7 @@ def test_workers_do_not_change_batches(data, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_goes_on_in_its_middle(data, workers):
+def test_an_epoch_resumes_in_its_middle(data, workers):
     data = replace(data, batch_size=2, num_sample=2, rand_aug=True)
     whole = batches(data, epoch=1)
     for done in range(len(whole)):
@@ -264,8 +264,8 @@ def test_too_many_open_files_are_no_fault_of_the_video(data):
 
 
 def test_collate_prefers_the_error():
-    batch = collate([BadVideo("left out", 0, True), BadVideo("fatal", 1, False)])
-    assert batch["error"] == "fatal" and batch["skipped"] == ["left out"] and batch["video"] is None
+    batch = collate([BadVideo("unreadable", 0, True), BadVideo("fatal", 1, False)])
+    assert batch["error"] == "fatal" and batch["skipped"] == ["unreadable"] and batch["video"] is None
 
 
 def test_few_shot_keeps_the_length(data):
