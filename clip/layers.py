@@ -1,9 +1,6 @@
-"""Small layers shared by the methods: the temporal projection, attention, the token shift, recomputation.
+"""Small layers that models share: temporal projection, attention, MLP, token shift, recomputation.
 
-Lives here: what is neither a method nor the TD4V module and has no state beyond its own weights.
-Does not live here: TD4V (adapter.py), the frozen tower (backbone.py), anything that reads a configuration.
-
-Letters: B clips, T frames, N patch tokens a frame, D width, d reduced width.
+Letters: B clips, T frames, N patch tokens a frame, L tokens of a frame, M images, D width, O output width, k taps.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from clip.ops import gelu_linear, normed_linear, temporal_linear, temporal_sum
 def token_shift(token: Tensor) -> Tensor:
     """Exchange channel groups of the class token between frames.
 
-    With f = D // T: out[t, j f:(j+1) f] = token[j, t f:(t+1) f]; channels past T*f become 0.
+    With f = D // T: out[t, j f:(j+1) f] = token[j, t f:(t+1) f]. Channels past T*f become 0.
 
     Args:
         token: (B, T, D), D >= T.
@@ -41,54 +38,57 @@ def token_shift(token: Tensor) -> Tensor:
 
 
 def over_tokens(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply a BatchNorm1d to tokens (..., D): BatchNorm3d of (B, D, T, H, W), without the permute.
+    """A BatchNorm1d over D on tokens (..., D): the BatchNorm3d of (B, D, T, H, W) without the permute.
 
-    A function and not a module, so that tools which replace BatchNorm by a synchronised one find the plain layer.
+    It is a function and not a module, so that tools which replace BatchNorm by a synchronised one find the plain layer.
     """
-    return norm(x.flatten(0, -2)).view(x.shape)  # (M, D) -> (..., D)
+    return norm(x.flatten(0, -2)).view(x.shape)
 
 
 @torch.compiler.disable
 def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`function(*inputs)`, of which only the inputs are kept for the backward pass, which runs it again.
+    """`function(*inputs)`, of which only the inputs are saved for backward. The backward pass runs the function again.
+
+    torch.utils.checkpoint alone would update the running statistics of BatchNorms twice.
 
     Args:
-        part: the module whose BatchNorms the function goes through: their running statistics move once, not twice.
-        function: without random numbers.
+        part: the module with the BatchNorms that the function uses.
+        function: must not draw random numbers.
     """
-    return checkpoint(
-        function, *inputs, use_reentrant=False, preserve_rng_state=False,
-        context_fn=lambda: (contextlib.nullcontext(), _SameNorms(part)),
-    )  # fmt: skip
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return contextlib.nullcontext(), _SameNorms(part)
+
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class _SameNorms(contextlib.AbstractContextManager):
-    """While it is entered, the BatchNorms of `part` are in the mode they are in now, and what they count is thrown away."""
+    """Inside the context the BatchNorms of `part` have their present mode, and updates of their statistics are lost."""
 
     def __init__(self, part: nn.Module):
         self.modes = {norm: norm.training for norm in part.modules() if isinstance(norm, _BatchNorm)}
-        self.former: list[tuple[nn.Module, bool, dict[str, Tensor | None]]] = []
+        self.previous: list[tuple[nn.Module, bool, dict[str, Tensor | None]]] = []
 
     def __enter__(self) -> None:
         for norm, mode in self.modes.items():
-            self.former.append((norm, norm.training, dict(norm._buffers)))
+            self.previous.append((norm, norm.training, dict(norm._buffers)))
             norm.training = mode
             if mode:
                 norm._buffers.update({name: x if x is None else x.clone() for name, x in norm._buffers.items()})
 
     def __exit__(self, *_: object) -> None:
-        while self.former:
-            norm, mode, buffers = self.former.pop()
+        while self.previous:
+            norm, mode, buffers = self.previous.pop()
             norm.training = mode
             norm._buffers.update(buffers)
 
 
 class TemporalProjection(nn.Conv2d):
-    """A convolution over time that sees one patch, nn.Conv3d(kernel (k, 1, 1)) for tokens, with what stands beside it.
+    """A convolution over time at each patch: nn.Conv3d with kernel (k, 1, 1), for tokens.
 
     Args:
         in_width, out_width: channels.
-        kernel: frames seen, odd; zero padding keeps T.
+        kernel: k, the number of frames that it sees; odd. Zero padding keeps T.
 
     Shape: (B, T, N, in_width) -> (B, T, N, out_width).
     """
@@ -100,7 +100,7 @@ class TemporalProjection(nn.Conv2d):
         """The convolution, times `scale` (1,)."""
         return temporal_linear(x, self.weight, self.bias, scale)
 
-    def behind(self, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
+    def after_norm(self, norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
         """The convolution of `norm(x)`."""
         weight = self.weight.squeeze(-1).permute(2, 0, 1).flatten(0, 1)  # (O, D, k, 1) -> (k*O, D)
         products = normed_linear(x, norm, weight, None)  # (B, T, N, k*O)
@@ -108,15 +108,18 @@ class TemporalProjection(nn.Conv2d):
 
 
 class Attention(nn.Module):
-    """Multi-head attention inside a frame, in which some leading tokens are only looked at.
+    """Multi-head attention of norm(x) inside a frame. The first `context` tokens give keys and values but no queries.
 
-    The first `context` tokens give keys and values but no query. Weights as in nn.MultiheadAttention; the tokens go
-    through `norm` first.
+    The weights are those of nn.MultiheadAttention.
 
     Args:
-        width: D. heads: must divide D.
+        width: D.
+        heads: must divide D.
 
     Shape: (M, context + N, D) -> (M, N, D).
+
+    Raises:
+        ValueError: heads that do not divide D.
     """
 
     def __init__(self, width: int, heads: int):
@@ -128,14 +131,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, norm: nn.Module, context: int = 0) -> Tensor:
-        qkv = normed_linear(x, norm, self.qkv.weight, self.qkv.bias)
+        qkv = normed_linear(x, norm, self.qkv.weight, self.qkv.bias)  # (M, L, 3*D)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(2)  # each (M, L, heads, head width)
         y = F.scaled_dot_product_attention(q[:, context:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(y.transpose(1, 2).flatten(2))  # (M, heads, N, head width) -> (M, N, D)
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear, behind a norm over D. Shape: (..., D) -> (..., D)."""
+    """Linear, exact GELU, Linear, of norm(x).
+
+    Args:
+        width: D.
+        hidden: width between the two linear layers.
+
+    Shape: (..., D) -> (..., D).
+    """
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
