@@ -5,7 +5,7 @@
 
 __main__.py           the command line
 run.py                the options and the order of the steps
-formats/              published annotations -> a Plan (plan.py), one file a dataset; annotation_files.py finds and reads files
+formats/              published annotations -> a Plan (plan.py); annotation_files.py finds and reads the files
 archives.py           unpacks what was downloaded
 catalogue.py          which videos are there, and which of them the plan names
 extract.py            the frames of all videos; decode.py: of one

@@ -124,7 +124,6 @@ def extract(store: FrameStore, videos: Path, video: str) -> Outcome:
     """
     source, target = videos / video, store.path_of(video)
     unfinished = Path(tempfile.mkdtemp(dir=store.unfinished))
-    unfinished.chmod(0o755)
     declared = 0
     try:
         stamp = FileStamp.of(source)  # before decoding, so that a video that changes meanwhile is extracted again

@@ -22,11 +22,7 @@ from tests.helpers.video_files import write_avi
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data"
 ANNOTATIONS = DATA / "annotations"
-needs_annotations = pytest.mark.skipif(
-    not ANNOTATIONS.is_dir(), reason=f"the published annotations are not in {ANNOTATIONS}"
-)
 UCF_CLIPS = DATA / "ucf101_10" / "UCF-101"
-needs_ucf = pytest.mark.skipif(not UCF_CLIPS.is_dir(), reason=f"the UCF101 clips are not in {UCF_CLIPS}")
 
 UCF = {
     "classInd.txt": "1 Archery\r\n2 HandstandPushups\r\n",
@@ -70,7 +66,7 @@ def write(root: Path, files: dict[str, object]) -> Path:
 
 @pytest.fixture
 def run(tmp_path, caplog):
-    """Prepares a dataset from the given annotations and video names; (exit code, output folder, what was said)."""
+    """Prepares a dataset from the given annotations and video names; (exit code, output folder, log)."""
 
     def run(dataset: str, annotations: dict[str, object] | Path, videos: list[str] | Path, *more: str):
         caplog.clear()
@@ -108,8 +104,8 @@ UCF_NAMES = ["v_Archery_g08_c01", "v_HandStandPushups_g08_c01", "v_Archery_g01_c
 @pytest.mark.parametrize("folder", ["", "UCF-101/any/"])
 def test_ucf101_wherever_the_videos_lie(run, folder):
     names = [*UCF_NAMES[:3], "v_HandstandPushups_g01_c01"]  # some copies spell the files as the folder
-    code, out, said = run("ucf101", UCF, [f"{folder}{name}.avi" for name in names])
-    assert code == 0, said
+    code, out, log = run("ucf101", UCF, [f"{folder}{name}.avi" for name in names])
+    assert code == 0, log
     assert lists(out) == [
         f"{folder}v_Archery_g08_c01 4 0\n{folder}v_HandStandPushups_g08_c01 4 1\n",
         f"{folder}v_Archery_g01_c01 4 0\n{folder}v_HandstandPushups_g01_c01 4 1\n",
@@ -118,9 +114,9 @@ def test_ucf101_wherever_the_videos_lie(run, folder):
 
 
 def test_the_snippet_makes_a_configuration(run, tmp_path):
-    code, out, said = run("ucf101", UCF, [f"{name}.avi" for name in UCF_NAMES])
+    code, out, log = run("ucf101", UCF, [f"{name}.avi" for name in UCF_NAMES])
     snippet = yaml.safe_load((out / "config_snippet.yaml").read_text())
-    assert (out / "config_snippet.yaml").read_text() in said
+    assert (out / "config_snippet.yaml").read_text() in log
     config = yaml.safe_load((ROOT / "configs" / "ssv2.yaml").read_text())
     config["data"].update(snippet["data"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -132,8 +128,8 @@ def test_the_snippet_makes_a_configuration(run, tmp_path):
 
 def test_hmdb51(run):
     videos = ["wave/a_wave_1.avi", "wave/b(x)!_wave_2.avi", "brush_hair/a_brush_hair_1.avi", "b_brush_hair_1.avi"]
-    code, out, said = run("hmdb51", HMDB, videos, "--videos-only")
-    assert code == 0, said
+    code, out, log = run("hmdb51", HMDB, videos, "--videos-only")
+    assert code == 0, log
     assert lists(out) == [
         "b_brush_hair_1.avi 0\nwave/a_wave_1.avi 1\n",
         "brush_hair/a_brush_hair_1.avi 0\nwave/b(x)!_wave_2.avi 1\n",
@@ -142,11 +138,11 @@ def test_hmdb51(run):
 
 def test_another_split_in_the_same_folder(run):
     second = {"trainlist02.txt": UCF["trainlist01.txt"], "testlist02.txt": UCF["testlist01.txt"]}
-    code, out, said = run("ucf101", UCF | second, [f"{name}.avi" for name in UCF_NAMES])
-    assert code == 0 and "replaced" not in said
-    code, out, said = run("ucf101", UCF | second, [], "--split", "2")
-    assert code == 0 and "the lists of split 1 are replaced by those of split 2" in said
-    assert "4 of 4 videos were extracted by an earlier run" in said
+    code, out, log = run("ucf101", UCF | second, [f"{name}.avi" for name in UCF_NAMES])
+    assert code == 0 and "replaced" not in log
+    code, out, log = run("ucf101", UCF | second, [], "--split", "2")
+    assert code == 0 and "the lists of split 1 are replaced by those of split 2" in log
+    assert "4 of 4 videos were extracted by an earlier run" in log
     assert "UCF101, split 2, 2 classes" in (out / "report.txt").read_text()
     assert "# UCF101, split 2: replaces" in (out / "config_snippet.yaml").read_text()
     assert json.loads((out / "prepare.json").read_text())["split"] == 2
@@ -155,16 +151,16 @@ def test_another_split_in_the_same_folder(run):
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
 def test_something_v2(run, prefix):
     annotations = {prefix + name: content for name, content in SSV2.items()}
-    code, out, said = run("ssv2", annotations, ["1.webm", "2.webm", "3.webm"])  # ffmpeg goes by the content
-    assert code == 0, said
+    code, out, log = run("ssv2", annotations, ["1.webm", "2.webm", "3.webm"])  # ffmpeg goes by the content
+    assert code == 0, log
     assert lists(out) == ["1 4 1\n", "2 4 0\n"]
-    assert "test.json has no labels" in said and not (out / "test.txt").exists()
+    assert "test.json has no labels" in log and not (out / "test.txt").exists()
     assert read_labels(str(out / "labels.csv"), 2)[0] == "Approaching something with your camera"
 
 
 def test_something_v2_with_answers(run):
     answers = {"test-answers.csv": "3;Closing something\n"}
-    code, out, said = run("ssv2", SSV2 | answers, ["1.webm", "2.webm", "3.webm"])
+    code, out, log = run("ssv2", SSV2 | answers, ["1.webm", "2.webm", "3.webm"])
     assert code == 0 and lists(out, "test") == ["3 4 1\n"]
     snippet = yaml.safe_load((out / "config_snippet.yaml").read_text())["data"]
     assert snippet["test_list"] == str(out / "test.txt")
@@ -179,23 +175,23 @@ def write_frame_folder(root: Path, name: str, numbers: list[int]) -> None:
 def test_something_v1_keeps_its_frame_folders(run, tmp_path):
     write_frame_folder(tmp_path / "videos", "20bn/10", [1, 2, 3])
     write_frame_folder(tmp_path / "videos", "20bn/11", [1, 2])
-    code, out, said = run("ssv1", SSV1, tmp_path / "videos")
-    assert code == 0, said
+    code, out, log = run("ssv1", SSV1, tmp_path / "videos")
+    assert code == 0, log
     assert lists(out) == ["20bn/10 3 1\n", "20bn/11 2 0\n"]
     data = yaml.safe_load((out / "config_snippet.yaml").read_text())["data"]
     assert data["image_tmpl"] == "{:05d}.jpg" and data["train_root"] == str(tmp_path / "videos")
     assert not (out / "frames").exists()
     (tmp_path / "videos/20bn/10/00002.jpg").unlink()
-    code, out, said = run("ssv1", SSV1, tmp_path / "videos")
-    assert code == 1 and "20bn/10 (00002.jpg is missing or empty" in said
+    code, out, log = run("ssv1", SSV1, tmp_path / "videos")
+    assert code == 1 and "20bn/10 (00002.jpg is missing or empty" in log
 
 
 @pytest.mark.parametrize("named", [True, False])
 def test_kinetics(run, named):
     annotations = {name: content for name, content in K400.items() if named or "labels" not in name}
     videos = ["air drumming/-abc_DEFGHI_000001_000011.mp4", "0123456789A.mp4", "val/0123456789a_000005_000015.mp4"]
-    code, out, said = run("k400", annotations, videos)
-    assert code == 0, said
+    code, out, log = run("k400", annotations, videos)
+    assert code == 0, log
     assert lists(out) == [
         "air drumming/-abc_DEFGHI_000001_000011 4 1\n0123456789A 4 0\n",
         "val/0123456789a_000005_000015 4 0\n",
@@ -204,45 +200,46 @@ def test_kinetics(run, named):
 
 
 def test_diving48(run):
-    code, out, said = run("diving48", DIVING, ["rgb/a_00001.mp4", "rgb/a_00002.mp4"])
-    assert code == 0, said
+    code, out, log = run("diving48", DIVING, ["rgb/a_00001.mp4", "rgb/a_00002.mp4"])
+    assert code == 0, log
     assert lists(out) == ["rgb/a_00001 4 1\n", "rgb/a_00002 4 0\n"]
     assert read_labels(str(out / "labels.csv"), 2) == ("Back 15som 05Twis FREE", "Inward Dive NoTwis PIKE")
 
 
-@needs_annotations
-def test_the_published_files():
-    """The counts that the publishers state."""
-    for split, train in ((1, 9537), (2, 9586), (3, 9624)):
-        plan = FORMATS["ucf101"].read(AnnotationFiles(ANNOTATIONS / "ucf101", "UCF101"), split, None)
+if ANNOTATIONS.is_dir():
+
+    def test_the_published_files():
+        """The counts that the publishers state."""
+        for split, train in ((1, 9537), (2, 9586), (3, 9624)):
+            plan = FORMATS["ucf101"].read(AnnotationFiles(ANNOTATIONS / "ucf101", "UCF101"), split, None)
+            plan.check()
+            assert Counter(entry.split for entry in plan.entries) == {"train": train, "val": 13320 - train}
+            assert len(plan.classes) == 101 and plan.classes[36] == "HandstandPushups"
+            plan = FORMATS["hmdb51"].read(AnnotationFiles(ANNOTATIONS / "hmdb51", "HMDB51"), split, None)
+            plan.check()
+            assert Counter(entry.split for entry in plan.entries) == {"train": 3570, "val": 1530}
+            assert len(plan.classes) == 51 and set(Counter(e.label for e in plan.entries).values()) == {100}
+        plan = FORMATS["ssv2"].read(AnnotationFiles(ANNOTATIONS / "ssv2", "Something-Something v2"), 1, ("val",))
         plan.check()
-        assert Counter(entry.split for entry in plan.entries) == {"train": train, "val": 13320 - train}
-        assert len(plan.classes) == 101 and plan.classes[36] == "HandstandPushups"
-        plan = FORMATS["hmdb51"].read(AnnotationFiles(ANNOTATIONS / "hmdb51", "HMDB51"), split, None)
-        plan.check()
-        assert Counter(entry.split for entry in plan.entries) == {"train": 3570, "val": 1530}
-        assert len(plan.classes) == 51 and set(Counter(e.label for e in plan.entries).values()) == {100}
-    plan = FORMATS["ssv2"].read(AnnotationFiles(ANNOTATIONS / "ssv2", "Something-Something v2"), 1, ("val",))
-    plan.check()
-    assert len(plan.entries) == 24777 and len(plan.classes) == 174
-    (entry,) = (entry for entry in plan.entries if entry.names == ("74225",))
-    assert plan.classes[entry.label] == "Spinning something that quickly stops spinning"
+        assert len(plan.entries) == 24777 and len(plan.classes) == 174
+        (entry,) = (entry for entry in plan.entries if entry.names == ("74225",))
+        assert plan.classes[entry.label] == "Spinning something that quickly stops spinning"
 
 
 def check_part_of_ucf101(run, annotations, videos, split: str, counts: dict[str, int | None]) -> None:
     """Prepare the videos that are there with a published split; `counts` are of videos and classes."""
     train, val, listed, classes = (counts[key] for key in ("train", "val", "listed", "classes"))
     more = ("--videos-only", "--split", split)
-    code, out, said = run("ucf101", annotations, videos, *more)
-    assert code == 1 and f"{listed - train - (val or 0)} of {listed} videos of UCF101 are missing" in said
+    code, out, log = run("ucf101", annotations, videos, *more)
+    assert code == 1 and f"{listed - train - (val or 0)} of {listed} videos of UCF101 are missing" in log
     assert not (out / "train.txt").exists() and ": train, ApplyEyeMakeup\n" in (out / "report.txt").read_text()
-    code, out, said = run("ucf101", annotations, videos, *more, "--allow-missing")
-    assert code == 0, said
+    code, out, log = run("ucf101", annotations, videos, *more, "--allow-missing")
+    assert code == 0, log
     assert len(read_list(str(out / "train.txt"), "video", classes)) == train
-    assert f"train: {counts['classes_without_video']} of {classes} classes have no video" in said
+    assert f"train: {counts['classes_without_video']} of {classes} classes have no video" in log
     assert (out / "val.txt").exists() == (val is not None)
     if val is None:
-        assert f"val: all of its {counts['listed_val']} videos are missing: no val.txt" in said
+        assert f"val: all of its {counts['listed_val']} videos are missing: no val.txt" in log
         snippet = (out / "config_snippet.yaml").read_text()
         assert "# There is no val list" in snippet and yaml.safe_load(snippet)["data"]["val_list"] is None
     else:
@@ -266,26 +263,26 @@ def test_a_part_of_ucf101_with_a_published_split(run, split, train, val):
     check_part_of_ucf101(run, annotations, videos, split, counts)
 
 
-@needs_annotations
-@needs_ucf
-@pytest.mark.parametrize(("split", "train", "val"), [("1", 337, None), ("2", 205, 132)])
-def test_a_part_of_the_published_ucf101(run, split, train, val):
-    counts = {"train": train, "val": val, "listed": 13320, "listed_val": 3783}
-    counts |= {"classes": 101, "classes_without_video": 91}
-    check_part_of_ucf101(run, ANNOTATIONS / "ucf101", UCF_CLIPS, split, counts)
+if ANNOTATIONS.is_dir() and UCF_CLIPS.is_dir():
+
+    @pytest.mark.parametrize(("split", "train", "val"), [("1", 337, None), ("2", 205, 132)])
+    def test_a_part_of_the_published_ucf101(run, split, train, val):
+        counts = {"train": train, "val": val, "listed": 13320, "listed_val": 3783}
+        counts |= {"classes": 101, "classes_without_video": 91}
+        check_part_of_ucf101(run, ANNOTATIONS / "ucf101", UCF_CLIPS, split, counts)
 
 
 def test_annotations_in_an_archive(run, tmp_path):
     write(tmp_path / "raw" / "ucfTrainTestlist", UCF)
     shutil.make_archive(str(tmp_path / "zips" / "UCF101TrainTestSplits"), "zip", tmp_path / "raw")
-    code, out, said = run("ucf101", tmp_path / "zips", [f"{name}.avi" for name in UCF_NAMES])
-    assert code == 0, said
+    code, out, log = run("ucf101", tmp_path / "zips", [f"{name}.avi" for name in UCF_NAMES])
+    assert code == 0, log
 
 
 def test_everything_in_one_folder(run, tmp_path):
     """Archives of both kinds, a note beside them, and a video that lies there too."""
     downloads = tmp_path / "downloads"
-    write(downloads, {"README.txt": "from the owners"})
+    write(downloads, {"README.txt": "from the publishers"})
     write(tmp_path / "raw" / "ucfTrainTestlist", UCF)
     shutil.make_archive(str(downloads / "UCF101TrainTestSplits"), "zip", tmp_path / "raw")
     for name in UCF_NAMES[:3]:
@@ -293,18 +290,18 @@ def test_everything_in_one_folder(run, tmp_path):
     shutil.make_archive(str(downloads / "UCF101"), "zip", tmp_path / "raw2")
     write_avi(downloads / f"{UCF_NAMES[0]}.avi")
     shutil.move(downloads / "UCF101.zip", tmp_path)
-    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
-    assert code == 1 and f"3 of 4 videos of UCF101 are missing below {downloads}," in said
+    code, out, log = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"3 of 4 videos of UCF101 are missing below {downloads}," in log
     shutil.move(tmp_path / "UCF101.zip", downloads)
-    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
-    assert code == 1 and f"1 of 4 videos of UCF101 are missing below {out}/unpacked/videos" in said
+    code, out, log = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"1 of 4 videos of UCF101 are missing below {out}/unpacked/videos" in log
     write_avi(downloads / f"{UCF_NAMES[3]}.avi")
-    code, out, said = run("ucf101", downloads, downloads, "--videos-only")
-    assert code == 1 and f"{UCF_NAMES[0]}.avi could both be {UCF_NAMES[0]}; keep one" in said
+    code, out, log = run("ucf101", downloads, downloads, "--videos-only")
+    assert code == 1 and f"{UCF_NAMES[0]}.avi could both be {UCF_NAMES[0]}; keep one" in log
     (downloads / f"{UCF_NAMES[0]}.avi").unlink()
     for _ in range(2):
-        code, out, said = run("ucf101", downloads, downloads, "--videos-only")
-        assert code == 0, said
+        code, out, log = run("ucf101", downloads, downloads, "--videos-only")
+        assert code == 0, log
         assert lists(out)[1] == f"UCF101/UCF-101/{UCF_NAMES[2]}.avi 0\nloose/{UCF_NAMES[3]}.avi 1\n"
         assert not list((out / "unpacked" / "annotations").rglob("*.avi"))
     assert (downloads / "UCF101.zip").exists()
@@ -323,8 +320,8 @@ def test_videos_in_an_archive(run, tmp_path):
     for name in UCF_NAMES:
         write_avi(tmp_path / "raw" / "UCF-101" / name.split("_")[1] / f"{name}.avi")
     shutil.make_archive(str(tmp_path / "zips" / "UCF101"), "gztar", tmp_path / "raw")
-    code, out, said = run("ucf101", UCF, tmp_path / "zips")
-    assert code == 0, said
+    code, out, log = run("ucf101", UCF, tmp_path / "zips")
+    assert code == 0, log
     assert lists(out)[1].startswith("UCF101/UCF-101/Archery/v_Archery_g01_c01 4 0\n")
     assert len(list((out / "frames").rglob("*.jpg"))) == 16
 
@@ -381,7 +378,8 @@ LABELS = SSV2["labels.json"]
         ("ssv2", {"labels.json": LABELS, "validation.json": []}, [], [], r"needs train\.json .*--splits val prepares only"),
         ("ssv2", SSV2, ["10/00001.jpg", "11/00001.jpg"], [], r"none of the 2 videos .* video file named 1; .*\(2 \.jpg\)"),
         ("ssv1", SSV1, ["10.webm", "11.webm"], [], r"none of the 2 videos .*frame folder named 10; .*\(2 \.webm\)"),
-        ("ssv1", SSV1, [], ["--videos-only"], "is published as frames"),
+        ("ssv1", SSV1, [], ["--videos-only"], "is published as frames, not as videos"),
+        ("ssv1", SSV1, [], ["--pack"], "--pack: .* is published as frames; `python -m datasets.packed_frames` packs them"),
         ("ssv1", SSV2, [], [], r"needs something-something-v1-labels\.csv; found labels\.json"),
         (
             "ssv1",
@@ -399,8 +397,8 @@ LABELS = SSV2["labels.json"]
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(run, dataset, annotations, videos, more, sentence):
-    code, out, said = run(dataset, annotations, videos, *more)
-    messages = [line for line in said.splitlines() if line.startswith("ERROR")]
+    code, out, log = run(dataset, annotations, videos, *more)
+    messages = [line for line in log.splitlines() if line.startswith("ERROR")]
     assert code == 1 and len(messages) == 1
     assert re.search(sentence, messages[0]), messages[0]
     assert not list(out.glob("*.csv")) and not list(out.glob("t*.txt"))
@@ -409,8 +407,8 @@ def test_what_does_not_fit_is_one_sentence(run, dataset, annotations, videos, mo
 def test_not_utf8(run, tmp_path):
     annotations = write(tmp_path / "annotations", UCF)
     (annotations / "testlist01.txt").write_bytes(b"\xff\xfe")
-    code, _, said = run("ucf101", annotations, ALL_UCF)
-    assert code == 1 and "testlist01.txt: is not UTF-8 text" in said
+    code, _, log = run("ucf101", annotations, ALL_UCF)
+    assert code == 1 and "testlist01.txt: is not UTF-8 text" in log
 
 
 def test_no_annotations(tmp_path, caplog):
@@ -422,13 +420,13 @@ def test_no_annotations(tmp_path, caplog):
 
 def test_two_rows_of_one_video(run):
     rows = f"{HEADER}abseiling,x,1,2,train\nabseiling,x,5,6,train\n"
-    code, _, said = run("k400", K400 | {"train.csv": rows}, ["x.mp4", "0123456789a.mp4"])
-    assert code == 1 and "x.mp4 is the video of two rows" in said
+    code, _, log = run("k400", K400 | {"train.csv": rows}, ["x.mp4", "0123456789a.mp4"])
+    assert code == 1 and "x.mp4 is the video of two rows" in log
 
 
 def test_output_inside_the_videos_folder(run, tmp_path):
     """The frames of the first run are not taken for videos or ambiguities by the second."""
-    code, out, said = run("ucf101", UCF, [f"{name}.avi" for name in UCF_NAMES])
+    code, out, log = run("ucf101", UCF, [f"{name}.avi" for name in UCF_NAMES])
     inside = ["ucf101", "--videos", str(tmp_path), "--annotations", str(tmp_path / "annotations"), "--jobs", "1"]
     for _ in range(2):
         assert command.main([*inside, "--out", str(out)]) == 0
