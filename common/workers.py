@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from tqdm import tqdm
@@ -56,7 +57,8 @@ class Workers:
         while waiting or running:
             try:
                 while waiting and len(running) < 2 * self.jobs:
-                    future = self._pool.submit(function, waiting[0])
+                    with _ctrl_c_blocked():  # submitting starts processes
+                        future = self._pool.submit(function, waiting[0])
                     running[future] = waiting.popleft()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
@@ -75,7 +77,9 @@ class Workers:
     def _alone(self, function: Callable[[Task], Result], task: Task) -> Result | None:
         with self._new_pool(1) as pool:
             try:
-                return pool.submit(function, task).result()
+                with _ctrl_c_blocked():
+                    future = pool.submit(function, task)
+                return future.result()
             except BrokenProcessPool:
                 return None
 
@@ -85,9 +89,18 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Processes started inside never get Ctrl-C, not even while they start; this one gets it afterwards."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when the parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End when the parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -78,6 +78,31 @@ def waited(condition) -> None:
     raise AssertionError("nothing happened for 15 seconds")
 
 
+INTERRUPTED = """
+import time
+from common.workers import Workers
+if __name__ == "__main__":
+    print("begins", flush=True)
+    with Workers(2, "spawn") as pool:
+        list(pool.run(time.sleep, [0.5] * 40))
+"""
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.3, 1.5])
+def test_ctrl_c_reaches_the_parent_alone(delay, tmp_path):
+    """Also while the processes start: one traceback, the parent's, and running tasks end."""
+    (tmp_path / "program.py").write_text(INTERRUPTED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    options = {"env": environment, "text": True, "start_new_session": True}
+    command = [sys.executable, tmp_path / "program.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as parent:
+        assert parent.stdout.readline() == "begins\n"
+        time.sleep(delay)
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        errors = parent.stderr.read()
+    assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+
+
 def test_progress_passes_items_on_and_logs(caplog, monkeypatch):
     monkeypatch.setattr(workers, "LOG_SECONDS", 0.0)
     with caplog.at_level(logging.INFO, "td4v"):

@@ -46,7 +46,7 @@ SEED = 0
 SEGMENTS, INPUT_SIZE, SCALE_SIZE = 8, 224, 256
 WAYS = ("loader", "item")
 READERS = ("recipe", "ours")
-PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "opencv-python-headless", "decord", "av", "numpy", "timm")
+PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "opencv-python-headless", "av", "numpy", "timm")
 Key = tuple[int, int]  # epoch, index
 
 
@@ -86,7 +86,8 @@ class Result:
 
 def cases_of(path: str) -> Iterator[Case]:
     """All ways of reading that a configuration can be measured in."""
-    from configs.schema import load_config
+    from configs.schema import ConfigError, load_config
+    from datasets.decoders import DecoderMissing, library
 
     data = replace(
         load_config(path).data,
@@ -108,6 +109,10 @@ def cases_of(path: str) -> Iterator[Case]:
         shot=None,
     )
     if data.modality == "video":
+        try:
+            library("decord")
+        except DecoderMissing as error:
+            raise ConfigError(f"{path}: the recipe reads video files with decord ({error})") from None
         for decoder in ("pyav", "decord"):
             yield Case(f"video files by {decoder}", replace(data, decoder=decoder))
         return
