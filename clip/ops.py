@@ -15,6 +15,7 @@ D and O widths, d reduced width, k taps (frames that a convolution over time see
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ def as_is(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast leaves tensors on x's device alone."""
     known = torch.amp.is_autocast_available(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def tensor_versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """What changes when a tensor is replaced or written in place, except through `.data`. To notice new weights."""
+    return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def normed_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
-from clip.ops import as_is, working_dtype
+from clip.ops import as_is, tensor_versions, working_dtype
 from clip.towers.base import Tower, TowerError
 from clip.towers.openclip_vit import OpenClipTower
 from clip.towers.weights import ClipWeights, TextWeights, check_fit, find_weights
@@ -187,7 +187,7 @@ class ClassTexts(nn.Module):
         self.tower, self.classes = tower, classes
         self.register_buffer("tokens", tokens.to(torch.int32))
         self._length = _longest(tokens)
-        self._cached: tuple[list[Any], Tensor] | None = None  # version of the weights, result
+        self._cached: tuple[Any, Tensor] | None = None  # dtype and versions of the weights, result
 
     def forward(self) -> Tensor:
         if not torch.is_grad_enabled():
@@ -205,10 +205,9 @@ class ClassTexts(nn.Module):
     @torch.compiler.disable
     def _cached_result(self) -> Tensor:
         values = [*self.tower.parameters(), self.tokens]
-        version: list[Any] = [(value.data_ptr(), 0 if value.is_inference() else value._version) for value in values]
-        version.append(working_dtype(self.tower.text_projection))
-        if self._cached is None or self._cached[0] != version:
-            self._cached = version, self._compute(CHUNK)
+        made_of = working_dtype(self.tower.text_projection), tensor_versions(values)
+        if self._cached is None or self._cached[0] != made_of:
+            self._cached = made_of, self._compute(CHUNK)
         return self._cached[1]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -16,12 +16,18 @@ from open_clip.model import CLIPVisionCfg, resize_pos_embed
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from clip.ops import as_is, working_dtype
+from clip.ops import as_is, tensor_versions, working_dtype
 from clip.towers.base import Block, Tower, TowerError
 from clip.towers.frozen_block import FrozenBlock
 from clip.towers.weights import OPENAI, ClipWeights, check_fit
 
 logger = logging.getLogger("td4v")
+
+
+class _Copy(NamedTuple):
+    dtype: torch.dtype
+    versions: list[tuple[int, int]]  # of the weights it was made from
+    block: FrozenBlock
 
 
 class OpenClipBlock(Block):
@@ -34,9 +40,7 @@ class OpenClipBlock(Block):
     def __init__(self, module: nn.Module):
         super().__init__(module)
         self._fold = True  # whether the copy may have the norms' affine parts in its weights
-        self._copy: tuple[torch.dtype, list[tuple[int, int]], FrozenBlock] | None = (
-            None  # dtype, version of the weights
-        )
+        self._copy: _Copy | None = None
 
     def norm_attention(self, x: Tensor) -> Tensor:
         x = x.to(working_dtype(x))
@@ -95,10 +99,10 @@ class OpenClipBlock(Block):
         block = self.module
         if not _is_plain(block) or block.ln_1.weight.dtype == dtype:
             return
-        version = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters()]
-        if self._copy is None or self._copy[:2] != (dtype, version):
+        versions = tensor_versions(block.parameters())
+        if self._copy is None or self._copy[:2] != (dtype, versions):
             with torch.inference_mode(False), torch.no_grad():  # a copy made in evaluation must serve training too
-                self._copy = dtype, version, self._freeze(dtype)
+                self._copy = _Copy(dtype, versions, self._freeze(dtype))
 
     def _frozen(self, dtype: torch.dtype) -> FrozenBlock | None:
         """The block's weights in `dtype`; None if it must run as open_clip wrote it."""
@@ -108,7 +112,7 @@ class OpenClipBlock(Block):
             return self._freeze(dtype)
         if not torch.compiler.is_compiling():
             self.prepare(dtype)
-        return self._copy[2]
+        return self._copy.block
 
     def _freeze(self, dtype: torch.dtype) -> FrozenBlock:
         quick_gelu = type(self.module.mlp.gelu) is QuickGELU

@@ -1,4 +1,4 @@
-"""Properties of the TD4V module and the small layers; faithfulness to the authors' numbers is in test_golden.py."""
+"""Properties of the TD4V module and the small layers. test_golden.py compares them with the authors' numbers."""
 
 from __future__ import annotations
 
@@ -63,6 +63,16 @@ def test_zero_init_is_zero_and_trains():
     assert torch.equal(y, torch.zeros_like(y))
     y.sum().backward()
     assert module.up.weight.grad.abs().sum() > 0
+
+
+def test_the_example_fits_into_a_transformer_and_changes_nothing_at_first():
+    """The lines of TD4V's docstring, on the patch tokens of 2 clips of 4 frames."""
+    (B, T, H, W), tokens = (2, 4, 3, 3), torch.randn(8, 9, 24)
+    td4v = TD4V(width=24, zero_init=True)
+    video = tokens.view(B, T, H, W, 24)
+    assert torch.equal(tokens + td4v(video).view_as(tokens), tokens)
+    nn.init.normal_(td4v.up.weight)
+    assert (tokens + td4v(video).view_as(tokens)).shape == tokens.shape and td4v(video).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

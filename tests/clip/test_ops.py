@@ -1,8 +1,9 @@
-"""The lean layers: gradients by finite differences, the results of plain layers, and what is kept for backward."""
+"""The memory-saving functions: gradients by finite differences, results of the plain layers, bytes saved for backward."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def random(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def kept(function, *outside):
-    """Bytes of the tensors kept for backward, each storage once, without those of `outside`."""
+def saved_bytes(function, *outside):
+    """Bytes of the tensors saved for backward, each storage once, without those of `outside`."""
     known = {x.untyped_storage().data_ptr() for x in outside}
     seen = {}
 
@@ -127,10 +128,10 @@ def test_frozen_block_is_open_clips(quick_gelu):
     torch.testing.assert_close(block.run(x), expected)
     assert gradcheck(lambda x: block.transform(block.attend(x)), (x,))
     assert gradcheck(lambda x: block.transform(block.attend(x, queries=1)), (x,))
-    kept_ours = kept(lambda: block.transform(block.attend(x)), *tower.parameters())
+    saved = saved_bytes(lambda: block.transform(block.attend(x)), *tower.parameters())
     M, L, D = x.shape
     statistics = 4 * M * L + M * 2 * L  # two norms' means and deviations, attention's logarithms
-    assert kept_ours == 8 * (M * L * D * (2 + 4 + 4) + statistics)  # 2 norms, q k v and result, the MLP's inner width
+    assert saved == 8 * (M * L * D * (2 + 4 + 4) + statistics)  # 2 norms, q k v and result, the MLP's inner width
 
 
 def test_frozen_weights_follow_changes_and_evaluations():
@@ -146,7 +147,7 @@ def test_frozen_weights_follow_changes_and_evaluations():
         moved = tower(images)
         torch.testing.assert_close(moved.float(), first.float() + 1, atol=0.05, rtol=0.02)
         tower.block_modules.requires_grad_(True)
-        assert tower(images).requires_grad  # tuned now, so no longer run as frozen
+        assert tower(images).requires_grad  # trainable now, so no longer run as frozen
     assert first.dtype == moved.dtype == torch.bfloat16
 
 
@@ -182,7 +183,7 @@ def test_recomputation_changes_nothing_but_memory(method, dtype):
 
         tensors = (*model.parameters(), *model.buffers())
         buffers = [buffer.clone() for buffer in model.buffers()]
-        sizes.append(kept(run, *tensors))
+        sizes.append(saved_bytes(run, *tensors))
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
         logits = run()
@@ -198,13 +199,13 @@ def test_recomputation_changes_nothing_but_memory(method, dtype):
 
 
 @pytest.mark.parametrize("method", ["side", "finetune"])
-def test_low_precision_is_near_and_keeps_half(method):
+def test_low_precision_is_near_and_saves_half(method):
     video, sizes, logits = torch.randn(2, 4, 3, 16, 16), [], []
     for low in (False, True):
         model = small(method)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             model(video)  # the frozen weights are cast once
-            sizes.append(kept(lambda model=model: model(video), *model.parameters(), *model.buffers()))
+            sizes.append(saved_bytes(lambda model=model: model(video), *model.parameters(), *model.buffers()))
             logits.append(model.eval()(video).float())
     assert sizes[1] < 0.6 * sizes[0], sizes
     assert (logits[1] - logits[0]).norm() < 0.05 * logits[0].norm()
@@ -220,22 +221,22 @@ def test_side_tuning_from_frozen_features():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_gradient_through_batchnorm_is_as_near_as_the_plain_layers(dtype):
-    """An error of the mean is the same in all rows: the sum over many of them shows it."""
+    """An error of the mean is the same in all rows: a sum over many rows shows it."""
     torch.manual_seed(0)
     rows, width = 16384, 24
     x, weight = 1 + torch.randn(rows, width), torch.randn(4 * width, width) / width**0.5
     towards = torch.randn(4 * width) + torch.randn(rows, 4 * width)
     found = {}
-    for name in ("exact", "plain", "lean"):
+    for name in ("exact", "plain", "fused"):
         norm = nn.BatchNorm1d(width)
         first = torch.eye(width).requires_grad_()
         with torch.autocast("cpu", dtype, enabled=name != "exact"):
             hidden = F.linear(x, first, torch.ones(width))
-            y = normed_linear(hidden, norm, weight, None) if name == "lean" else F.linear(norm(hidden), weight)
+            y = normed_linear(hidden, norm, weight, None) if name == "fused" else F.linear(norm(hidden), weight)
         (y.float() * towards).sum().div(rows**0.5).backward()
         found[name] = first.grad
     error = {name: (value - found["exact"]).norm() / found["exact"].norm() for name, value in found.items()}
-    assert error["lean"] < 4 * error["plain"] + 1e-3, error
+    assert error["fused"] < 4 * error["plain"] + 1e-3, error
 
 
 @pytest.mark.parametrize("method", ["side", "finetune"])
@@ -253,7 +254,7 @@ def test_recomputation_again_and_after_a_change_of_mode(method):
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-6, atol=0)
 
 
-def test_frozen_blocks_with_a_replaced_layer_run_as_they_are():
+def test_a_frozen_block_with_a_replaced_layer_runs_as_it_is():
     tower, x = build_custom_tower(16, 1, 2, 8, 16), torch.randn(2, 5, 16)
     block = tower.blocks[0]
     expected = block.transform(x)
@@ -268,13 +269,14 @@ def test_frozen_blocks_with_a_replaced_layer_run_as_they_are():
     torch.testing.assert_close(block.transform(x), expected + 1)
 
 
-def test_copies_of_frozen_weights_go_with_them():
+def test_low_precision_copies_are_dropped_when_the_weights_move_or_are_copied():
     model = small("side")
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 4, 3, 16, 16))
-    again = copy.deepcopy(model)
-    assert all(block._copy for block in model.tower.blocks) and not any(block._copy for block in again.tower.blocks)
-    assert [block.module for block in again.tower.blocks] == list(again.tower.visual.transformer.resblocks)
+    assert all(block._copy for block in model.tower.blocks)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any(block._copy for block in again.tower.blocks)
+        assert [block.module for block in again.tower.blocks] == list(again.tower.visual.transformer.resblocks)
     assert not any(block._copy for block in model.double().tower.blocks)
 
 

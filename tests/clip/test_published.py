@@ -1,4 +1,4 @@
-"""A whole state_dict in the authors' layout loads; test_golden.py proves that it then gives their numbers."""
+"""A complete state dict in the authors' layout loads. test_golden.py compares the numbers it then gives."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def authors_shapes(widths=(16, 32, 32), D=64, patch=8, T=4, K=5):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_whole_model(prefix):
+def test_complete_model(prefix):
     theirs = {f"{prefix}{key}": torch.randn(shape) for key, shape in authors_shapes().items()}
     assert is_authors_layout(theirs)
     model = build_model(CONFIG)
@@ -87,7 +87,7 @@ def test_whole_model(prefix):
     assert torch.equal(loaded["side.layers.2.block.td4v.down.weight"], down.squeeze(-1))
 
 
-def test_incomplete_or_strange_state_dicts_are_refused():
+def test_incomplete_or_unknown_state_dicts_are_refused():
     theirs = {key: torch.randn(shape) for key, shape in authors_shapes().items()}
     del theirs["visual.side_post_bn.weight"]
     with pytest.raises(WeightsError, match=r"theirs\.pt: .*1 keys missing \(first side\.norm\.weight\)"):
@@ -96,7 +96,7 @@ def test_incomplete_or_strange_state_dicts_are_refused():
         from_authors({"logit_scale": torch.ones(())})
 
 
-def test_whose_weights_they_are_is_asked_until_it_is_known(monkeypatch):
+def test_models_are_asked_for_their_layout_until_one_knows_it(monkeypatch):
     monkeypatch.setattr("models.aim.from_published", lambda _: pytest.fail("these are another method's"))
     load_weights(build_model(CONFIG), {key: torch.randn(shape) for key, shape in authors_shapes().items()}, "theirs.pt")
 
@@ -111,5 +111,5 @@ def test_the_last_norm_that_nothing_reads_may_be_there_or_not(norm):
     assert [last.weight.unique().item(), last.bias.unique().item()] == (list(norm.values()) or [1.0, 0.0])
 
 
-def test_ours_is_not_theirs():
+def test_our_layout_is_not_the_authors():
     assert not is_authors_layout(build_model(CONFIG).state_dict())

@@ -1,5 +1,5 @@
-"""The text head against open_clip's own CLIP, from files in every layout; what of it is tuned, kept, taken from a
-checkpoint, and learns how fast."""
+"""The text head against open_clip's own CLIP, from files in every layout: what of it is trainable, cached, or loaded
+from a checkpoint, and its learning rates."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ TUNED = ("none", "classifier", "tower")
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet() -> None:
-    """Small files do not say their activation, each of which is a warning."""
+    """Hide the warnings that small files do not say their activation."""
     logging.getLogger("td4v").setLevel(logging.ERROR)
     yield
     logging.getLogger("td4v").setLevel(logging.NOTSET)
 
 
 def random_clip(embed: int, vision: dict, text: dict, quick_gelu: bool = True) -> open_clip.CLIP:
-    """A whole CLIP; no two of its norms or biases are alike."""
+    """A complete CLIP; no two of its norms or biases are alike."""
     torch.manual_seed(0)
     model = open_clip.CLIP(embed, vision, text, quick_gelu).eval()
     for parameter in model.parameters():
@@ -77,13 +77,13 @@ def build(file: str, *arguments, names: Sequence[str] | None = NAMES, **more) ->
 
 
 def still(count: int = 2) -> Tensor:
-    """Clips whose frames are all the same, so that a mean over frames is each of them."""
+    """Clips whose frames are all the same, so that their mean is each of them."""
     images = torch.randn(count, 1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     return images.expand(-1, 4, -1, -1, -1)
 
 
 def of_open_clip(clip: open_clip.CLIP, video: Tensor, texts: Sequence[str] = TEXTS) -> Tensor:
-    """Its logits for what it says of the frames on average: (B, T, 3, H, W) -> (B, K)."""
+    """Its logits for the mean of the frames' embeddings: (B, T, 3, H, W) -> (B, K)."""
     image = clip.encode_image(video.flatten(0, 1)).unflatten(0, video.shape[:2]).mean(1)
     text = clip.encode_text(open_clip.tokenize(list(texts)), normalize=True)
     return clip.logit_scale.exp() * nn.functional.normalize(image, dim=-1) @ text.T
@@ -125,7 +125,7 @@ def test_zero_shot_is_open_clips_from_every_layout(clip: open_clip.CLIP, tmp_pat
 
 @pytest.mark.parametrize("tuned", TUNED)
 @pytest.mark.parametrize("method", SPATIAL)
-def test_every_method_in_clips_space_starts_at_zero_shot(
+def test_every_model_in_clips_space_starts_at_zero_shot(
     clip: open_clip.CLIP, file: str, method: str, tuned: str
 ) -> None:
     model = build(file, method, tuned)
@@ -230,7 +230,7 @@ def test_names_that_no_text_tells_apart_are_refused(file: str, names: tuple[str,
     ({"file": None}, "needs a pretrained CLIP, but network.init is false"),
     ({"file": None, "arch": "EVA02-B-16", "vision": None}, "not supported for towers that timm wrote, and EVA02-B-16"),
 ])  # fmt: skip
-def test_what_has_no_text_head_says_so(file: str, change: dict, message: str) -> None:
+def test_models_and_towers_without_a_text_head_say_so(file: str, change: dict, message: str) -> None:
     with pytest.raises((ConfigError, TowerError), match=message):
         build_model(config(**{"file": file, **change}), class_names=NAMES)
 
@@ -242,7 +242,15 @@ def test_a_tower_whose_tokens_are_averaged_has_no_text_head() -> None:
         build_text_head(config(None), tower, pretrained=False)
 
 
-def test_settings_that_nothing_reads_are_refused(file: str) -> None:
+@pytest.mark.parametrize("tuned", TUNED)
+def test_a_file_is_read_once_for_tower_and_text(file: str, monkeypatch: pytest.MonkeyPatch, tuned: str) -> None:
+    load, reads = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: reads.append(1) or load(*arguments, **options))
+    model = build(file, tuned=tuned)
+    assert len(reads) == 1 and model.tower.clip_weights is None  # what is not needed any more is not held
+
+
+def test_settings_without_effect_are_refused(file: str) -> None:
     with pytest.raises(ConfigError, match="network.text: is given, but network.head is linear"):
         config(file, "linear_probe", "tower", head="linear")
 
@@ -279,7 +287,7 @@ def test_a_checkpoint_needs_neither_names_nor_the_text_tower(file: str, method: 
     check_untrained(target)  # its classes are there
 
 
-def test_a_head_is_there_once_a_checkpoint_brought_all_of_it(file: str) -> None:
+def test_a_head_is_filled_once_a_checkpoint_brought_all_of_it(file: str) -> None:
     for tuned in TUNED:
         values = build(file, tuned=tuned).state_dict()
         target = build(file, tuned=tuned, names=None)
@@ -291,7 +299,7 @@ def test_a_head_is_there_once_a_checkpoint_brought_all_of_it(file: str) -> None:
 
 
 def test_pretraining_takes_no_names_from_the_checkpoint(file: str, clip: open_clip.CLIP) -> None:
-    """Where names were given, they and the templates are those of the model, and may be more than the checkpoint's."""
+    """Given names and templates are the model's, and may be more than the checkpoint's."""
     others = ("climb", "cartwheel", "sword_exercise", "a very long name of a class")
     two = {"templates": ["{}", "a {}."]}
     source = build(file, tuned="tower")
@@ -310,7 +318,7 @@ def test_pretraining_takes_no_names_from_the_checkpoint(file: str, clip: open_cl
             torch.testing.assert_close(model(still()), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_classes_that_are_not_tuned_stay_those_of_the_names(file: str) -> None:
+def test_classes_that_are_not_trainable_stay_those_of_the_names(file: str) -> None:
     others = ("climb", "cartwheel", "sword_exercise", "kick")
     source, fresh = build(file, "full_finetune"), build(file, "full_finetune", names=others)
     with torch.no_grad():
@@ -327,8 +335,8 @@ def test_classes_that_are_not_tuned_stay_those_of_the_names(file: str) -> None:
 
 
 @pytest.mark.parametrize("tuned", TUNED)
-def test_a_run_that_goes_on_has_the_checkpoints_head(file: str, tuned: str) -> None:
-    """With names or without; they are the same in the same run, but another machine may round their classes else."""
+def test_a_resumed_run_has_the_checkpoints_head(file: str, tuned: str) -> None:
+    """With names or without. Names are the same in the same run, but another machine may round their classes differently."""
     source = build(file, "full_finetune", tuned)
     with torch.no_grad():
         for value in source.head.state_dict().values():
@@ -341,7 +349,7 @@ def test_a_run_that_goes_on_has_the_checkpoints_head(file: str, tuned: str) -> N
         assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
 
 
-def test_what_a_head_without_names_does_not_fit_is_said(file: str) -> None:
+def test_a_head_without_names_says_what_does_not_fit(file: str) -> None:
     target = build(file, tuned="tower", names=None)
     for source in (build(file, tuned="tower", names=("a", "b", "c", "d")),
                    build(file, tuned="tower", text={"templates": ["{}", "a {}", "b {}", "c {}"]})):  # fmt: skip
@@ -372,7 +380,7 @@ def test_a_checkpoint_with_another_classifier_is_refused(file: str) -> None:
 
 
 @pytest.mark.parametrize("method", SPATIAL)
-def test_what_is_tuned_learns_at_its_rate(file: str, method: str) -> None:
+def test_learning_rates_of_the_trainable_parts(file: str, method: str) -> None:
     linear = parameter_report(build_model(config(file, method, head="linear")))
     for tuned in TUNED:
         model = build(file, method, tuned)
@@ -389,7 +397,7 @@ def test_what_is_tuned_learns_at_its_rate(file: str, method: str) -> None:
             assert ("text" in rates) == (tuned == "tower") and rates.get("head", 0.1) == 0.1
 
 
-def test_the_text_towers_layers_end_with_the_methods(file: str) -> None:
+def test_the_text_towers_layers_end_with_the_models(file: str) -> None:
     rates = {
         group["name"]: group["lr"]
         for group in parameter_groups(build(file, "full_finetune", "tower"), lr=1, weight_decay=0.05, layer_decay=0.5)
@@ -401,7 +409,7 @@ def test_the_text_towers_layers_end_with_the_methods(file: str) -> None:
     }  # fmt: skip
 
 
-def test_gradients_reach_all_that_is_tuned_and_nothing_else(file: str) -> None:
+def test_gradients_reach_all_trainable_parameters_and_nothing_else(file: str) -> None:
     for method in ("linear_probe", "full_finetune"):
         for tuned in TUNED[1:]:
             model = build(file, method, tuned).train()
@@ -411,7 +419,7 @@ def test_gradients_reach_all_that_is_tuned_and_nothing_else(file: str) -> None:
                 assert parameter.grad is None or parameter.grad.abs().sum() > 0, name
 
 
-def test_classes_are_kept_while_the_text_tower_stays(file: str, clip: open_clip.CLIP) -> None:
+def test_classes_are_cached_while_the_text_tower_stays(file: str, clip: open_clip.CLIP) -> None:
     model = build(file, "linear_probe", "tower")
     classes, tower = model.head.classes, model.head.classes.tower
     passes = []
@@ -442,7 +450,7 @@ def test_classes_are_kept_while_the_text_tower_stays(file: str, clip: open_clip.
     assert not torch.equal(first, ours) and not torch.equal(averaged, ours) and not torch.equal(*states)
 
 
-def test_texts_end_where_the_longest_does_after_loading_too(file: str) -> None:
+def test_texts_are_cut_to_the_longest_after_loading_too(file: str) -> None:
     longer = ("climbing up a very long and very steep ladder", *NAMES[1:])
     source = build_model(config(file, tuned="tower"), class_names=longer).eval()
     target = build(file, tuned="tower", names=None)
@@ -453,7 +461,7 @@ def test_texts_end_where_the_longest_does_after_loading_too(file: str) -> None:
 
 @pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
 def test_recompute_reaches_the_text_tower(file: str, method: str) -> None:
-    """The same gradients, and a fraction of what is kept; what is not tuned leaves nothing to compute again."""
+    """The same gradients, and a fraction of what is saved. A frozen text tower leaves nothing to compute again."""
     found = []
     for recompute in (False, True):
         model = build(file, method, "tower", recompute=recompute).train()
@@ -478,8 +486,8 @@ def test_recompute_reaches_the_text_tower(file: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("tuned", TUNED)
-def test_features_and_what_is_computed_of_them(file: str, tuned: str) -> None:
-    """What network.cache_features counts on; and the hash of the frozen weights is that of a linear head's."""
+def test_frozen_features_and_what_is_computed_of_them(file: str, tuned: str) -> None:
+    """What network.cache_features relies on; and the hash of the frozen weights is the same as with a linear head."""
     model = build(file, tuned=tuned)
     with torch.no_grad():
         assert torch.equal(model(model.frozen_features(still())), model(still()))
@@ -488,8 +496,8 @@ def test_features_and_what_is_computed_of_them(file: str, tuned: str) -> None:
 
 
 @pytest.mark.parametrize("tuned", TUNED)
-def test_random_values_serve_to_measure(tuned: str) -> None:
-    """scripts/profile.py builds so: nothing is read."""
+def test_random_values_are_enough_to_measure(tuned: str) -> None:
+    """scripts/profile builds like this: nothing is read."""
     model = build_model(config(None, "full_finetune", tuned), pretrained=False)
     model.train()(still()).sum().backward()
     arch = {"arch": "ViT-B/32", "vision": None, "options": {}}

@@ -1,4 +1,4 @@
-"""The frozen tower: names, weights in every format people have, refusals. Files are made here in those formats."""
+"""CLIP's own tower: names, weights in every format people have, refusals. The tests make files in those formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = dict(width=32, layers=2, heads=2, patch_size=8, image_size=32)
 
 
 def visual_weights(tower: OpenClipTower) -> dict[str, torch.Tensor]:
-    """What a whole CLIP's file holds of a tower, with the projection to the text space."""
+    """What a complete CLIP's file holds of a tower, with the projection to the text space."""
     values = {f"visual.{key}": torch.randn_like(value) for key, value in tower.visual.state_dict().items()}
     return {
         **values,
@@ -64,7 +64,7 @@ def write(folder, kind, values):
 
 
 def transformers_layout(values):
-    """Hugging Face's names, written from the structure of their CLIPVisionModel, for open_clip's."""
+    """open_clip's names become those of Hugging Face's CLIPVisionModel."""
     named = {}
     for key, value in values.items():
         key = key.removeprefix("visual.").replace("transformer.resblocks", "encoder.layers")
@@ -153,7 +153,7 @@ def test_refusals(tmp_path):
         build_openclip_tower("ViT-B/16", 225)
 
 
-def test_more_images_than_a_block_takes_at_a_time():
+def test_a_block_runs_a_few_images_at_a_time():
     tower, x = build_custom_tower(**SMALL), torch.randn(2 * CHUNK + 3, 5, 32)
     block = tower.blocks[0]
     whole = block.transform(block.attend(x))
@@ -183,7 +183,7 @@ def test_frozen_and_never_training():
 
 @pytest.mark.parametrize("arch", ["ViT-B/32", "ViT-B-32", "ViT-S-16-alt"])
 def test_equals_open_clip(arch):
-    """Block by block as open_clip's own forward, for OpenAI's names and open_clip's."""
+    """The blocks give what open_clip's own forward gives, for OpenAI's names and open_clip's."""
     torch.manual_seed(0)
     tower = build_openclip_tower(arch, 64)
     name = {"ViT-B/32": "ViT-B-32-quickgelu"}.get(arch, arch)

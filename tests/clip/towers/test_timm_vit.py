@@ -1,4 +1,4 @@
-"""timm's trunks as towers: they compute what timm computes, every method trains on them, files load; lacks are told."""
+"""timm's models as towers: they compute what timm computes, every model trains on them, files load, errors say why."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny_models(monkeypatch):
 
 
 def shake(module: nn.Module) -> nn.Module:
-    """Every weight random: layer scales and the like begin too near 0 or 1 to be seen."""
+    """Make every weight random: layer scales and the like start too near 0 or 1 to be seen."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -158,7 +158,7 @@ def test_what_is_added_to_the_embedding_stands_before_its_norm(name):
     assert not torch.equal(wanted, plain)
 
 
-def test_registers_count_for_nothing_that_is_read():
+def test_registers_do_not_count_in_what_is_read():
     tower = tower_of("vit_small_patch14_reg4_dinov2")
     x = torch.randn(3, 9, 32, dtype=torch.float64)
     normed = tower.final_norm(x)
@@ -177,7 +177,7 @@ def test_registers_count_for_nothing_that_is_read():
 
 @pytest.mark.parametrize("method", MODELS)
 @pytest.mark.parametrize("arch", KINDS)
-def test_every_method_trains_on_every_trunk(arch, method):
+def test_every_model_trains_on_every_tower(arch, method):
     model = build_model(config(arch, method)).train()
     clips = random_clips(arch)
     for parameter in model.parameters():  # nothing that starts at 0 hides what stands behind it
@@ -207,7 +207,7 @@ def _parameters(part):
 
 @pytest.mark.parametrize("method", ["td4v_finetune", "aim"])
 @pytest.mark.parametrize("arch", KINDS)
-def test_at_step_0_a_method_in_the_blocks_is_the_trunk(arch, method):
+def test_at_step_0_a_model_in_the_blocks_is_the_tower(arch, method):
     dtype, most = exactness(arch)
     model = build_model(config(arch, method)).to(dtype).eval()
     clips = random_clips(arch).to(dtype)
@@ -218,8 +218,8 @@ def test_at_step_0_a_method_in_the_blocks_is_the_trunk(arch, method):
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "eva02_base_patch16_clip_224"])
-def test_frozen_blocks_keep_no_input_of_a_linear_layer(name):
-    """What a norm gives goes into linear layers alone, so that a frozen block need not keep it for backward."""
+def test_frozen_blocks_save_no_input_of_a_linear_layer(name):
+    """A norm's result goes only into linear layers, so that a frozen block need not save it for backward."""
     tower = build_timm_tower(name, KINDS[name][2])
     x = torch.randn(4, tower.prefix + 4, 32, requires_grad=True)
     alive, normed, kept = [], set(), set()
@@ -237,7 +237,7 @@ def test_frozen_blocks_keep_no_input_of_a_linear_layer(name):
     assert normed and kept and not normed & kept
 
 
-def test_a_checkpoint_goes_out_and_in(tmp_path):
+def test_a_checkpoint_is_saved_and_loaded(tmp_path):
     arch = "vit_small_patch14_reg4_dinov2"
     model, other = build_model(config(arch, "td4v_side")), build_model(config(arch, "td4v_side"))
     shake(model)
@@ -285,7 +285,7 @@ def test_files_of_timm_and_open_clip_load(arch, wrapped, tmp_path, caplog):
 
 @pytest.mark.parametrize("arch", ["vit_base_patch16_224", "vit_medium_patch16_reg4_gap_256", "eva02_base_patch14_224"])
 def test_a_norm_that_is_not_the_last_is_left_out(arch, tmp_path):
-    """Files of a model whose tokens are averaged before the norm, or behind it, may hold the other norm too."""
+    """Files of a model whose tokens are averaged before the norm, or after it, may hold the other norm too."""
     path = tmp_path / "weights.pt"
     theirs = shake(timm.create_model(arch, img_size=KINDS[arch][2], num_classes=0))
     last, other = ("norm", "fc_norm") if isinstance(theirs.norm, nn.LayerNorm) else ("fc_norm", "norm")
@@ -306,7 +306,7 @@ def test_layer_scales_under_the_authors_names(tmp_path):
 
 
 def test_pixels_are_those_of_open_clips_tag(tmp_path, monkeypatch, caplog):
-    """Not those that timm knows of the trunk; and a tag is believed."""
+    """Not those that timm knows of the model."""
     theirs = shake(timm.create_model("eva02_base_patch16_clip_224", num_classes=0, img_size=32)).state_dict()
     path = tmp_path / "weights.pt"
     torch.save({f"visual.trunk.{key}": value for key, value in theirs.items()}, path)
@@ -351,7 +351,7 @@ def test_a_name_that_both_libraries_have_takes_timms_tags():
     assert asked == [f"{arch}.sw_in12k_ft_in1k"] * 2
 
 
-def test_random_weights_are_told_of_trunks_that_there_are(caplog):
+def test_random_weights_are_logged_for_existing_towers(caplog):
     with caplog.at_level(logging.WARNING, "td4v"):
         build_model(config("vit_base_patch16_224"))
         assert "vit_base_patch16_224 starts from RANDOM weights" in caplog.text and "CLIP" not in caplog.text
@@ -440,7 +440,7 @@ def test_tags(monkeypatch):
         ("vit_base_patch16_224.odd", "vit_base_patch16_224.odd: .*odd"),
     ],
 )
-def test_what_a_trunk_lacks_is_named(arch, lack):
+def test_unsuitable_towers_say_why(arch, lack):
     with pytest.raises(TowerError, match=f"^network.arch: .*{lack}") as caught:
         build_model(config(arch))
     assert "\n" not in str(caught.value)
@@ -451,23 +451,23 @@ def test_what_a_trunk_lacks_is_named(arch, lack):
     [("vit_base_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}),
      ("eva02_base_patch16_clip_224", {"use_post_norm": True})],
 )  # fmt: skip
-def test_norms_behind_are_refused(arch, changes):
+def test_norms_after_attention_and_mlp_are_refused(arch, changes):
     with pytest.raises(TowerError, match="the norms stand behind attention and MLP"):
         build_timm_tower(arch, 32, **changes)
 
 
 class OwnPatches(PatchEmbed):
-    """Patches in a way of their own."""
+    """Patches of another kind."""
 
 
-def test_odd_patches_are_refused():
+def test_other_patches_are_refused():
     with pytest.raises(TowerError, match="takes patches of 16 x 8 pixels in 3 channels"):
         build_timm_tower("vit_base_patch16_224", 32, patch_size=(16, 8))
     with pytest.raises(TowerError, match="no plain patches: they come from OwnPatches"):
         build_timm_tower("vit_base_patch16_224", 32, embed_layer=OwnPatches)
 
 
-def test_sizes_and_class_tokens_are_asked_for():
+def test_sizes_that_do_not_fit_and_missing_class_tokens_are_refused():
     with pytest.raises(
         TowerError, match="data.input_size: 225 is not divisible by the patch size 14 of vit_small_patch14_dinov2"
     ):
