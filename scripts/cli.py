@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,34 @@ if TYPE_CHECKING:
     import torch
 
 
+logger = logging.getLogger("td4v")
+
 ROOT = Path(__file__).parents[1]
+
+
+def run(work: Callable[[], int | None], out_of_memory: str = "out of memory", interrupted: str = "interrupted") -> int:
+    """Run a command, and return its exit status: what `work` returns, or that of its error.
+
+    Errors that a user can cause are logged as one sentence, others raised. SIGTERM and SIGUSR1 act as Ctrl-C.
+    """
+    from engine.errors import EngineError  # here, because it imports torch, and --help should be quick
+    from engine.profiling import is_out_of_memory
+    from engine.signals import ending_in_order
+
+    try:
+        with ending_in_order():
+            return work() or 0
+    except (EngineError, ValueError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.error("%s", out_of_memory)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("%s", interrupted)
+        return 130
 
 
 def default_jobs() -> int:
@@ -31,7 +60,7 @@ def positive_int(text: str) -> int:
 
 def find_device(name: str | None) -> torch.device:
     """The device of --device; by default a GPU if there is one. Raises ValueError for a GPU that is not there."""
-    import torch  # here, so that --help is quick
+    import torch
 
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")

@@ -160,8 +160,10 @@ def _means(runs: list[Run], metric: str) -> Row:
 
 def by_run(values: dict[str, list[Any]], head: str) -> list[Row]:
     """One row a key and one column a run, named by its number."""
-    return [{head: key, **{str(number): text for number, text in enumerate(shortened(row), 1)}}
-            for key, row in values.items()]  # fmt: skip
+    return [
+        {head: key, **{str(number): text for number, text in enumerate(shortened(row), 1)}}
+        for key, row in values.items()
+    ]
 
 
 def shortened(values: list[Any], width: int = 28) -> list[str]:
@@ -230,8 +232,8 @@ def draw(runs: list[Run], metric: str, path: Path) -> None:
         lines = []
         for index, run in enumerate(runs):
             rows = run.epochs_with(key)
-            lines += axes.plot([row["epoch"] + 1 for row in rows], [row[key] for row in rows], marker="o", markersize=3,
-                               linewidth=1.4, **line_style(index))  # fmt: skip
+            x, y = [row["epoch"] + 1 for row in rows], [row[key] for row in rows]
+            lines += axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, **line_style(index))
         axes.set_xlim(0.5, max(last, 1) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if not any(run.epochs_with(key) for run in runs):

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
+from scripts.cli import run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.metrics import Accuracy, ScoreTable
     from engine.results import SavedScores
-
-logger = logging.getLogger("td4v")
 
 
 class EnsembleError(ValueError):
@@ -55,17 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="results: NAME.json, NAME.npz, ... (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from engine.errors import EngineError  # here, as all that imports torch, so that --help is quick
-
-    try:
-        ensemble(options.scores, options.weights, Path(f"{options.out.removesuffix('.json')}.json"))
-    except (EnsembleError, EngineError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    target = Path(f"{options.out.removesuffix('.json')}.json")
+    return run(lambda: ensemble(options.scores, options.weights, target))
 
 
-def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Path) -> Accuracy:
+def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Path) -> None:
     """Average the runs, print the table, write the results to `target` (X.json) and beside it.
 
     Raises:
@@ -73,7 +66,7 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
             videos or classes.
         ResultsError: a file that cannot be read or written.
     """
-    from engine.results import check_target, files_of, write
+    from engine.results import check_target, files_of, write  # here, as all that imports torch
     from engine.run_info import run_info
 
     weights = [1.0] * len(paths) if weights is None else weights
@@ -89,7 +82,6 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
     print(table(runs, accuracy), end="", flush=True)
     names = next((run.saved.names for run in runs if run.saved.names is not None), None)
     write(target, accuracy, names, {"runs": [_to_dict(run) for run in runs], "meta": run_info()})
-    return accuracy
 
 
 def check_arguments(paths: Sequence[Path], weights: Sequence[float]) -> None:

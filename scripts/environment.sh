@@ -53,7 +53,7 @@ elif [ -z "${PYTHON:-}" ]; then
 fi
 
 if ! missing=$("$PYTHON" scripts/check_requirements.py); then
-    echo "$PYTHON lacks ${missing:-what requirements.txt asks for}; install it with" \
+    echo "missing in $PYTHON: ${missing:-what requirements.txt asks for}; install it with" \
         "'python -m venv .venv && .venv/bin/pip install -r requirements.txt', or run this script with --install" >&2
     exit 1
 fi

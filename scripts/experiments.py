@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from configs.schema import Config, difference, load_config
+from engine.errors import EngineError
 from engine.run_info import DataChangedError, check_same_lists, describe_list
 from engine.signals import ending_in_order
 from scripts.cli import ROOT
@@ -28,7 +29,7 @@ logger = logging.getLogger("td4v")
 LISTS = ("train_list", "val_list", "label_list")
 
 
-class ExperimentError(RuntimeError):
+class ExperimentError(EngineError):
     """A run failed, or its folder holds another; the message is one sentence."""
 
 

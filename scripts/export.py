@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
 from configs.schema import Config, ConfigError, load_config
+from scripts.cli import run
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-logger = logging.getLogger("td4v")
 
 
 class ExportError(ValueError):
@@ -44,25 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="overrides of --config")  # fmt: skip
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from engine import checkpoint_file  # here, as all that imports torch, so that --help is quick
-    from engine.errors import EngineError
+    return run(lambda: write_export(options))
 
-    try:
-        check_target(options.checkpoint, options.out)
-        if options.set and options.config is None:
-            raise ExportError(
-                "--set changes the file given by --config; without it the checkpoint's configuration is used"
-            )
-        source = checkpoint_file.load(options.checkpoint)
-        config = load_config(options.config, options.set) if options.config is not None else None
-        content = export(source, options.checkpoint, options.full, config)
-        write = checkpoint_file.save if options.out.suffix == ".pt" else checkpoint_file.save_safetensors
-        write(options.out, content)
-        print(table({options.checkpoint: source, options.out: content}), end="", flush=True)
-    except (EngineError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+
+def write_export(options: argparse.Namespace) -> None:
+    """Read, check, write, and print what was read and written."""
+    from engine import checkpoint_file  # here, as all that imports torch, so that --help is quick
+
+    check_target(options.checkpoint, options.out)
+    if options.set and options.config is None:
+        raise ExportError("--set changes the file given by --config; without it the checkpoint's configuration is used")
+    source = checkpoint_file.load(options.checkpoint)
+    config = load_config(options.config, options.set) if options.config is not None else None
+    content = export(source, options.checkpoint, options.full, config)
+    write = checkpoint_file.save if options.out.suffix == ".pt" else checkpoint_file.save_safetensors
+    write(options.out, content)
+    print(table({options.checkpoint: source, options.out: content}), end="", flush=True)
 
 
 def check_target(source: Path, target: Path) -> None:

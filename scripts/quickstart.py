@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
-from scripts.cli import ROOT, default_jobs, positive_int, write_text
+from scripts.cli import ROOT, default_jobs, positive_int, run, write_text
+from scripts.reports import plural
 
 if TYPE_CHECKING:
     from scripts.experiments import Experiment
@@ -44,12 +45,12 @@ CHANCE = 25.0
 EXPECTED = 60.0  # what TD4V side-tuning must reach with every seed
 
 
-class QuickstartError(RuntimeError):
+class QuickstartError(ValueError):
     """A variant did not reach what it must; the message is one sentence."""
 
 
-def main() -> None:
-    """Run everything; the exit status is 1 if a step fails or a variant does not reach what it must."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code, which is 1 if a step fails or a variant does not reach what it must."""
     parser = argparse.ArgumentParser(prog="python -m scripts.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="FOLDER",
                         help="for data, runs, table.md and quickstart.png (default: %(default)s)")  # fmt: skip
@@ -57,26 +58,24 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="one seed, two of the variants, few epochs")
     parser.add_argument("--jobs", type=positive_int, default=default_jobs(), metavar="N",
                         help="runs at a time (default: %(default)s)")  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    from scripts.experiments import ExperimentError  # here, so that --help is quick
-
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        quickstart(options.output.resolve(), options.seeds, options.short, options.jobs)
-    except (QuickstartError, ExperimentError, OSError, ValueError) as error:
-        raise SystemExit(f"quickstart: {error}") from None
+    return run(
+        lambda: quickstart(options.output.resolve(), options.seeds, options.short, options.jobs),
+        interrupted="interrupted; rerun the command to resume it",
+    )
 
 
 def quickstart(output: Path, seeds: list[int], short: bool, jobs: int) -> None:
     """Make the data, train, test, and write the table and the figure into `output`."""
-    from scripts.experiments import run_experiments
+    from scripts.experiments import run_experiments  # here, as all that imports torch, so that --help is quick
     from scripts.quickstart_figure import draw
 
     started = time.monotonic()
     variants = [variant for variant in VARIANTS if not short or variant.key in ("side", "blind")]
     seeds = seeds[:1] if short else seeds
     data = output / "data"
+    output.mkdir(parents=True, exist_ok=True)
     make_data(data)
     print(f"data: 256 training and 128 test videos of 8 JPEG frames in {data}; chance is {CHANCE:.0f} %", flush=True)
     print("CLIP: a small tower with RANDOM, frozen weights", flush=True)
@@ -86,8 +85,8 @@ def quickstart(output: Path, seeds: list[int], short: bool, jobs: int) -> None:
     results = dict(zip(experiments, run_experiments(list(experiments.values()), jobs, device="cpu"), strict=True))
     table = make_table(variants, seeds, results)
     write_text(output / "table.md", table)
-    draw(data, {variant.title: [results[variant.key, seed]["top1"] for seed in seeds] for variant in variants},
-         output / "quickstart.png")  # fmt: skip
+    scores = {variant.title: [results[variant.key, seed]["top1"] for seed in seeds] for variant in variants}
+    draw(data, scores, output / "quickstart.png")
     print(f"\n{table}\ntable: {output / 'table.md'}\nfigure: {output / 'quickstart.png'}")
     print(f"TensorBoard: tensorboard --logdir {output / 'runs'}\n{(time.monotonic() - started) / 60:.1f} minutes")
     check(variants, seeds, results)
@@ -124,7 +123,7 @@ def make_table(variants: Sequence[Variant], seeds: Sequence[int], results: Resul
         trainable = results[variant.key, seeds[0]]["parameters"]["trainable"]
         mean, span = f"{statistics.mean(scores):.1f} %", f"{min(scores):.1f} to {max(scores):.1f} %"
         rows.append([variant.title, mean, span, f"{trainable:,}"])
-    columns = ["variant", f"top-1, mean of {len(seeds)} seeds", "lowest to highest", "trainable parameters"]
+    columns = ["variant", f"top-1, mean of {plural(len(seeds), 'seed')}", "lowest to highest", "trainable parameters"]
     return (
         f"{markdown_table(columns, rows, align='lrrr')}\nChance is {CHANCE:.0f} %. Seeds {', '.join(map(str, seeds))}. "
         "CLIP: small, frozen, random weights. 128 test videos, last epoch.\n"
@@ -147,4 +146,4 @@ def check(variants: Sequence[Variant], seeds: Sequence[int], results: Results) -
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

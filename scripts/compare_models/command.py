@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.cli import default_jobs, find_device, positive_int, write_json, write_text
+from scripts.cli import default_jobs, find_device, positive_int, run, write_json, write_text
 
 logger = logging.getLogger("td4v")
 
@@ -53,26 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from engine.errors import EngineError  # here, as all that imports torch, so that --help is quick
-    from engine.profiling import is_out_of_memory
-    from engine.signals import ending_in_order
-    from scripts.experiments import ExperimentError
-
-    try:
-        with ending_in_order():
-            compare(options, ["python", "-m", "scripts.compare_models", *(sys.argv[1:] if argv is None else argv)])
-    except (ExperimentError, EngineError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.error("out of memory in counting FLOPs of %s; --skip costs does without them", options.costs)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; rerun the command to resume it")
-        return 130
-    return 0
+    command = ["python", "-m", "scripts.compare_models", *(sys.argv[1:] if argv is None else argv)]
+    no_memory = f"out of memory in counting FLOPs of {options.costs}; --skip costs does without them"
+    return run(
+        lambda: compare(options, command),
+        out_of_memory=no_memory,
+        interrupted="interrupted; rerun the command to resume it",
+    )
 
 
 def compare(options: argparse.Namespace, command: list[str]) -> None:

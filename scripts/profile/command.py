@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.cli import find_device, positive_int, write_json, write_text
+from scripts.cli import find_device, positive_int, run, write_json, write_text
 
 if TYPE_CHECKING:
     from scripts.profile.report import Row
@@ -55,57 +55,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    command = ["python", "-m", "scripts.profile", *(sys.argv[1:] if argv is None else argv)]
+    return run(
+        lambda: profile(options, command),
+        out_of_memory="out of memory before anything is timed",
+        interrupted=f"interrupted; what is measured is in {options.output}",
+    )
+
+
+def profile(options: argparse.Namespace, command: list[str]) -> None:
+    """Measure all configurations and write the report after each row."""
     import torch  # here, as all that imports it, so that --help is quick
 
-    from configs.schema import ConfigError
-    from engine.errors import EngineError
-    from engine.profiling import is_out_of_memory
     from engine.run_info import run_info
-    from engine.signals import ending_in_order
     from scripts.profile.cases import default_batch, default_repeats, load_cases
-    from scripts.profile.measure import COUNTED_CLIPS, measure
+    from scripts.profile.measure import measure
     from scripts.profile.report import scaling, summary
 
+    device = find_device(options.device)
+    precision = [f"solver.precision={options.precision}"] if options.precision else []
+    cases = load_cases([options.config, *options.compare], [*options.set, *precision], options.frames, device)
+    repeats = options.repeats or default_repeats(device)
+    several = [options.processes, *(values for values in (options.frames, options.batches) if values)]
+    scales = max(options.processes) > 1 or any(len(set(values)) > 1 for values in several)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in FILES:  # no file of an earlier call stays beside the new ones
+        (options.output / name).unlink(missing_ok=True)
+    meta = run_info() | {"command": command, "device": str(device), "threads": torch.get_num_threads()}
     rows: list[Row] = []
-    label = ""
-    scales = any(len(set(values or ())) > 1 for values in (options.frames, options.batches))
-    scales = scales or max(options.processes) > 1
-    try:
-        device = find_device(options.device)
-        precision = [f"solver.precision={options.precision}"] if options.precision else []
-        texts, overrides = [options.config, *options.compare], [*options.set, *precision]
-        cases = load_cases(texts, overrides, options.frames, device)
-        options.output.mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # no file of an earlier call stays beside the new ones
-            (options.output / name).unlink(missing_ok=True)
-        command = ["python", "-m", "scripts.profile", *(sys.argv[1:] if argv is None else argv)]
-        meta = run_info() | {"command": command, "device": str(device), "threads": torch.get_num_threads()}
-        repeats = options.repeats or default_repeats(device)
-        with ending_in_order():
-            try:  # what is measured stays, whatever ends the run
-                for label, config in cases:
-                    batches = options.batches or [default_batch(config, device)]
-                    for row in measure(config, label, batches, device, repeats, options.processes):
-                        rows.append(row)
-                        write(rows, meta, scales, options.output)
-                    write(rows, meta, scales, options.output)  # with the matrix rate measured last
-            finally:
-                draw(rows, scales, options.output)
-    except (ConfigError, EngineError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.error("%s: out of memory with %d clips, before anything is timed", label, COUNTED_CLIPS)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted; %d rows are in %s", len(rows), options.output)
-        return 130
+    try:  # what is measured stays, whatever ends the run
+        for label, config in cases:
+            batches = options.batches or [default_batch(config, device)]
+            for row in measure(config, label, batches, device, repeats, options.processes):
+                rows.append(row)
+                write(rows, meta, scales, options.output)
+            write(rows, meta, scales, options.output)  # with the matrix rate measured last
+    finally:
+        draw(rows, scales, options.output)
     print(summary(rows) + (f"\n{scaling(rows)}" if scales else ""), end="")
     files = [name for name in FILES if (options.output / name).exists()]
     logger.info("weights and video were random; %s in %s", ", ".join(files), options.output)
-    return 0
 
 
 def write(rows: list[Row], meta: dict[str, Any], scales: bool, folder: Path) -> None:

@@ -68,7 +68,7 @@ def test_nothing_is_installed_unasked(checkout: Checkout, script: str) -> None:
     done = checkout.run(script, VIRTUAL_ENV=active.parents[1])
     assert done.returncode == 1 and done.stdout == "" and checkout.commands() == []
     assert done.stderr == (
-        f"{active} lacks torch>=2.11; install it with 'python -m venv .venv && .venv/bin/pip install -r requirements.txt', "
+        f"missing in {active}: torch>=2.11; install it with 'python -m venv .venv && .venv/bin/pip install -r requirements.txt', "
         "or run this script with --install\n"
     )
     assert not (checkout.folder / ".venv").exists() and not active.with_name("complete").exists()

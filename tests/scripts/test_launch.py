@@ -174,7 +174,7 @@ def test_a_worker_that_stops_by_itself_is_not_started_again(tmp_path):
     ("asked_to", "status", "message"),
     [
         ("ignore", 75, r"had not saved within 1 seconds \(TD4V_GRACE\)"),
-        ("1", 1, "ended with status 1 when it was asked"),
+        ("1", 1, "ended with status 1 when it was requested"),
     ],
 )
 def test_workers_that_cannot_save(tmp_path, asked_to, status, message):

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
-from scripts.cli import positive_int, write_json, write_text
+from scripts.cli import positive_int, run, write_json, write_text
 from scripts.reports import spread
 
 if TYPE_CHECKING:
@@ -306,29 +306,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.videos < BATCH:
         parser.error(f"--videos must be at least {BATCH}")
-    import torch  # here, as all that imports it, so that --help is quick
-
-    from configs.schema import ConfigError
-    from datasets.annotation import AnnotationError
-    from engine.distributed import Process
+    from engine.distributed import Process  # here, as all that imports torch, so that --help is quick
     from engine.log import setup_logging
-    from engine.run_info import run_info
 
     setup_logging(Process())
+    return run(lambda: benchmark(options))
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Measure all cases, and write the table, the numbers and the figure."""
+    import torch
+
+    from engine.run_info import run_info
+
     torch.set_num_threads(1)
-    try:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if options.core is None else options.core})
-        cases = [case for path in options.configs for case in cases_of(path)]
-        results = [measure(case, options.videos, options.repeats) for case in cases]
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ConfigError, AnnotationError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if options.core is None else options.core})
+    cases = [case for path in options.configs for case in cases_of(path)]
+    results = [measure(case, options.videos, options.repeats) for case in cases]
+    options.out.mkdir(parents=True, exist_ok=True)
     meta = run_info() | {"packages": {name: version(name) for name in PACKAGES}}
     write_json(options.out / "result.json", {"meta": meta, "results": [asdict(result) for result in results]})
     write_text(options.out / "table.md", table(results))
     draw(results, options.out / "stages.png")
     print(table(results), end="")
     logger.info("%s: table.md, result.json, stages.png", options.out)
-    return 0

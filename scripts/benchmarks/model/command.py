@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.tables import markdown_table
-from scripts.cli import find_device, positive_int, write_json, write_text
+from scripts.cli import find_device, positive_int, run, write_json, write_text
 from scripts.reports import spread
 
 if TYPE_CHECKING:
@@ -302,28 +302,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.batch < 2 or options.frames == 1:
         parser.error("--batch and --frames must be at least 2")
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    from engine.errors import EngineError  # here, as all that imports torch, so that --help is quick
-    from engine.optim import resolve_precision, set_tf32
-    from engine.profiling import is_out_of_memory
+    no_memory = f"a batch of {options.batch} clips does not fit into memory: choose a smaller --batch"
+    return run(lambda: benchmark(options), out_of_memory=no_memory)
 
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Measure all configurations, write the report after each, and return the exit status."""
+    from engine.optim import resolve_precision, set_tf32
+
+    device = find_device(options.device)
+    set_tf32(False, device)
+    precisions = [resolve_precision(name, device) for name in options.precision]
+    cases = configurations(options)
+    options.output.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
-    try:
-        device = find_device(options.device)
-        set_tf32(False, device)
-        precisions = [resolve_precision(name, device) for name in options.precision]
-        cases = configurations(options)
-        options.output.mkdir(parents=True, exist_ok=True)
-        for name, config in cases:
-            results.append(measure(config, name, options.batch, precisions, options.repeats, device))
-            write(results, options.output)
-    except (EngineError, ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.error("a batch of %d clips does not fit into memory: choose a smaller --batch", options.batch)
-        return 1
+    for name, config in cases:
+        results.append(measure(config, name, options.batch, precisions, options.repeats, device))
+        write(results, options.output)
     failures = [failure for result in results for failure in result.failures()]
     for failure in failures:
         logger.error("%s", failure)

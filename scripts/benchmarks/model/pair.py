@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from configs.schema import Config, ConfigError, PyramidConfig, VisionConfig, fill_options
+from configs.schema import Config, ConfigError, VisionConfig, fill_options
 from engine.optim import Precision
 from models.registry import MODELS, build_model
 from scripts.benchmarks.model.command import MODEL_NAMES, SIDES
@@ -108,7 +108,7 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
             sizes,
             classes,
             frames,
-            places=tuple(product.td4v),
+            halves=tuple(product.td4v),
             ratio=options.ratio,
             mode=options.mode,
             feature=options.feature,
@@ -130,14 +130,13 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
 def small(config: Config) -> Config:
     """The same model on a tower of two blocks and 3 x 3 patches, for what would take too long at full size."""
     frames = config.data.num_segments
-    return replace(
-        config,
-        data=replace(config.data, num_classes=4, input_size=48),
-        network=replace(
-            config.network, arch="custom", vision=VisionConfig(64, 2, 2, 16, 48),
-            pyramid=PyramidConfig((max(24, frames), max(72, frames)), config.network.pyramid.mlp_ratio),
-        ),
-    )  # fmt: skip
+    network = replace(
+        config.network,
+        arch="custom",
+        vision=VisionConfig(width=64, layers=2, heads=2, patch_size=16, image_size=48),
+        pyramid=replace(config.network.pyramid, n_embs=(max(24, frames), max(72, frames))),
+    )
+    return replace(config, data=replace(config.data, num_classes=4, input_size=48), network=network)
 
 
 def differences(pair: Pair) -> dict[str, tuple[float, str]]:

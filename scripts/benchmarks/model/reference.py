@@ -79,8 +79,16 @@ class PlainTD4V(nn.Module):
 class PlainSideBlock(nn.Module):
     """TD4V, attention to the shifted class token and the patches, MLP: (N, M, n) and token (1, M, n) -> (N, M, n)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, ratio: float, mode: Literal["FC", "CNN"],
-                 frames: int, grid: tuple[int, int]):  # fmt: skip
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        ratio: float,
+        mode: Literal["FC", "CNN"],
+        frames: int,
+        grid: tuple[int, int],
+    ):
         super().__init__()
         self.frames, self.grid = frames, grid
         self.td4v = PlainTD4V(width, ratio, mode, frames, grid)
@@ -173,8 +181,16 @@ class PlainSideTuning(PlainTower):
         mlp_ratio: hidden share of the side blocks' MLPs. ratio, mode: of TD4V.
     """
 
-    def __init__(self, sizes: TowerSizes, classes: int, frames: int, widths: Sequence[int], mlp_ratio: float = 1.0,
-                 ratio: float = 1 / 6, mode: Literal["FC", "CNN"] = "CNN"):  # fmt: skip
+    def __init__(
+        self,
+        sizes: TowerSizes,
+        classes: int,
+        frames: int,
+        widths: Sequence[int],
+        mlp_ratio: float = 1.0,
+        ratio: float = 1 / 6,
+        mode: Literal["FC", "CNN"] = "CNN",
+    ):
         super().__init__(sizes)
         self.frames, self.grid, self.widths = frames, sizes.grid, list(widths)
         P, width = sizes.patch_size, sizes.width
@@ -191,7 +207,10 @@ class PlainSideTuning(PlainTower):
         transformer.side_lns = nn.ModuleList(LayerNorm(width) for _ in widths)
         transformer.side_linears = nn.ModuleList(nn.Linear(width, n) for n in widths)
         transformer.side_transformer = nn.ModuleList(
-            PlainSideBlock(n, max(1, n // 64), mlp_ratio, ratio, mode, frames, sizes.grid) for n in widths
+            PlainSideBlock(
+                n, heads=max(1, n // 64), mlp_ratio=mlp_ratio, ratio=ratio, mode=mode, frames=frames, grid=sizes.grid
+            )
+            for n in widths
         )
         self.side_post_bn = nn.BatchNorm3d(widths[-1])
         self.fc_proj = nn.Linear(widths[-1], classes)
@@ -227,22 +246,30 @@ class PlainFineTuning(PlainTower):
 
     Args:
         sizes: of the tower. classes: K. frames: T. ratio, mode: of TD4V.
-        places: before which halves of a block TD4V stands, of "attention" and "mlp".
+        halves: the halves of a block that get TD4V before them, of "attention" and "mlp".
         feature: of a frame, "class_token" or "mean_tokens", averaged over frames.
         embedding: whether there is a temporal embedding.
     """
 
-    def __init__(self, sizes: TowerSizes, classes: int, frames: int, places: Sequence[str] = ("attention",),
-                 ratio: float = 1 / 12, mode: Literal["FC", "CNN"] = "FC", feature: str = "class_token",
-                 embedding: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        sizes: TowerSizes,
+        classes: int,
+        frames: int,
+        halves: Sequence[str] = ("attention",),
+        ratio: float = 1 / 12,
+        mode: Literal["FC", "CNN"] = "FC",
+        feature: str = "class_token",
+        embedding: bool = True,
+    ):
         super().__init__(sizes)
         self.feature = feature
         self.td4v = nn.ModuleDict(
             {
-                place: nn.ModuleList(
+                half: nn.ModuleList(
                     PlainTD4V(sizes.width, ratio, mode, frames, sizes.grid) for _ in range(sizes.layers)
                 )
-                for place in places
+                for half in halves
             }
         )
         self.temporal_embedding = nn.Parameter(torch.zeros(frames, sizes.width)) if embedding else None
@@ -261,11 +288,11 @@ class PlainFineTuning(PlainTower):
         y = y[0] if self.feature == "class_token" else y.mean(0)  # (M, D)
         return y.reshape(B, T, -1).mean(1)
 
-    def adapt(self, place: str, index: int, x: Tensor) -> Tensor:
-        if place not in self.td4v:
+    def adapt(self, half: str, index: int, x: Tensor) -> Tensor:
+        if half not in self.td4v:
             return x
         token, patches = x[:1], x[1:]
-        return torch.cat([token, patches + self.td4v[place][index](patches)])
+        return torch.cat([token, patches + self.td4v[half][index](patches)])
 
     def forward(self, video: Tensor) -> Tensor:
         return self.fc_proj(self.features(video))
