@@ -52,20 +52,18 @@ def model(
     from models.loading import load_weights
     from models.registry import build_model
 
-    path = Path(weights) if weights is not None else None
-    if path is not None and path.is_dir():
-        path = path / checkpoint_file.BEST
-    content = checkpoint_file.load(path) if path is not None else {}
+    checkpoint = checkpoint_file.load_weights_file(weights) if weights is not None else None
     if config is None:
-        config = content.get("config") or {"data": {"dataset": "hub", "style": "kinetics", "num_classes": num_classes}}
+        config = (checkpoint and checkpoint.config) or {
+            "data": {"dataset": "hub", "style": "kinetics", "num_classes": num_classes}
+        }
     settings = [f"network.model={name}", *overrides]
     settings += [f"data.num_classes={num_classes}"] if num_classes is not None else []
     settings += ["network.init=false", "network.weights=null"] if not pretrained else []
     resolved = load_config(config, settings)
-    backbone = content["backbone"] if checkpoint_file.lacks_backbone(content) else None
-    built = build_model(resolved, pretrained=path is None or backbone is not None)
-    if path is not None:
-        load_weights(built, checkpoint_file.weights_of(content, path), str(path), backbone=backbone)
+    built = build_model(resolved, pretrained=checkpoint is None or not checkpoint.has_backbone)
+    if checkpoint is not None:
+        load_weights(built, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
     return built.eval()
 
 

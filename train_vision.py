@@ -1,39 +1,14 @@
-"""Trains one configuration: wires configuration, data, model and engine, whose logic does not live here.
+"""Trains a model, as a configuration says.
 
 python train_vision.py --config configs/ssv2.yaml [--set solver.lr=5e-4 ...]
 bash scripts/run_train_vision.sh configs/ssv2.yaml          the same on all GPUs, through torchrun
 
-The same command goes on with the run that it began, until that is finished.
+Rerunning a command resumes its run until that is finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import logging
-
-from configs.schema import fill_from_checkpoint, load_config, require_data_paths
-from datasets.build import class_names, listed_loader, train_loader, val_loader
-from engine import checkpoint_file, optim
-from engine.build import base_lr, build_training_state, clips_per_step
-from engine.distributed import move_to_device, start, unwrap, wrap
-from engine.dry_run import dry_run
-from engine.entry import run
-from engine.errors import EngineError
-from engine.evaluation import evaluate, log_accuracy
-from engine.feature_cache import FeatureCache
-from engine.log import setup_logging
-from engine.normalize import Normalizer
-from engine.resume import find_run, restarted, starting_point
-from engine.rng import seed_everything
-from engine.run_dir import RunDir
-from engine.run_info import run_info
-from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
-from models.loading import load_weights
-from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
-from models.registry import build_model, with_pixel_statistics
-
-logger = logging.getLogger("td4v")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,102 +22,205 @@ def parse_arguments() -> argparse.Namespace:
         "--output", help="run folder (default: the unfinished run of this configuration, else a new one)"
     )
     parser.add_argument("--log_time", help="name of the run in OUTPUT_DIR/DATASET/ARCH (default: the time)")
-    parser.add_argument("--fresh", action="store_true", help="begin another run, do not go on with an unfinished one")
-    parser.add_argument("--dry-run", action="store_true", help="one batch of each kind through everything, then tell")
+    parser.add_argument("--fresh", action="store_true", help="start a new run even if one can be resumed")
+    parser.add_argument("--dry-run", action="store_true", help="one batch of each kind, to see time and memory")
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA where there is a GPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA if there is a GPU")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Configuration, data, model, engine."""
-    arguments = parse_arguments()
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()  # before the imports below, which take seconds, so that --help answers at once
+
+import dataclasses
+import functools
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from configs.schema import Config, fill_from_checkpoint, load_config, require_data_paths
+from datasets.build import check_paths, class_names, listed_loader, train_loader, val_loader
+from engine.build import build_training_state, clips_per_step
+from engine.checkpointer import Progress
+from engine.distributed import Process, move_to_device, start, wrap
+from engine.dry_run import dry_run
+from engine.entry import run
+from engine.errors import EngineError
+from engine.evaluation import evaluate, log_accuracy
+from engine.feature_cache import FeatureCache
+from engine.log import setup_logging
+from engine.normalize import Normalizer
+from engine.optim import Precision, resolve_precision
+from engine.resume import RunPlan, plan_run
+from engine.rng import seed_everything
+from engine.run_dir import RunDir
+from engine.run_info import run_info
+from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
+from models.loading import load_weights
+from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
+from models.registry import build_model, with_pixel_statistics
+
+logger = logging.getLogger("td4v")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Configuration, run, model, loaders, trainer."""
     process = start(arguments.device)
     setup_logging(process)
-    overrides = [*arguments.set, *([f"solver.precision={arguments.precision}"] if arguments.precision else [])]
-    config = load_config(arguments.config, overrides)
-    require_data_paths(config, ("val",) if config.solver.evaluate else ("train", "val"), arguments.config)
-    data, solver, saving = config.data, config.solver, config.checkpoint
-    precision = optim.resolve_precision(solver.precision, process.device, solver.tf32)
-    names = class_names(data)  # a label list that does not fit should not be found out at the end
-    ours = (process.rank, process.world_size)
-    validation = val_loader(data, config.seed, *ours)
-    meta = run_info({key: getattr(data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
-    trains = not solver.evaluate and not arguments.dry_run
-    wishes = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh and not restarted()}
-    folder, going_on = find_run(config, meta, process, **wishes) if trains else (None, False)
-    path, content, whole = starting_point(config, meta, folder if going_on else None, process)
-    config = fill_from_checkpoint(config, content.get("config"))
-
-    lean = checkpoint_file.lacks_backbone(content)
-    brings_backbone = bool(content) and not lean  # as our checkpoints then must, for nothing else has those weights
-    drop_head = config.pretrain_head == "drop" and path == config.pretrain
-    needs_clip = not brings_backbone or (drop_head and config.network.head == "text")  # a text head is made of CLIP
-    caches = config.network.cache_features if not arguments.dry_run else "off"
-    model = build_model(config, needs_clip, None if whole else names)
-    config = with_pixel_statistics(config, model)
-    data = config.data
-    normalizer = Normalizer(data.mean, data.std)
-    # A run that goes on takes its weights with the rest of its state, unless features are computed before.
-    if content and not (whole and trains and caches == "off"):
-        identity = content["backbone"] if lean else None
-        load_weights(model, checkpoint_file.weights_of(content, path), path, drop_head, identity)
-    if not whole and not solver.evaluate:
-        check_trainable(model)
+    config = read_config(arguments)
+    precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
+    trains = not (config.solver.evaluate or arguments.dry_run)
+    meta = run_info({key: getattr(config.data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
+    where = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
+    plan = plan_run(config, meta, process, writes=trains, **where)
+    # A resumed run gets its weights with the rest of its state, unless features are computed with them before.
+    restores = plan.resumes and trains and config.network.cache_features == "off"
+    model, config = build_start(config, plan, loads=not restores)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
-    if caches != "off":
-        frozen = frozen_identity(model)["sha256"]
-        cache = FeatureCache(config, meta["lists"], model, frozen, process, precision, normalizer)
-        validation = cache.loader("val", validation, validation)
-    if solver.evaluate:
+    loaders = build_loaders(config, model, meta["lists"], process, precision, dry=arguments.dry_run)
+    if not trains:
         logger.info("%s", report)
-        move_to_device(model, process, solver.compile)
-        expected, every = len(validation.dataset), config.logging.print_freq
-        log_accuracy("validation", evaluate(model, validation, process, precision, expected, every, normalizer))
-        return
-    backbone = frozen_identity(model) if lean or not whole else content["backbone"]
-    training = train_loader(data, config.seed, *ours, model.frames_per_segment)
-    if caches == "all":
-        training = cache.loader("train", listed_loader(data, config.seed, *ours), training)
-    model = wrap(model, process, config.network.sync_bn, solver.compile)
-    seed_everything(config.seed, process)
-    clips, lr = clips_per_step(config, process), base_lr(config, process)
-    groups = parameter_groups(
-        unwrap(model),
-        lr=lr,
-        weight_decay=solver.weight_decay,
-        clip_ratio=solver.clip_ratio,
-        layer_decay=solver.layer_decay,
-        decay_norms=solver.decay_norms,
-    )
-    steps = steps_per_epoch(len(training), solver.grad_accumulation_steps)
-    trainee = build_training_state(config, model, groups, lr, precision, process, steps, backbone)
-    settings = TrainerSettings(
-        solver.epochs, config.logging.print_freq, config.logging.eval_freq, config.logging.skip_epoch,
-        solver.grad_accumulation_steps, solver.clip_grad, solver.early_stop, solver.max_bad_steps,
-        saving.every_steps, saving.every_minutes, saving.keep, saving.full or brings_backbone,
-    )  # fmt: skip
-    loaders = (training, validation, len(validation.dataset))
+    if config.solver.evaluate:
+        return evaluate_only(config, model, loaders, process, precision)
+    backbone = plan.checkpoint.backbone if plan.resumes and plan.brings_backbone else frozen_identity(model)
+    model = wrap(model, process, config.network.sync_bn, config.solver.compile)
+    seed_everything(config.seed, process)  # after all that may draw, so that a run draws the same however it is built
+    steps = steps_per_epoch(len(loaders["train_loader"]), config.solver.grad_accumulation_steps)
+    state = build_training_state(config, model, parameter_groups, precision, process, steps, backbone)
+    settings = TrainerSettings.from_config(config, full=plan.brings_backbone)
     if arguments.dry_run:
-        logger.info("%s", report)
-        if (kept := config.network.cache_features) != "off":
-            cache = FeatureCache(config, meta["lists"], unwrap(model), "", process, precision, normalizer)
-            cost = cache.cost(len(validation.dataset) + (len(training.dataset) if kept == "all" else 0))
-            logger.info("network.cache_features %s would keep %s; the estimate below is without it", kept, cost)
-        dry_run(trainee, *loaders, process, settings)
-        return
-    shown = {"mean": data.mean, "std": data.std, "clips": config.logging.clips if caches != "all" else 0}
-    with RunDir(folder, config.to_dict(), meta, process, resume=going_on, **shown) as record:
-        logger.info("%s", report)
-        logger.info(
-            "%s on %s: %d training and %d validation videos, %d classes, T = %d, %d clips a step on %d x %s, %s",
-            *(config.network.model_name, data.dataset, len(training.dataset), len(validation.dataset)),
-            *(data.num_classes, data.num_segments, clips, process.world_size, process.device.type, folder),
+        return dry_run(state, **loaders, process=process, settings=settings)
+    run_dir = build_run_dir(config, plan, meta, process, state.normalizer)
+    trainer = Trainer(state, **loaders, process=process, settings=settings, run=run_dir)
+    if plan.resumes:
+        trainer.restore(plan.checkpoint)  # may refuse, so it comes before anything is written
+    with run_dir:
+        log_start(config, report, loaders, process, run_dir.path)
+        progress = trainer.fit()
+        log_end(progress, run_dir.path)
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The configuration, after the checks that take no time."""
+    precision = [f"solver.precision={arguments.precision}"] if arguments.precision else []
+    config = load_config(arguments.config, [*arguments.set, *precision])
+    splits = ("val",) if config.solver.evaluate else ("train", "val")
+    require_data_paths(config, splits, arguments.config)
+    for split in splits:
+        check_paths(config.data, split)
+    return config
+
+
+def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, Config]:
+    """The model that the run starts with, and the configuration with what follows from the model.
+
+    Args:
+        loads: load the weights of the checkpoint, if there is one.
+    """
+    checkpoint, names = plan.checkpoint, class_names(config.data)
+    drops_head = config.pretrain is not None and config.pretrain_head == "drop" and not plan.resumes
+    needs_clip = not plan.brings_backbone or (drops_head and config.network.head == "text")  # made of CLIP's text tower
+    model = build_model(config, pretrained=needs_clip, class_names=None if plan.resumes else names)
+    if checkpoint is not None and loads:
+        load_weights(
+            model,
+            checkpoint.weights,
+            str(checkpoint.path),
+            drop_head=drops_head,
+            backbone=checkpoint.missing_backbone,
         )
-        state = Trainer(trainee, *loaders, process, settings, record).fit(path if whole else None, content)
-        logger.info("finished: best top-1 %.2f, checkpoints and curves in %s", state.best, folder)
+    if not plan.resumes and not config.solver.evaluate:
+        check_trainable(model)
+    saved_config = checkpoint.config if checkpoint is not None else None
+    return model, with_pixel_statistics(fill_from_checkpoint(config, saved_config), model)
+
+
+def build_loaders(
+    config: Config,
+    model: nn.Module,
+    lists: dict[str, Any],
+    process: Process,
+    precision: Precision,
+    dry: bool,
+) -> dict[str, Any]:
+    """Loaders of videos, or of cached features: the Trainer's arguments train_loader, val_loader and val_videos.
+
+    Args:
+        lists: of run_info, for the hashes of the data lists. dry: only log what a cache would take.
+    """
+    data, cached = config.data, config.network.cache_features
+    shard = {"seed": config.seed, "rank": process.rank, "world_size": process.world_size}
+    shard["frames_per_segment"] = model.frames_per_segment
+    val = val_loader(data, **shard)
+    train = None if config.solver.evaluate else train_loader(data, **shard)
+    if cached != "off":
+        normalizer, sha256 = Normalizer(data.mean, data.std), frozen_identity(model)["sha256"]
+        cache = FeatureCache(config, lists, model, sha256, process, precision, normalizer)
+        if dry:
+            cost = cache.cost(len(val.dataset) + (len(train.dataset) if cached == "all" else 0))
+            logger.info("network.cache_features %s would keep %s; the estimate below is without it", cached, cost)
+        else:
+            val = cache.loader("val", val, val)
+        if cached == "all" and not dry and train is not None:
+            train = cache.loader("train", listed_loader(data, **shard), train)
+    return {"train_loader": train, "val_loader": val, "val_videos": len(val.dataset)}
+
+
+def evaluate_only(
+    config: Config, model: nn.Module, loaders: dict[str, Any], process: Process, precision: Precision
+) -> None:
+    """solver.evaluate: the accuracy on the validation videos, and nothing else."""
+    move_to_device(model, process, config.solver.compile)
+    accuracy = evaluate(
+        model,
+        loaders["val_loader"],
+        process,
+        precision,
+        loaders["val_videos"],
+        print_freq=config.logging.print_freq,
+        normalizer=Normalizer(config.data.mean, config.data.std),
+    )
+    log_accuracy("validation", accuracy)
+
+
+def build_run_dir(
+    config: Config, plan: RunPlan, meta: dict[str, Any], process: Process, normalizer: Normalizer
+) -> RunDir:
+    """The run folder, which is not written before it is opened."""
+    return RunDir(
+        plan.folder,
+        config.to_dict(),
+        meta,
+        process,
+        resume=plan.in_place,
+        auto_named=plan.auto_named,
+        normalizer=normalizer,
+        clips=config.logging.clips if config.network.cache_features != "all" else 0,
+    )
+
+
+def log_start(config: Config, report: Any, loaders: dict[str, Any], process: Process, folder: Path) -> None:
+    """What is trained, on what, and where it goes."""
+    data, videos = config.data, len(loaders["train_loader"].dataset)
+    logger.info("%s", report)
+    logger.info(
+        f"{config.network.model_name} on {data.dataset}: {videos} training and {loaders['val_videos']} validation "
+        f"videos, {data.num_classes} classes, T = {data.num_segments}, {clips_per_step(config, process)} clips a step "
+        f"on {process.world_size} x {process.device.type}, {folder}"
+    )
+
+
+def log_end(progress: Progress, folder: Path) -> None:
+    """The result, and as the last line the command that tests it."""
+    script = Path(sys.argv[0]).with_name("test_vision.py")
+    logger.info("finished: best top-1 %.2f, checkpoints and curves in %s", progress.best, folder)
+    logger.info("test it with: python %s", shlex.join([str(script), "--weights", str(folder)]))
 
 
 if __name__ == "__main__":
-    run(main, (EngineError, ValueError, OSError))
+    run(functools.partial(main, ARGUMENTS), errors=(EngineError, ValueError, OSError))

@@ -162,13 +162,19 @@ def _eval_loader(data: DataConfig, dataset: EvalDataset, seed: int, rank: int, w
     return _loader(data, dataset, sampler, max(1, data.batch_size // views), views=views, seed=seed)
 
 
-def video_source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
-    list_key, list_file = list_or_root(data, split, "list")
+def check_paths(data: DataConfig, split: Literal["train", "val", "test"]) -> None:
+    """Raise ConfigError if the list or root of a split is not set or does not exist; nothing is read."""
     root_key, root = list_or_root(data, split, "root")
     if not os.path.isdir(root):
         raise ConfigError(f"data.{root_key}: there is no folder {root}")
+    list_key, list_file = list_or_root(data, split, "list")
     if not os.path.isfile(list_file):
         raise ConfigError(f"data.{list_key}: there is no file {list_file}")
+
+
+def video_source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
+    check_paths(data, split)
+    (list_key, list_file), (_, root) = (list_or_root(data, split, what) for what in ("list", "root"))
     return VideoSource(
         records=read_list(list_file, data.modality, data.num_classes, f"data.{list_key}"),
         root=root,

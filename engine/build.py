@@ -1,8 +1,8 @@
-"""From a configuration and the parameter groups of a model to everything that training changes."""
+"""From a configuration and a model to everything that training changes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,16 +29,10 @@ def clips_per_step(config: Config, process: Process) -> int:
     return data.batch_size * data.num_sample * process.world_size * config.solver.grad_accumulation_steps
 
 
-def base_lr(config: Config, process: Process) -> float:
-    """solver.lr, scaled to the clips of a step if solver.lr_base_batch asks for it."""
-    return scaled_lr(config.solver.lr, config.solver.lr_base_batch, clips_per_step(config, process))
-
-
 def build_training_state(
     config: Config,
     model: nn.Module,
-    groups: Sequence[dict[str, Any]],
-    lr: float,
+    parameter_groups: Callable[..., list[dict[str, Any]]],
     precision: Precision,
     process: Process,
     steps_per_epoch: int,
@@ -49,14 +43,23 @@ def build_training_state(
     Args:
         config: with data.mean and data.std filled in.
         model: as wrapped for the processes (distributed.wrap).
-        groups: all trainable parameters, see optim.check_groups.
-        lr: see optim.build_scheduler.
+        parameter_groups: makes the optimizer's groups (see optim.check_groups) from the model and, by keyword, the
+            solver's lr, weight_decay, clip_ratio, layer_decay and decay_norms.
         backbone: identity of the frozen weights, kept in checkpoints.
 
     Raises:
         OptimError: the groups do not hold each trainable parameter once.
     """
     data, solver = config.data, config.solver
+    lr = scaled_lr(solver.lr, solver.lr_base_batch, clips_per_step(config, process))
+    groups = parameter_groups(
+        unwrap(model),
+        lr=lr,
+        weight_decay=solver.weight_decay,
+        clip_ratio=solver.clip_ratio,
+        layer_decay=solver.layer_decay,
+        decay_norms=solver.decay_norms,
+    )
     check_groups(unwrap(model), groups)
     optimizer = build_optimizer(
         groups,

@@ -1,18 +1,4 @@
-"""Saves a run and restores it: which files, when, what is in them, and that all processes do it together.
-
-The keys of a checkpoint of a run:
-    epoch, step_in_epoch, step  finished epochs, optimizer steps in the unfinished one, optimizer steps in all
-    best, evaluations_since_best, history  best top-1 in percent, validations since then, one row an epoch
-    unevaluated_epoch  the row of an epoch that was trained but not evaluated yet, or None
-    loss_monitor       skipped steps, loss spikes and the usual loss
-    model_state_dict   names as in the model alone, without DistributedDataParallel's "module."; the trainable
-                       parameters and all buffers, with `full` the frozen parameters too
-    ema_state_dict     the averaged weights under the same names, or None
-    backbone           name, weights and sha256 of the frozen parameters, or None if nothing is frozen
-    optimizer_state_dict, scheduler, scaler
-    rng, meters        one entry a process: the states of its random generators; its sums over the epoch
-    config, meta       the resolved configuration; versions, git revision and data lists
-"""
+"""Saves a run and restores it: when, which files, what is in them, and that all processes do it together."""
 
 from __future__ import annotations
 
@@ -27,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import checkpoint_file
-from engine.checkpoint_file import CheckpointError, lacks_backbone
+from engine.checkpoint_file import Checkpoint, CheckpointError
 from engine.distributed import Process, barrier, gather, unwrap
 from engine.ema import EmaError
 from engine.meter import LossMonitor, Meter
@@ -56,22 +42,6 @@ class Progress:
         values = {name: content[name] for name in cls.__dataclass_fields__}
         monitor = LossMonitor(**values["loss_monitor"])
         return cls(**{**values, "history": list(values["history"]), "loss_monitor": monitor})
-
-
-_REQUIRED = {  # besides the fields of Progress
-    "history": list, "loss_monitor": dict, "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler": dict,
-    "scaler": dict, "rng": list, "meters": list, "config": dict, "meta": dict,
-}  # fmt: skip
-
-
-def is_resumable(content: dict[str, Any]) -> bool:
-    """Whether a checkpoint holds a complete run, and not weights alone."""
-    return not _missing_keys(content)
-
-
-def _missing_keys(content: dict[str, Any]) -> list[str]:
-    keys = dict.fromkeys((*Progress.__dataclass_fields__, *_REQUIRED))
-    return [key for key in keys if key not in content or not isinstance(content[key], _REQUIRED.get(key, object))]
 
 
 class Checkpointer:
@@ -135,17 +105,18 @@ class Checkpointer:
         barrier()
         return path
 
-    def restore(self, path: Path, content: dict[str, Any], steps_per_epoch: int, epochs: int) -> tuple[Progress, Meter]:
-        """Restore everything from the content of a checkpoint, which is emptied.
+    def restore(self, checkpoint: Checkpoint, steps_per_epoch: int, epochs: int) -> tuple[Progress, Meter]:
+        """Restore the training state from a checkpoint, whose content is emptied. Nothing is written.
 
         Args:
-            path: the checkpoint. steps_per_epoch: of this run. epochs: of this run, solver.epochs.
+            steps_per_epoch, epochs: of this run.
 
         Raises:
             CheckpointError: it does not fit this run.
         """
-        progress, meter = restore_run(content, path, self.state, self.process)
-        content.clear()  # the tensors were copied
+        path = checkpoint.path
+        progress, meter = restore_run(checkpoint, self.state, self.process)
+        checkpoint.content.clear()  # the tensors were copied
         if progress.step != progress.epoch * steps_per_epoch + progress.step_in_epoch:
             raise CheckpointError(
                 f"{path}: made {progress.step} steps in {progress.epoch} epochs and {progress.step_in_epoch} steps, "
@@ -155,18 +126,22 @@ class Checkpointer:
             raise CheckpointError(f"{path}: {progress.epoch} epochs were trained already, solver.epochs is {epochs}")
         if path.parent.resolve() == self.run.path.resolve():
             self.saved_step = progress.step if path.name == checkpoint_file.LAST else None
-        if progress.best >= 0 and self.process.is_main:
-            self._check_best(path.parent / checkpoint_file.BEST, progress.best)
         return progress, Meter.from_state(meter)
 
-    def _check_best(self, source: Path, top1: float) -> None:
-        """Copy the best model so far into another folder; warn if it is damaged or missing."""
+    def copy_best(self, folder: Path, top1: float) -> None:
+        """Copy the best model of a resumed run from its folder to this run's, on the main process.
+
+        A file that is damaged, missing, or not the one with that top-1 only gives a warning.
+        """
+        if not self.process.is_main:
+            return
+        source = folder / checkpoint_file.BEST
         try:
             best = checkpoint_file.load(source)
-            if best.get("best") != top1:
+            if best.content.get("best") != top1:
                 raise CheckpointError(f"{source}: is not the best model up to this checkpoint")
-            if source.parent.resolve() != self.run.path.resolve():
-                checkpoint_file.save(self.run.path / checkpoint_file.BEST, best)
+            if folder.resolve() != self.run.path.resolve():
+                checkpoint_file.save(self.run.path / checkpoint_file.BEST, best.content)
         except CheckpointError as error:
             logger.warning("%s; it had top-1 %.2f, and only a better model replaces it", error, top1)
 
@@ -208,9 +183,7 @@ def run_content(
     }
 
 
-def restore_run(
-    content: dict[str, Any], path: str | Path, state: TrainingState, process: Process
-) -> tuple[Progress, dict[str, Any]]:
+def restore_run(checkpoint: Checkpoint, state: TrainingState, process: Process) -> tuple[Progress, dict[str, Any]]:
     """Restore `state` and this process's random generators as `run_content` found them.
 
     Returns:
@@ -219,8 +192,9 @@ def restore_run(
     Raises:
         CheckpointError: weights only, another model or optimizer, or another number of processes.
     """
-    if missing := _missing_keys(content):
-        raise CheckpointError(f"{path}: holds no run to resume: {', '.join(missing)} missing")
+    path, content = checkpoint.path, checkpoint.content
+    if not checkpoint.is_run:
+        raise CheckpointError(f"{path}: holds no run to resume: {', '.join(checkpoint.missing_run_keys)} missing")
     if len(content["rng"]) != process.world_size:
         raise CheckpointError(
             f"{path}: was written by {len(content['rng'])} processes and cannot be resumed with {process.world_size}"
@@ -229,7 +203,7 @@ def restore_run(
         raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
     if (content["ema_state_dict"] is None) != (state.ema is None):
         raise CheckpointError(f"{path}: was written with another solver.ema_decay, and cannot be resumed with this one")
-    load_saved_weights(state.model, content, state.backbone, path)
+    load_saved_weights(state.model, checkpoint, state.backbone)
     part = "optimizer"
     try:
         state.optimizer.load_state_dict(_with_kernels_of(state.optimizer, content["optimizer_state_dict"]))
@@ -251,14 +225,10 @@ def restore_run(
         rates = zip(state.optimizer.param_groups, state.scheduler.base_lrs, state.scheduler.lr_lambdas, strict=True)
         for group, base_lr, factor in rates:
             group["lr"] = base_lr * factor(progress.step)
-    steps = f" and {progress.step_in_epoch} steps" if progress.step_in_epoch else ""
-    logger.info("resumed from %s after %s epochs%s, best top-1 %.2f", path, progress.epoch, steps, progress.best)
     return progress, content["meters"][process.rank]
 
 
-def load_saved_weights(
-    model: nn.Module, content: dict[str, Any], backbone: dict[str, str] | None, path: str | Path
-) -> None:
+def load_saved_weights(model: nn.Module, checkpoint: Checkpoint, backbone: dict[str, str] | None) -> None:
     """Load the weights of a checkpoint of a run; the frozen ones may be missing if they are the same here.
 
     Args:
@@ -267,17 +237,17 @@ def load_saved_weights(
     Raises:
         CheckpointError: names, shapes or the frozen weights differ.
     """
-    target, saved = unwrap(model), content["model_state_dict"]
+    path, target, saved = checkpoint.path, unwrap(model), checkpoint.content["model_state_dict"]
     expected = target.state_dict()
     may_be_missing: set[str] = set()
-    if lacks_backbone(content):
+    if not checkpoint.has_backbone:
         may_be_missing = expected.keys() - weights_to_save(target, full=False).keys()
-        saved_backbone, backbone = content["backbone"], backbone or {}
-        if saved_backbone["sha256"] != backbone.get("sha256"):
+        needed, present = checkpoint.backbone, backbone or {}
+        if needed["sha256"] != present.get("sha256"):
             raise CheckpointError(
-                f"{path}: was trained on the frozen weights {saved_backbone['name']}, {saved_backbone['weights']} "
-                f"({saved_backbone['sha256'][:12]}), and here are {backbone.get('name')}, {backbone.get('weights')} "
-                f"({str(backbone.get('sha256'))[:12]})"
+                f"{path}: was trained on the frozen weights {needed['name']}, {needed['weights']} "
+                f"({needed['sha256'][:12]}), and here are {present.get('name')}, {present.get('weights')} "
+                f"({str(present.get('sha256'))[:12]})"
             )
     missing = [name for name in expected if name not in saved and name not in may_be_missing]
     unexpected = [name for name in saved if name not in expected]

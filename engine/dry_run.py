@@ -1,8 +1,4 @@
-"""One training step and one validation batch through everything, to see what a whole run would take.
-
-Lives here: what `train_vision.py --dry-run` does, in a folder that is gone afterwards.
-Does not live here: any other way of training, evaluating or saving (loop.py, evaluation.py).
-"""
+"""One training step and one validation batch through everything, to see what a whole run would take."""
 
 from __future__ import annotations
 
@@ -31,80 +27,110 @@ logger = logging.getLogger("td4v")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of a training step, a pass of validation, a save and the whole run, each as long as the slowest process
-    takes; the peak of memory in GiB, a GPU's or the process's; bytes of last_model.pt; clips a second that data must
-    come at."""
+    """What a run takes, by the slowest process.
+
+    Args:
+        step, validation, save: seconds of a training step, of PASS_CLIPS clips of validation, and of a checkpoint.
+        run: seconds of the whole run.
+        memory: peak in GiB, of the GPU or of the process.
+        checkpoint_bytes: size of last_model.pt.
+        clips_per_s: the speed that the loader must have.
+        finite: whether the loss of the step was finite.
+    """
 
     step: float
     validation: float
     save: float
-    whole: float
+    run: float
     memory: float
-    size: int
+    checkpoint_bytes: int
     clips_per_s: float
+    finite: bool
 
     def __str__(self) -> str:
-        whole = timedelta(seconds=round(self.whole))
         return (
-            f"dry run: {self.step:.3f} s a step, {self.validation:.3f} s for {PASS_CLIPS} clips of validation, {self.save:.2f} s and "
-            f"{self.size / 1e6:.1f} MB a checkpoint, peak memory {self.memory:.2f} GiB; the whole run takes {whole} if "
-            f"the loader gives {self.clips_per_s:.1f} clips/s; nothing was kept"
+            f"dry run: {self.step:.3f} s a step, {self.validation:.3f} s for {PASS_CLIPS} clips of validation, "
+            f"{self.save:.2f} s and {self.checkpoint_bytes / 1e6:.1f} MB a checkpoint, "
+            f"peak memory {self.memory:.2f} GiB; the whole run takes {timedelta(seconds=round(self.run))} if the "
+            f"loader gives {self.clips_per_s:.1f} clips/s; nothing was kept"
         )
 
 
 def dry_run(
-    trainee: TrainingState,
+    state: TrainingState,
     train_loader: DataLoader,
     val_loader: DataLoader,
-    expected: int,
+    val_videos: int,
     process: Process,
     settings: TrainerSettings,
 ) -> Estimate:
-    """Rehearse, make one step, validate one batch, save; say and return what that took. Arguments as Trainer's.
+    """Make one step, evaluate one batch and save, in a folder that is removed; log and return what that takes.
 
-    The model is not the same afterwards. Errors are those of a run.
+    Arguments are the Trainer's. The model is not the same afterwards. Errors are those of a run.
     """
     with (
-        tempfile.TemporaryDirectory(prefix="td4v_dry_run_") as place,
+        tempfile.TemporaryDirectory(prefix="td4v_dry_run_") as folder,
         ending_in_order(),
-        RunDir(place, {}, {}, process) as record,
+        RunDir(folder, {}, {}, process) as run,
     ):
-        trainer = Trainer(trainee, train_loader, val_loader, expected, process, settings, record)
-        trainee.model.train()
-        groups = trainer.groups(0)
-        group = next(groups)
-        trainer.rehearse(group[0]["video"])  # which also warms up
-        barrier()
+        trainer = Trainer(state, train_loader, val_loader, val_videos, process, settings, run)
+        step, clips = _time_step(trainer)
+        validation, clips_a_batch, videos = _time_validation(trainer)
         since = _now(process)
-        trainer.step(group)
-        trainer.settle()
-        step = _now(process) - since
-        clips = sum(gather(sum(len(batch["label"]) for batch in group)))
-        groups.close()
-        sync_buffers(trainee.model)
-        batch = next(iter(val_loader))
-        videos = sum(gather(len(batch["index"]) + len(batch["skipped"])))
-        for _ in range(2):  # the first warms up
-            since = _now(process)
-            accuracy = evaluate(trainee.model, [batch], process, trainee.precision, videos, None, trainee.normalizer)
-        validated = max(gather(batch["video"].shape[0] * batch["video"].shape[1] if batch["video"] is not None else 1))
-        seconds = (_now(process) - since) / math.ceil(validated / PASS_CLIPS)
-        since = _now(process)
-        trainer.keeper.save(trainer.state, trainer.meter)
+        trainer.checkpointer.save(trainer.progress, trainer.meter)
         save = _now(process) - since
-        size = (record.path / checkpoint_file.LAST).stat().st_size if process.is_main else 0
-        setup_logging(process)  # the log in the folder goes with it
-    step, seconds, save, memory = (
-        max(values) for values in zip(*gather((step, seconds, save, _memory(process))), strict=True)
-    )
+        size = (run.path / checkpoint_file.LAST).stat().st_size if process.is_main else 0
+        setup_logging(process)  # closes the log in the folder, which is removed
+    measured = gather((step, validation, save, _memory(process)))
+    step, validation, save, memory = (max(values) for values in zip(*measured, strict=True))
     evaluations = sum(settings.evaluates(epoch) for epoch in range(settings.epochs))
-    saves = settings.epochs + evaluations
-    passes = math.ceil(len(val_loader) * validated / PASS_CLIPS)
-    whole = step * trainer.steps * settings.epochs + seconds * passes * evaluations + save * saves
-    estimate = Estimate(step, seconds, save, whole, memory, size, clips / step)
-    logger.info("%d videos validated, loss finite: %s", accuracy.videos, not trainer.state.loss_monitor.skipped_steps)
+    passes = math.ceil(len(val_loader) * clips_a_batch / PASS_CLIPS)
+    seconds = step * trainer.steps * settings.epochs + validation * passes * evaluations
+    seconds += save * (settings.epochs + evaluations)
+    estimate = Estimate(
+        step=step,
+        validation=validation,
+        save=save,
+        run=seconds,
+        memory=memory,
+        checkpoint_bytes=size,
+        clips_per_s=clips / step,
+        finite=not trainer.progress.loss_monitor.skipped_steps,
+    )
+    logger.info("%d videos validated, loss finite: %s", videos, estimate.finite)
     logger.info("%s", estimate)
     return estimate
+
+
+def _time_step(trainer: Trainer) -> tuple[float, int]:
+    """Seconds of a training step, and its clips on all processes."""
+    process = trainer.process
+    trainer.state.model.train()
+    steps = trainer.step_batches(0)
+    batches = next(steps)
+    trainer.warm_up(batches[0]["video"])
+    barrier()
+    since = _now(process)
+    trainer.step(batches)
+    trainer.finish_pending_step()
+    seconds = _now(process) - since
+    steps.close()
+    return seconds, sum(gather(sum(len(batch["label"]) for batch in batches)))
+
+
+def _time_validation(trainer: Trainer) -> tuple[float, int, int]:
+    """Seconds of PASS_CLIPS clips; the most clips in a batch of any process, and the videos validated."""
+    process, state = trainer.process, trainer.state
+    sync_buffers(state.model)
+    batch = next(iter(trainer.val_loader))
+    videos = sum(gather(len(batch["index"]) + len(batch["skipped"])))
+    for _ in range(2):  # the first warms up
+        since = _now(process)
+        accuracy = evaluate(state.model, [batch], process, state.precision, videos, normalizer=state.normalizer)
+        seconds = _now(process) - since
+    video = batch["video"]  # (B, V, T, C, H, W), or None
+    clips = max(gather(video.shape[0] * video.shape[1] if video is not None else 1))
+    return seconds / math.ceil(clips / PASS_CLIPS), clips, accuracy.videos
 
 
 def _now(process: Process) -> float:
@@ -114,7 +140,7 @@ def _now(process: Process) -> float:
 
 
 def _memory(process: Process) -> float:
-    """GiB at most so far: allocated on the GPU, or resident on the CPU."""
+    """The peak so far in GiB: allocated on the GPU, or resident on the CPU."""
     if process.device.type == "cuda":
         return torch.cuda.max_memory_allocated(process.device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,12 +1,9 @@
-"""An exponential moving average of what is trained, to validate and keep beside the weights themselves.
+"""An exponential moving average of the trainable weights, to validate and save beside the weights themselves.
 
-Lives here: the averages, under the model's own names, and their visit in the model.
-Does not live here: when to update, evaluate or save (loop.py, state.py).
-
-    ema = ModelEma(model, decay=0.999)      # after wrap() and after weights are loaded
-    optimizer.step(); ema.update()
-    with ema.applied(model):
-        evaluate(model, ...)
+ema = ModelEma(model, decay=0.999)      # after wrap() and after weights are loaded
+optimizer.step(); ema.update()
+with ema.applied(model):
+    evaluate(model, ...)
 """
 
 from __future__ import annotations
@@ -29,17 +26,17 @@ class EmaError(EngineError):
 class ModelEma:
     """average = decay * average + (1 - decay) * weights, after every optimizer step.
 
-    Averaged are the parameters that require gradients and the floating-point buffers (BatchNorm's statistics); integer
-    buffers (num_batches_tracked) are copied. A frozen tower is neither averaged nor copied: memory is that of the tuned
-    part once more. Averages have the device and dtype of what they average; float32 in every precision of ours.
+    Trainable parameters and floating-point buffers (BatchNorm's statistics) are averaged; integer buffers
+    (num_batches_tracked) are copied. Frozen weights are neither, so memory is that of the trainable part once more.
+    Averages have the device and dtype of what they average: float32 in every precision.
 
-    The decay is the same from the first step on, as timm.utils.ModelEmaV3 has it (whose update cannot be left out by a
-    tensor): the averages start as the
-    weights of step 0 and follow them by about 1 / (1 - decay) steps, which should be well below the steps of the run.
+    The decay is the same from the first step on, as in timm.utils.ModelEmaV3 (whose update cannot be skipped by a
+    tensor). The averages start as the weights of step 0 and follow them by about 1 / (1 - decay) steps, which should be
+    well below the steps of the run.
 
     Args:
-        model: where it will stay, so wrapped (DistributedDataParallel, SyncBatchNorm) and on its device: `Module.to`
-            gives a model other buffers, which would not be seen. It is held, not copied.
+        model: already wrapped (DistributedDataParallel, SyncBatchNorm) and on its device, since both replace buffers.
+            It is held, not copied.
         decay: 0..1.
 
     Raises:
@@ -47,37 +44,37 @@ class ModelEma:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        values = _tuned(model)
+        values = _averaged(model)
         if not any(isinstance(value, nn.Parameter) for value in values.values()):
             raise EmaError("there is nothing to average: no parameter requires gradients")
         self.decay = decay
-        self._live = _Registry(values)
-        self._average = copy.deepcopy(self._live).requires_grad_(False)  # the registry, so the tuned part alone
+        self._current = _Tensors(values)
+        self._average = copy.deepcopy(self._current).requires_grad_(False)  # without the frozen part
 
     @torch.no_grad()
-    def update(self, left_out: Tensor | None = None) -> None:
-        """Take the weights of now into the averages. Stays on the device: nothing waits for it.
+    def update(self, skipped: Tensor | None = None) -> None:
+        """Add the present weights to the averages, on the device: nothing waits for it.
 
         Args:
-            left_out: (), 1.0 where this is not to happen, which is then known on the device alone; else 0.0.
+            skipped: (), 1.0 for a step that was skipped and changes nothing, else 0.0.
         """
-        pairs = list(zip(self._average.state_dict().values(), self._live.state_dict().values(), strict=True))
+        pairs = list(zip(self._average.state_dict().values(), self._current.state_dict().values(), strict=True))
         for average, value in pairs:
             if not average.is_floating_point():
-                average.copy_(value)  # counters have not moved in a step that was left out
+                average.copy_(value)  # a skipped step has not changed counters
         averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         steps = torch._foreach_sub(values, averages)
         rate = 1 - self.decay
-        torch._foreach_mul_(steps, rate if left_out is None else rate * (1 - left_out.to(steps[0].dtype)))
+        torch._foreach_mul_(steps, rate if skipped is None else rate * (1 - skipped.to(steps[0].dtype)))
         torch._foreach_add_(averages, steps)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages under the names of the model's state_dict: the tensors themselves, not copies."""
         held = self._average.state_dict()
-        return {name: held[key] for name, key in self._live.keys_by_name.items()}
+        return {name: held[key] for name, key in self._current.keys_by_name.items()}
 
     def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
-        """Take over averages that `state_dict` gave. Raises EmaError, with nothing taken, for other names or shapes."""
+        """Load what `state_dict` returned. Raises EmaError, with nothing changed, for other names or shapes."""
         own = self.state_dict()
         _check(values, own)
         with torch.no_grad():
@@ -86,17 +83,17 @@ class ModelEma:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the averages inside this context, and with exactly its own values after it.
+        """Inside this context the model has the averages, after it exactly its own values.
 
-        They change places without a copy, so train nothing inside: that would change the averages.
+        Nothing is copied, so train nothing inside: that would change the averages.
 
         Args:
-            model: the one averaged (wrapped or not), or another with the same tuned names and shapes on its device.
+            model: the averaged one (wrapped or not), or another with the same trainable names and shapes on its device.
 
         Raises:
-            EmaError: another model, which is left as it is.
+            EmaError: another model, which is not changed.
         """
-        values, averages = _tuned(model), self.state_dict()
+        values, averages = _averaged(model), self.state_dict()
         _check(averages, values)
         before = {name: value.data for name, value in values.items()}
         try:
@@ -112,10 +109,10 @@ class ModelEma:
         sync_buffers(self._average)
 
 
-class _Registry(nn.Module):
-    """The given tensors as parameters and buffers of a module, each once, under names without dots.
+class _Tensors(nn.Module):
+    """Tensors as parameters and buffers of a module, each once, under keys without dots.
 
-    `keys_by_name` maps the given names to these; a tensor with two names (shared between modules) has one key.
+    `keys_by_name` maps the tensors' names to these keys; a tensor that two modules share has two names and one key.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -130,16 +127,16 @@ class _Registry(nn.Module):
                 self.register_buffer(key, value)
 
 
-def _tuned(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require gradients and the buffers themselves, by their names in the state dict."""
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters and the buffers themselves, by their names in the state dict."""
     state = unwrap(model).state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if value.requires_grad or not isinstance(value, nn.Parameter)}
 
 
 def _check(values: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    odd = next(iter(values.keys() ^ wanted.keys()), None)
-    if odd is not None:
-        raise EmaError(f"the averaged weights do not fit this model: {odd} is in only one of them")
+    different = next(iter(values.keys() ^ wanted.keys()), None)
+    if different is not None:
+        raise EmaError(f"the averaged weights do not fit this model: {different} is in only one of them")
     for name, value in values.items():
         if value.shape != wanted[name].shape:
             raise EmaError(

@@ -28,14 +28,14 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What is known of the run, for the numbers of a sentence. None: not known.
+    """The numbers of a run that go into a sentence; None if not known.
 
     Args:
         batch_size: videos a batch on this process, data.batch_size.
-        clips: the same in clips, repeated draws counted.
+        clips: clips a batch on this process, repeated draws included.
         frames: T.
         accumulation: solver.grad_accumulation_steps.
-        tuned: parameters that are trained.
+        trainable: trainable parameters.
         precision: as resolved: `fp32`, `fp16` or `bf16`.
         memory_used: bytes on the GPU at the peak; None asks torch.
         memory_total: bytes of the GPU; None asks torch.
@@ -47,7 +47,7 @@ class RunContext:
     clips: int | None = None
     frames: int | None = None
     accumulation: int | None = None
-    tuned: int | None = None
+    trainable: int | None = None
     precision: str | None = None
     memory_used: int | None = None
     memory_total: int | None = None
@@ -55,17 +55,17 @@ class RunContext:
     world_size: int | None = None
 
 
-def explain(error: BaseException, situation: RunContext | None = None) -> str | None:
-    """One sentence that says what to change, with the numbers; None for errors that are not known.
+def explain(error: BaseException, context: RunContext | None = None) -> str | None:
+    """One sentence that says what to change, with the numbers; None for an unknown error.
 
-    Only errors of Python's and torch's own classes are looked at, and a worker's ChildProcessError, which is a sentence
-    already; those of our classes say what they mean.
+    Only errors of Python's and torch's classes are explained; a ChildProcessError of a data worker is a sentence
+    already, as are all errors of our classes.
     """
     if type(error).__module__.partition(".")[0] not in ("builtins", "torch"):
         return None
-    situation = situation or RunContext()
+    context = context or RunContext()
     for known in _KNOWN:
-        if (sentence := known(error, str(error), situation)) is not None:
+        if (sentence := known(error, str(error), context)) is not None:
             return sentence
     return None
 
@@ -83,30 +83,30 @@ def explain_errors(context: Callable[[], RunContext]) -> Iterator[None]:
 
 
 def another_ended(error: BaseException) -> bool:
-    """True where the error only says that another process went away; that one has said what happened."""
+    """Whether the error only says that another process ended; that one reports what happened."""
     return isinstance(error, (RuntimeError, OSError)) and re.search(_ENDED, str(error), re.IGNORECASE) is not None
 
 
 def _worker(error: BaseException, text: str, now: RunContext) -> str | None:
     if isinstance(error, ChildProcessError) and error.errno is None:
-        return text  # the loader's own sentence
+        return text  # the loader's sentence
     if not isinstance(error, RuntimeError) or not re.search(
         r"DataLoader worker .*(killed by signal: (?!Bus)|exited unexp)", text
     ):
         return None
-    workers = "" if now.workers is None else f", now {now.workers},"  # torch's SIGCHLD handler raises it anywhere
+    workers = "" if now.workers is None else f", now {now.workers},"
     return (
-        "a worker of the loader was killed; if it was for want of memory, lower "
+        "a worker of the loader was killed; if the machine had run out of memory, lower "
         f"data.workers{workers} or data.batch_size ({text.splitlines()[0].strip()})"
     )
 
 
 def _cuda_memory(error: BaseException, text: str, now: RunContext) -> str | None:
-    lacks = re.search(r"CUDA (error: )?(ran )?out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", text)
-    if not isinstance(error, torch.OutOfMemoryError) and not (isinstance(error, RuntimeError) and lacks):
+    reported = re.search(r"CUDA (error: )?(ran )?out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED", text)
+    if not isinstance(error, torch.OutOfMemoryError) and not (isinstance(error, RuntimeError) and reported):
         return None
     now = _measured(now)
-    known = ((now.clips, "clips a batch"), (now.frames, "frames a clip"), (now.tuned, "tuned parameters"))
+    known = ((now.clips, "clips a batch"), (now.frames, "frames a clip"), (now.trainable, "trainable parameters"))
     numbers = ", ".join(f"{number:,} {what}" for number, what in known if number is not None)
     sentence = "the GPU is out of memory" + (f" with {numbers}" if numbers else "")
     if now.memory_used is not None and now.memory_total is not None:
@@ -158,7 +158,7 @@ def _full_disk(error: BaseException, text: str, now: RunContext) -> str | None:
         what = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
         name = error.filename if isinstance(error.filename, str) else None
     elif isinstance(error, RuntimeError) and re.search(r"inline_container.*(unexpected pos|file write failed)", text):
-        what, name = "a file could not be written whole, as on a full disk", None
+        what, name = "a file could not be written completely, as on a full disk", None
     else:
         return None
     where = ""
@@ -168,18 +168,18 @@ def _full_disk(error: BaseException, text: str, now: RunContext) -> str | None:
             where += f"; {shutil.disk_usage(os.path.dirname(os.path.abspath(name))).free / GIB:.2f} GiB are free"
         where += ")"
     return (
-        f"{what}{where}: make room, lower checkpoint.keep, or choose another --output; what was saved before is whole, "
-        "and the same command goes on from it"
+        f"{what}{where}: make room, lower checkpoint.keep, or choose another --output; what was saved before is "
+        "complete, and the same command resumes from it"
     )
 
 
 def _cpu_memory(error: BaseException, text: str, now: RunContext) -> str | None:
-    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
-    allocator = isinstance(error, RuntimeError) and (asked or re.search(r"Cannot allocate memory", text))
+    requested = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    allocator = isinstance(error, RuntimeError) and (requested or re.search(r"Cannot allocate memory", text))
     system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if not (allocator or system or isinstance(error, MemoryError)):
         return None
-    wanted = f" the {int(asked[1]) / GIB:.1f} GiB asked for" if asked else ""
+    wanted = f" the {int(requested[1]) / GIB:.1f} GiB requested" if requested else ""
     with_what = "" if now.clips is None else f" with {now.clips} clips a batch"
     free = ""
     with contextlib.suppress(ValueError, OSError):
@@ -209,9 +209,9 @@ def _time_out(error: BaseException, text: str, now: RunContext) -> str | None:
     kind = re.search(r"OpType=(\w+)", text)
     what = f" ({kind[1]})" if kind else ""
     return (
-        f"{who} did not arrive within {_seconds(text)} where all wait for each other{what}: it is "
+        f"{who} did not arrive within {_seconds(text)} at a point where all wait for each other{what}: it is "
         "dead, stuck or much slower; look at its last lines and its machine (disk and data.workers, GPU, network: "
-        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME); the same command goes on"
+        "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME); rerun the same command to resume"
     )
 
 
@@ -226,8 +226,8 @@ def _no_gradient(error: BaseException, text: str, now: RunContext) -> str | None
     numbers = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
     which = f": {names[1].strip()}" if names else f", numbers {numbers[1].strip()} of them" if numbers else ""
     return (
-        f"some tuned parameters get no gradient{which}: the method's forward must use each of them in every step, or "
-        "leave them out of trainable_modules" + ("" if names else " (TORCH_DISTRIBUTED_DEBUG=DETAIL names them)")
+        f"some trainable parameters get no gradient{which}: the model's forward must use each of them in every step, or "
+        "not list them in trainable_modules" + ("" if names else " (TORCH_DISTRIBUTED_DEBUG=DETAIL names them)")
     )
 
 
@@ -249,18 +249,18 @@ _KNOWN: tuple[Callable[[BaseException, str, RunContext], str | None], ...] = (
 
 
 def _measured(now: RunContext) -> RunContext:
-    """With what torch knows of the device's memory."""
+    """`now` with the GPU's memory as torch reports it."""
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return now
     used, total = now.memory_used, now.memory_total
-    with contextlib.suppress(RuntimeError):  # a device in an error state answers nothing
+    with contextlib.suppress(RuntimeError):  # a device in an error state has no answer
         used = torch.cuda.max_memory_allocated() if used is None else used
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if total is None else total
     return replace(now, memory_used=used, memory_total=total)
 
 
 def _seconds(text: str) -> str:
-    """The length of a time-out, as the error has it."""
+    """The length of a time-out, from the error's text."""
     patterns = ((r"Timeout\(ms\)=(\d+)", 1000), (r"(\d+) ?ms\b", 1000), (r"ran for (\d+) milliseconds", 1000))
     for pattern, unit in (*patterns, (r"(\d+) ?(?:s\b|seconds)", 1)):
         if found := re.search(pattern, text):

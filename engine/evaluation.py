@@ -86,8 +86,8 @@ def watched(
     """The batches of a loader, with progress lines that begin with `what`. Raises Stopped between two batches."""
     eta = Eta(done=0, total=len(loader))
     for number, batch in enumerate(loader, start=1):
-        if signals is not None and signals.asked:
-            raise Stopped(signals.asked, "in an evaluation, saved before it")
+        if signals is not None and signals.requested:
+            raise Stopped(signals.requested, "in an evaluation, saved before it")
         if print_freq is not None and number % print_freq == 0 and number < len(loader):
             left = timedelta(seconds=round(eta.seconds(number)))
             logger.info("%s: batch %d/%d eta %s", what, number, len(loader), left)

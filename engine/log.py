@@ -1,7 +1,4 @@
-"""The logger "td4v": console and log.txt, and how a line of progress looks.
-
-Does not live here: what else a run leaves behind (run_folder.py), and what is measured (loop.py, metrics.py).
-"""
+"""The logger "td4v": console and log.txt, and the line of training progress."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ def setup_logging(process: Process, folder: Path | None = None) -> None:
     warnings.showwarning = _log_warning
 
 
-def _log_warning(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
-    """Python's warnings as one line of the log each, without the source lines that a user can do nothing with."""
+def _log_warning(message: Warning | str, category: type[Warning], *source: Any, **options: Any) -> None:
+    """Log each of Python's warnings as one line, without its source line."""
     logger.log(logging.WARNING if issubclass(category, UserWarning) else logging.DEBUG, "%s", message)
 
 
@@ -50,22 +47,28 @@ def close_logging() -> None:
 
 
 class Eta:
-    """Seconds that a run still needs, from the pace since this object was made."""
+    """Estimates how long the rest of a run takes, from the pace since this object was made after `done` of `total`."""
 
     def __init__(self, done: int, total: int) -> None:
-        self.first, self.total, self.started = done, total, time.perf_counter()
+        self.done_before, self.total, self.started = done, total, time.perf_counter()
 
     def seconds(self, done: int) -> float:
-        """After `done` of all steps; needs at least one since the start."""
-        return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
+        """Seconds left after `done` of all steps; needs at least one since the start."""
+        return (time.perf_counter() - self.started) / (done - self.done_before) * (self.total - done)
 
 
 def progress_line(
-    epoch: int, epochs: int, step: int, steps: int, loss: float, lr: float, rate: float, seconds_left: float
+    epoch: int,
+    epochs: int,
+    step: int,
+    steps: int,
+    *,
+    loss: float,
+    lr: float,
+    clips_per_second: float,
+    seconds_left: float,
 ) -> str:
-    """One line of progress; `epoch` counts from 0, `step` from 1, `rate` in clips a second over all processes."""
+    """One line of progress; `epoch` counts from 0, `step` from 1 in the epoch; the speed is over all processes."""
+    position = f"epoch {epoch}/{epochs} step {step:{len(str(steps))}d}/{steps}"
     eta = timedelta(seconds=round(seconds_left))
-    width = len(str(steps))
-    return (
-        f"epoch {epoch}/{epochs} step {step:{width}d}/{steps} loss {loss:.4f} lr {lr:.3e} {rate:.1f} clips/s eta {eta}"
-    )
+    return f"{position} loss {loss:.4f} lr {lr:.3e} {clips_per_second:.1f} clips/s eta {eta}"

@@ -1,103 +1,242 @@
-"""Which run a command goes on with, and from which checkpoint.
-
-Lives here: the rules by which the same command is the same run. Does not live here: what is in a run folder
-(run_folder.py) and in a checkpoint (checkpoint.py, state.py), and what settings make another run (configs.schema).
-"""
+"""How a run begins: in which folder, and from which checkpoint. Rerunning a command resumes its run."""
 
 from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from common.files import try_lock
 from configs.schema import Config, check_same_run, difference
 from engine import checkpoint_file
-from engine.checkpointer import is_resumable
+from engine.checkpoint_file import Checkpoint
 from engine.distributed import Process, gather
-from engine.run_dir import choose_folder, is_run
+from engine.run_dir import RunDirError, file_of_run, is_run_folder, lock_holder, read_description
 from engine.run_info import DataChangedError, check_same_lists
 
 logger = logging.getLogger("td4v")
 
-
-def restarted() -> bool:
-    """Whether torchrun or Slurm started this command again, which goes on then even if it once began a fresh run."""
-    return any(int(os.environ.get(f"{who}_RESTART_COUNT") or 0) for who in ("TORCHELASTIC", "SLURM"))
+PATIENCE_S = 15  # for another process that uses the folder
 
 
-def find_run(
-    config: Config, meta: dict[str, Any], process: Process, output: str | None, name: str | None, fresh: bool
-) -> tuple[Path, bool]:
-    """Where the run goes, the same on every process, and whether it goes on with what is there.
+@dataclass(frozen=True)
+class RunPlan:
+    """How a run begins.
 
     Args:
-        meta: of record.run_info, with the data lists.
-        output, name: the folder, or its name in OUTPUT_DIR/DATASET/ARCH, if the user gave one. Else it is the folder of
-            a `resume` that is called last_model.pt, else the newest unfinished run that began as this one, else a new
-            one named after the time.
-        fresh: never go on with a run.
+        folder: where it goes; None: nothing is written.
+        in_place: the folder holds this run already.
+        auto_named: the folder is new and named after the time.
+        checkpoint: what it begins with; None: from scratch.
+        resumes: the training in `checkpoint` is continued; else only its weights are taken.
+    """
+
+    folder: Path | None = None
+    in_place: bool = False
+    auto_named: bool = False
+    checkpoint: Checkpoint | None = None
+    resumes: bool = False
+
+    @property
+    def brings_backbone(self) -> bool:
+        """Whether the checkpoint holds the frozen weights; those of the run then must too: nothing else has them."""
+        return self.checkpoint is not None and self.checkpoint.has_backbone
+
+
+def plan_run(
+    config: Config,
+    meta: dict[str, Any],
+    process: Process,
+    writes: bool = True,
+    output: str | None = None,
+    name: str | None = None,
+    fresh: bool = False,
+) -> RunPlan:
+    """Find the run that a command starts or resumes, the same on every process. Nothing is written.
+
+    The folder is `output`, or OUTPUT_DIR/DATASET/ARCH/`name`, or that of a `resume` called last_model.pt, or the newest
+    unfinished run that began as this one, or a new one named after the time. A run in the folder is resumed from its
+    newest valid checkpoint.
+
+    Args:
+        meta: of run_info.run_info, with the data lists.
+        writes: False for an evaluation or a dry run, which has no folder.
+        fresh: start a new run in any case (but see `restarted`).
 
     Raises:
         RunDirError: the folder holds another run; the message says what differs.
+        CheckpointError, ConfigError, DataChangedError: see `read_start`.
     """
+    if not writes:
+        checkpoint, resumes = read_start(config, meta, process)
+        return RunPlan(checkpoint=checkpoint, resumes=resumes)
     home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
-    explicit = Path(output) if output else home / name if name else None
+    named = Path(output) if output else home / name if name else None
     resume = Path(config.resume) if config.resume else None
-    if explicit is None and resume is not None and resume.name == checkpoint_file.LAST and is_run(resume.parent):
-        explicit = resume.parent  # it goes on where it is; an older one would overwrite what came after
-    own = (
-        explicit is not None and resume is not None and resume.resolve() == (explicit / checkpoint_file.LAST).resolve()
-    )
+    if named is None and resume is not None and resume.name == checkpoint_file.LAST and is_run_folder(resume.parent):
+        named = resume.parent  # the run continues in its folder; from an older checkpoint it would overwrite later ones
+    same_checkpoint = named is not None and resume is not None
+    same_checkpoint = same_checkpoint and resume.resolve() == (named / checkpoint_file.LAST).resolve()
 
-    def differs(former: dict[str, Any], began: dict[str, Any]) -> str | None:
-        reason = difference(former, config, more_epochs=explicit is not None, same_start=not own)
-        if reason is None and began.get("world_size") != process.world_size:
-            reason = f"it began with {began.get('world_size')} processes, here are {process.world_size}"
+    def differs(previous: dict[str, Any], start: dict[str, Any]) -> str | None:
+        reason = difference(previous, config, more_epochs=named is not None, same_start=not same_checkpoint)
+        if reason is None and start.get("world_size") != process.world_size:
+            reason = f"it began with {start.get('world_size')} processes, here are {process.world_size}"
         if reason is None:
             try:
-                check_same_lists(began, meta, explicit or home)
+                check_same_lists(start, meta, named or home)
             except DataChangedError as error:
                 reason = str(error)
         return reason
 
-    return choose_folder(process, explicit, home, datetime.now().strftime("%Y%m%d_%H%M%S"), differs, fresh)
+    new = home / datetime.now().strftime("%Y%m%d_%H%M%S")
+    folder, in_place = choose_folder(process, named, new, differs, fresh and not restarted())
+    checkpoint, resumes = read_start(config, meta, process, folder if in_place else None)
+    auto_named = named is None and not in_place
+    return RunPlan(folder, in_place, auto_named, checkpoint, resumes)
 
 
-def changed(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What may change results and is not what it was: sources, versions of packages, GPU."""
-    names = {name: (former.get(name), now.get(name)) for name in ("gpu",)}
-    for part, of in (("git", ("revision", "dirty")), ("versions", (now.get("versions") or {}).keys())):
-        before, after = former.get(part) or {}, now.get(part) or {}
-        names |= {f"{part} {name}": (before.get(name), after.get(name)) for name in of if name in before}
-    return [f"{name} was {old} and is now {new}" for name, (old, new) in names.items() if old != new]
-
-
-def starting_point(
-    config: Config, meta: dict[str, Any], folder: Path | None, process: Process
-) -> tuple[str | None, dict[str, Any], bool]:
-    """The checkpoint to begin with, its content ({} without one), and whether it is a whole run, not weights alone.
+def read_start(
+    config: Config, meta: dict[str, Any], process: Process, folder: Path | None = None
+) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint that a run begins with, and whether it is resumed (see RunPlan).
 
     Args:
-        folder: of a run to go on with, whose newest whole checkpoint comes before `resume` and `pretrain`.
+        folder: of a run to resume, whose newest valid checkpoint comes before `resume` and `pretrain`.
 
     Raises:
         CheckpointError, ConfigError, DataChangedError: it cannot be read, or is of another run.
     """
-    newest = checkpoint_file.newest(folder, is_resumable) if folder is not None and process.is_main else None
-    path = gather(str(newest) if newest else None)[0] or config.resume or config.pretrain
+    newest = checkpoint_file.newest(folder, must_be_run=True) if folder is not None and process.is_main else None
+    path = gather(str(newest.path) if newest else None)[0] or config.resume or config.pretrain
     if newest is None and folder is not None and process.is_main and (folder / "metrics.jsonl").exists():
         logger.warning("%s: holds no checkpoint, so its run begins again", folder)
     if path is None:
-        return None, {}, False
-    content = checkpoint_file.load(path)
-    whole = path != config.pretrain and is_resumable(content)
-    if whole:
-        check_same_run(content["config"], config, path)
-        check_same_lists(content["meta"], meta, path)
-        if process.is_main and (changes := changed(content["meta"], meta)):
-            logger.warning("%s: this run goes on with other code or machines: %s", path, "; ".join(changes))
+        return None, False
+    checkpoint = newest or checkpoint_file.load(path)
+    resumes = path != config.pretrain and checkpoint.is_run
+    if resumes:
+        check_same_run(checkpoint.config, config, path)
+        check_same_lists(checkpoint.content["meta"], meta, path)
+        if process.is_main and (changes := changed(checkpoint.content["meta"], meta)):
+            logger.warning("%s: this run is resumed with other code or machines: %s", path, "; ".join(changes))
     elif path == config.resume:
-        logger.warning("%s: holds weights but no run of ours to go on with: training starts at epoch 0 with them", path)
-    return path, content, whole
+        logger.warning("%s: holds weights but no run to resume: training starts at epoch 0 with them", path)
+    return checkpoint, resumes
+
+
+def restarted() -> bool:
+    """Whether torchrun or Slurm started this command again; then it resumes its run even with --fresh."""
+    return any(int(os.environ.get(f"{launcher}_RESTART_COUNT") or 0) for launcher in ("TORCHELASTIC", "SLURM"))
+
+
+def changed(previous: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What may change results and differs between two starts: sources, versions of packages, GPU."""
+    values = {"gpu": (previous.get("gpu"), now.get("gpu"))}
+    for part, names in (("git", ("revision", "dirty")), ("versions", (now.get("versions") or {}).keys())):
+        before, after = previous.get(part) or {}, now.get(part) or {}
+        values |= {f"{part} {name}": (before.get(name), after.get(name)) for name in names if name in before}
+    return [f"{name} was {old} and is now {new}" for name, (old, new) in values.items() if old != new]
+
+
+def choose_folder(
+    process: Process,
+    named: Path | None,
+    new: Path,
+    differs: Callable[[dict[str, Any], dict[str, Any]], str | None],
+    fresh: bool = False,
+) -> tuple[Path, bool]:
+    """The folder of a run, the same on every process, and whether it holds that run already.
+
+    Args:
+        named: the folder that the user named; None takes the newest unfinished run of the same kind beside `new` that
+            no process is using, else `new`.
+        differs: from the configuration and the newest start of a run why it is another run, or None.
+        fresh: never resume.
+
+    Raises:
+        RunDirError: on every process, if the named folder holds another run, or any run with `fresh`.
+    """
+    found: tuple[Path, bool] | str | None = None
+    if process.is_main:
+        try:
+            if named is not None:
+                found = _check_named(named, differs, fresh)
+            else:
+                unfinished = None if fresh else _find_unfinished(new.parent, differs)
+                found = (new, False) if unfinished is None else (unfinished, True)
+        except (OSError, ValueError) as error:
+            found = f"{named or new.parent}: cannot be searched for a run to resume ({error})"
+    found = gather(found)[0]
+    if isinstance(found, str):
+        raise RunDirError(found)
+    return found
+
+
+def _check_named(folder: Path, differs: Callable, fresh: bool) -> tuple[Path, bool] | str:
+    file = file_of_run(folder)
+    if file is None:
+        return folder, False
+    if fresh:
+        return f"{folder}: already holds a run ({file}), which --fresh does not resume: choose another folder"
+    if not is_run_folder(folder):
+        return f"{folder}: holds {file}, but no run to resume: choose another folder"
+    if (reason := differs(*read_description(folder))) is not None:
+        return f"{folder}: already holds another run: {reason}"
+    if (user := wait_for_user(folder)) is not None:  # what it still saves must be there before a checkpoint is chosen
+        return f"{folder}: another process is using this run folder ({user})"
+    return folder, True
+
+
+def _find_unfinished(home: Path, differs: Callable) -> Path | None:
+    """The newest run in `home` that can be resumed; why others are not is logged."""
+    runs = [path.parent for path in home.glob("*/run.json")] if home.is_dir() else []
+    passed_over: list[str] = []
+    for folder in sorted(runs, key=_changed_at, reverse=True):
+        try:
+            config, start = read_description(folder)
+            if start.get("finished"):
+                continue
+            reason = differs(config, start)
+            user = None if reason else wait_for_user(folder)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: passed over (%s)", folder, error)
+            continue
+        if reason is None and user is None:
+            logger.info("resuming %s, which is not finished (--fresh starts a new run)", folder)
+            return folder
+        why = f"not finished, but another run: {reason}" if reason else f"in use by {user}"
+        passed_over.append(f"{folder}: {why}")
+    if passed_over:
+        logger.warning("%s; a new run starts (--output names the one to resume)", passed_over[0])
+    return None
+
+
+def _changed_at(folder: Path) -> float:
+    try:
+        return (folder / "run.json").stat().st_mtime
+    except OSError:  # deleted meanwhile
+        return 0.0
+
+
+def wait_for_user(folder: Path) -> str | None:
+    """Who is still using a run folder after PATIENCE_S seconds, None if nobody is.
+
+    The processes of a launcher that was just killed still finish a step and save.
+    """
+    until, logged = time.monotonic() + PATIENCE_S, False
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        while not try_lock(lock):
+            user = lock_holder(lock)
+            if time.monotonic() > until:
+                return user
+            if not logged:
+                logger.info("%s is used by %s: waiting up to %d s for its end", folder, user, PATIENCE_S)
+            logged = True
+            time.sleep(0.5)
+    return None

@@ -1,7 +1,5 @@
-"""What is known of a run at its start, as plain values: sources, versions, machine, command line, data lists.
+"""Where the numbers of a run come from, for run.json, checkpoints and results: code, versions, machine, data lists.
 
-Lives here: `run_info`, which run.json, checkpoints and test results hold, and `check_same_lists`, which compares two.
-Does not live here: writing it (run_folder.py, checkpoint.py) and setting runs side by side (scripts/compare_runs.py).
 Nothing here needs git, a GPU or requirements.txt: what cannot be known is None, "unknown" or "absent".
 """
 
@@ -25,24 +23,24 @@ import torch
 from engine.errors import EngineError
 
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")  # said to be absent where they are
+_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")  # recorded as "absent" if not installed
 _GIB = 2**30
 
 
 class DataChangedError(EngineError):
-    """A data list that is not the one with which a run began."""
+    """A data list that differs from the one that a run began with."""
 
 
 def run_info(lists: Mapping[str, str | Path | None] = {}, seed: int | None = None) -> dict[str, Any]:
-    """Where numbers come from.
+    """What is known of a run at its start.
 
     Args:
         lists: name and path of each data list, for example {"train_list": "lists/train.txt"}.
 
     Returns:
-        Values that JSON and a checkpoint can hold: git {revision, dirty}, versions {package: version}, gpu (name of
-        the one in use), hardware (see `hardware`), host, platform, command, world_size, seed, lists {name: {path,
-        sha256, rows} or None} and started (ISO 8601, seconds).
+        Plain values: git {revision, dirty}, versions {package: version}, gpu (name of the one in use), hardware (see
+        `hardware`), host, platform, command, world_size, seed, lists {name: {path, sha256, rows} or None} and started
+        (ISO 8601, seconds).
     """
     return {
         "git": source_revision(),
@@ -69,14 +67,13 @@ def source_revision(root: Path = SOURCE_ROOT) -> dict[str, Any]:
         )
     except (OSError, subprocess.CalledProcessError):
         return unknown
-    if Path(top.strip()).resolve() != root.resolve():  # a copy of the sources inside somebody else's repository
+    if Path(top.strip()).resolve() != root.resolve():  # sources inside another repository
         return unknown
     return {"revision": revision.strip(), "dirty": bool(status.strip())}
 
 
 def versions(requirements: Path = SOURCE_ROOT / "requirements.txt") -> dict[str, str]:
-    """Versions of Python, of what every run needs ("absent" where it is not) and of what else of `requirements` is
-    installed."""
+    """Versions of Python, of what every run needs, and of what else of `requirements` is installed."""
     found = {"python": platform.python_version(), **dict.fromkeys(_PACKAGES, "absent")}
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
     names = [name.group() for line in lines if (name := re.match(r"[A-Za-z0-9][\w.-]*", line))]
@@ -89,7 +86,7 @@ def versions(requirements: Path = SOURCE_ROOT / "requirements.txt") -> dict[str,
 
 
 def hardware() -> dict[str, Any]:
-    """cpu (model), cores (that this process may use), memory_gib, gpus [{name, memory_gib}], cuda, cudnn, nccl."""
+    """cpu (model), cores (usable by this process), memory_gib, gpus [{name, memory_gib}], cuda, cudnn, nccl."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [torch.cuda.get_device_properties(number) for number in range(count)]
@@ -107,7 +104,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_model() -> str | None:
-    """The processor's name as Linux tells it, else what `platform` knows."""
+    """The processor's name from Linux, else from `platform`."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -124,7 +121,7 @@ def _memory_gib() -> float | None:
 
 
 def describe_list(path: str | Path | None) -> dict[str, Any] | None:
-    """{path, sha256, rows} of a data list, rows being its lines that are not blank; None where it cannot be read."""
+    """{path, sha256, rows} of a data list, without blank rows; None if it cannot be read."""
     if path is None:
         return None
     digest, rows = hashlib.sha256(), 0
@@ -133,27 +130,26 @@ def describe_list(path: str | Path | None) -> dict[str, Any] | None:
             for line in file:
                 digest.update(line)
                 rows += bool(line.strip())
-    except OSError:  # whoever needs the list says what is wrong with it
+    except OSError:  # the loader, which needs the list, says what is wrong with it
         return None
     return {"path": str(path), "sha256": digest.hexdigest(), "rows": rows}
 
 
-def check_same_lists(former: Mapping[str, Any], now: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse to go on with a run whose data lists have changed. Lists that moved, and lists that one of the two
-    records does not have, are nothing to refuse.
+def check_same_lists(previous: Mapping[str, Any], now: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse to resume a run whose data lists have changed. A list may move, or be missing in one of the two records.
 
     Args:
-        former, now: what `run_info` gave when the run began, and gives now.
+        previous, now: `run_info` from when the run began, and from now.
         path: the run, for the message.
 
     Raises:
-        DataChangedError: where a list has other content than when the run began.
+        DataChangedError: the content of a list differs.
     """
-    for name, before in (former.get("lists") or {}).items():
+    for name, before in (previous.get("lists") or {}).items():
         after = (now.get("lists") or {}).get(name)
         if before and after and before["sha256"] != after["sha256"]:
             raise DataChangedError(
                 f"{path}: began with another {name} ({before['path']}, {before['rows']} rows, sha256 "
                 f"{before['sha256'][:12]}) than {after['path']} is now ({after['rows']} rows, sha256 "
-                f"{after['sha256'][:12]}); put the former list back or start a new run"
+                f"{after['sha256'][:12]}); restore that list or start a new run"
             )

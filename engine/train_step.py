@@ -1,11 +1,9 @@
-"""One optimizer step, decided on the device: the host hands it over and learns later what came of it.
+"""One optimizer step, decided on the device: the host issues it and reads its result later.
 
-Lives here: the passes over the batches of a step, whether the step counts, and everything that it changes.
-Does not live here: which batches, what is measured, told and saved, and when a run ends (loop.py).
-
-Nothing in `TrainStep` waits for the device, so a GPU never runs out of work. Whether loss and gradients are finite is a
-tensor there, the same on all processes, which a fused optimizer heeds by itself (`found_inf`), as buffers and averaged
-weights do here. The learning rate goes by the position in the run, whether or not a step was left out.
+Nothing in TrainStep waits for the device, so a GPU never runs out of work. Whether loss and gradients are finite is a
+tensor on the device, the same on all processes. Fused optimizers obey it (`found_inf`), and so do the buffers and the
+averaged weights here: a step that is not finite is skipped. The learning rate follows the position in the run, skipped
+steps included.
 """
 
 from __future__ import annotations
@@ -22,14 +20,18 @@ from engine.distributed import Process, gradient_sync, unwrap
 from engine.ema import ModelEma
 from engine.errors import EngineError
 from engine.normalize import Normalizer, to_device
-from engine.optim import Precision
+from engine.optim import Precision, learning_rate
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """A model (as wrapped for the processes), all that changes it, and what its input goes through on the device.
+    """A model, as wrapped for the processes, and everything that changes it in training.
 
-    `mixup` maps (video, label) to (video, target). The optimizer is a fused one (optim.build_optimizer).
+    Args:
+        optimizer: a fused one, see optim.build_optimizer.
+        backbone: identity of the frozen weights, kept in checkpoints.
+        mixup: maps (video, label) to (video, target shares).
+        normalizer: of the loader's pixels.
     """
 
     model: nn.Module
@@ -38,7 +40,6 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     ema: ModelEma | None = None
     backbone: dict[str, str] | None = None
-
     criterion: nn.Module = field(default_factory=nn.CrossEntropyLoss)
     precision: Precision = field(default_factory=lambda: Precision("fp32", None, scaled=False))
     mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -46,117 +47,139 @@ class TrainingState:
 
 
 class StepResult(NamedTuple):
-    """What came of a step: this process's loss, the norm of the gradients before clipping, whether the step was left
-    out on all processes, and the loss scale after it (1 without scaling)."""
+    """The result of a step: this process's loss, the norm of the gradients before clipping, whether all processes
+    skipped the step, and the loss scale after it (1 without scaling)."""
 
     loss: float
     norm: float
-    left_out: bool
-    scale: float
+    skipped: bool
+    loss_scale: float
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step in the device's hands; `figures` (4,) float64 are on their way to the CPU until `arrived`."""
+    """A step that was issued; its result is on its way from the device.
 
-    figures: Tensor
+    Args:
+        epoch: counts from 0. step_in_epoch, step: count from 1, in the epoch and in the run.
+        lr, clips, videos: the learning rate, and the clips and the names of the videos on this process.
+        result: (4,) float64 on the CPU, valid once `arrived`.
+    """
+
+    epoch: int
+    step_in_epoch: int
+    step: int
+    lr: float
+    clips: int
+    videos: list[str]
+    result: Tensor
     arrived: torch.cuda.Event | None
 
-    @classmethod
-    def of(cls, *figures: Tensor) -> PendingStep:
-        """Send 0-dimensional tensors on their way, without waiting."""
-        values = torch.stack([figure.detach().double() for figure in figures])
-        if values.device.type != "cuda":
-            return cls(values, None)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(host, arrived)
-
     def read(self) -> StepResult:
-        """Wait until the step is done; the only place where the host waits for a step."""
+        """Wait until the step is done. Nothing else makes the host wait for a step."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, norm, left_out, scale = self.figures.tolist()
-        return StepResult(loss, norm, bool(left_out), scale)
+        loss, norm, skipped, loss_scale = self.result.tolist()
+        return StepResult(loss, norm, bool(skipped), loss_scale)
 
 
 class TrainStep:
-    """Makes optimizer steps; `clip_grad` is the largest norm of the gradients, None for any.
+    """Issues optimizer steps; `clip_grad` is the largest norm of the gradients, None for any.
 
     Raises:
-        EngineError: the optimizer is not fused, so that it cannot leave out a step by itself.
+        EngineError: the optimizer is not fused, so it cannot skip a step by itself.
     """
 
-    def __init__(self, trainee: TrainingState, process: Process, clip_grad: float | None = None) -> None:
-        groups = trainee.optimizer.param_groups
+    def __init__(self, state: TrainingState, process: Process, clip_grad: float | None = None) -> None:
+        groups = state.optimizer.param_groups
         if not all(group.get("fused") for group in groups):
-            raise EngineError(
-                "the optimizer must be a fused one (fused=True), which can leave out a step on the device"
-            )
-        self.trainee, self.device, self.clip_grad = trainee, process.device, clip_grad
+            raise EngineError("the optimizer must be a fused one (fused=True), which can skip a step on the device")
+        self.state, self.device, self.clip_grad = state, process.device, clip_grad
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.buffers = list(unwrap(trainee.model).buffers())
+        self.buffers = list(unwrap(state.model).buffers())
 
-    def __call__(self, group: list[dict[str, Any]]) -> PendingStep:
-        """Issue one step, which averages over the clips of its batches (see loop.py), however many are in each.
+    def __call__(
+        self, batches: list[dict[str, Any]], epoch: int = 0, step_in_epoch: int = 1, step: int = 1
+    ) -> PendingStep:
+        """Issue one step, which averages over the clips of `batches` (see trainer.py), however many are in each.
 
         A step whose loss or gradients are not finite on any process leaves no trace in weights, optimizer, buffers and
         averaged weights.
         """
-        trainee = self.trainee
-        former = [buffer.clone() for buffer in self.buffers]
-        loss = self._gradients(group)
-        trainee.scaler.unscale_(trainee.optimizer)
+        state = self.state
+        lr, clips = learning_rate(state.optimizer), self._count_clips(batches)
+        buffers_before = [buffer.clone() for buffer in self.buffers]
+        loss = self._forward_backward(batches, clips)
+        state.scaler.unscale_(state.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        left_out = self._verdict(loss, norm)
+        skipped = self._is_skipped(loss, norm)
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        trainee.optimizer.found_inf = left_out  # the protocol of torch.amp.GradScaler and torch's fused optimizers
-        trainee.optimizer.step()
-        del trainee.optimizer.found_inf
-        trainee.optimizer.zero_grad(set_to_none=True)
-        bad = left_out.bool()
-        for buffer, value in zip(self.buffers, former, strict=True):
-            torch.where(bad, value, buffer, out=buffer)
-        if trainee.ema is not None:
-            trainee.ema.update(left_out)
-        trainee.scheduler.step()
-        trainee.scaler.update()
-        return PendingStep.of(loss, norm, left_out, trainee.scaler.scale(torch.ones_like(left_out)))
+        state.optimizer.found_inf = skipped  # the protocol of torch.amp.GradScaler and torch's fused optimizers
+        state.optimizer.step()
+        del state.optimizer.found_inf
+        state.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.buffers, buffers_before, strict=True):
+            torch.where(skipped.bool(), before, buffer, out=buffer)
+        if state.ema is not None:
+            state.ema.update(skipped)
+        state.scheduler.step()
+        state.scaler.update()
+        result, arrived = _send_to_host(loss, norm, skipped, state.scaler.scale(torch.ones_like(skipped)))
+        videos = [name for batch in batches for name in dict.fromkeys(batch.get("path", ()))]
+        return PendingStep(
+            epoch=epoch,
+            step_in_epoch=step_in_epoch,
+            step=step,
+            lr=lr,
+            clips=clips,
+            videos=videos,
+            result=result,
+            arrived=arrived,
+        )
 
-    def _gradients(self, group: list[dict[str, Any]]) -> Tensor:
-        """Forward and backward over all batches; returns the mean loss of this process's clips, ()."""
-        trainee = self.trainee
-        clips = clips_of(group, trainee)
+    def _forward_backward(self, batches: list[dict[str, Any]], clips: int) -> Tensor:
+        """Gradients of the mean loss over all batches; returns it, ()."""
+        state = self.state
         loss = torch.zeros((), device=self.device)
-        for place, batch in enumerate(group, start=1):
-            video = trainee.normalizer(batch["video"], self.device)  # (B, T, C, H, W)
+        for number, batch in enumerate(batches, start=1):
+            video = state.normalizer(batch["video"], self.device)  # (B, T, C, H, W)
             target = to_device(batch["label"], self.device)  # (B,)
-            if trainee.mixup is not None:
-                video, target = trainee.mixup(video, target)  # (B, T, C, H, W), (B, K)
-            with gradient_sync(trainee.model, enabled=place == len(group)):
-                with trainee.precision.autocast(self.device):
-                    logits = trainee.model(video)  # (B, K)
+            if state.mixup is not None:
+                video, target = state.mixup(video, target)  # (B, T, C, H, W), (B, K)
+            with gradient_sync(state.model, enabled=number == len(batches)):
+                with state.precision.autocast(self.device):
+                    logits = state.model(video)  # (B, K)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                part = trainee.criterion(logits, target) * (len(video) / clips)
-                trainee.scaler.scale(part).backward()
-            loss = loss + part.detach()
+                batch_loss = state.criterion(logits, target) * (len(video) / clips)
+                state.scaler.scale(batch_loss).backward()
+            loss = loss + batch_loss.detach()
         return loss
 
-    def _verdict(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """1.0 where the step is to be left out, on all processes alike, else 0.0; () float32 on the device.
+    def _is_skipped(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """1.0 if loss or gradients are not finite on any process, else 0.0; () float32 on the device.
 
         After DistributedDataParallel gradients are the same everywhere, losses are not.
         """
         finite = loss.isfinite() & norm.isfinite()
-        left_out = finite.logical_not().float()
+        skipped = finite.logical_not().float()
         if dist.is_initialized():
-            dist.all_reduce(left_out, dist.ReduceOp.MAX)  # on a GPU the stream waits for it, the host does not
-        return left_out
+            dist.all_reduce(skipped, dist.ReduceOp.MAX)  # on a GPU the stream waits for it, the host does not
+        return skipped
+
+    def _count_clips(self, batches: list[dict[str, Any]]) -> int:
+        """Clips that a step averages over on this process; mixup drops one without a partner."""
+        counts = [len(batch["label"]) for batch in batches]
+        return sum(count // 2 * 2 if self.state.mixup else count for count in counts)
 
 
-def clips_of(group: list[dict[str, Any]], trainee: TrainingState) -> int:
-    """Clips that a step averages over on this process; mixup takes pairs."""
-    return sum(len(batch["label"]) // 2 * 2 if trainee.mixup else len(batch["label"]) for batch in group)
+def _send_to_host(*values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Copy 0-dimensional tensors to the CPU without waiting: (n,) float64, and the event after which it is valid."""
+    stacked = torch.stack([value.detach().double() for value in values])
+    if stacked.device.type != "cuda":
+        return stacked, None
+    host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+    host.copy_(stacked, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived

@@ -25,6 +25,8 @@ from scripts.cli import run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from engine.checkpoint_file import Checkpoint
+
 
 class ExportError(ValueError):
     """Weights that cannot be exported; the message is one sentence."""
@@ -55,10 +57,10 @@ def write_export(options: argparse.Namespace) -> None:
         raise ExportError("--set changes the file given by --config; without it the checkpoint's configuration is used")
     source = checkpoint_file.load(options.checkpoint)
     config = load_config(options.config, options.set) if options.config is not None else None
-    content = export(source, options.checkpoint, options.full, config)
+    exported = checkpoint_file.Checkpoint(options.out, export(source, options.full, config))
     write = checkpoint_file.save if options.out.suffix == ".pt" else checkpoint_file.save_safetensors
-    write(options.out, content)
-    print(table({options.checkpoint: source, options.out: content}), end="", flush=True)
+    write(options.out, exported.content)
+    print(table([source, exported]), end="", flush=True)
 
 
 def check_target(source: Path, target: Path) -> None:
@@ -76,58 +78,50 @@ def check_target(source: Path, target: Path) -> None:
         raise ExportError(f"--out {target}: there is no folder {target.parent}")
 
 
-def export(source: dict[str, Any], path: Path, full: bool, config: Config | None = None) -> dict[str, Any]:
+def export(source: Checkpoint, full: bool, config: Config | None = None) -> dict[str, Any]:
     """The content of an exported file.
 
     Args:
-        source: the content of the checkpoint `path`, in this project's or the authors' layout.
+        source: a checkpoint in this project's or the authors' layout.
         full: include the frozen weights.
         config: used in place of the checkpoint's.
 
     Returns:
-        epoch, best (None if unknown), config, meta, backbone (see engine/checkpointer.py), full and model_state_dict.
+        epoch, best (None if unknown), config, meta, backbone (see Checkpoint.backbone), full and model_state_dict.
 
     Raises:
         ExportError: there is no configuration, or the file needs --full because its frozen weights are not the usual.
         CheckpointError, WeightsError, ConfigError, TowerError: there are no weights, or they do not fit.
     """
-    from engine import checkpoint_file
-
-    values, backbone = checkpoint_file.weights_of(source, path), source.get("backbone")
-    lean, plain_config = checkpoint_file.lacks_backbone(source), source.get("config")
-    if full or config is not None or not lean:
-        config = config or _config_of(plain_config, path)
+    values, backbone, plain_config = source.weights, source.content.get("backbone"), source.config
+    if full or config is not None or source.has_backbone:
+        config = config or _config_of(source)
         plain_config = config.to_dict()
-        values, backbone = refit(values, path, config, backbone=backbone, lean=lean, full=full)
-    epoch, best = (value if isinstance(value, (int, float)) else None for value in map(source.get, ("epoch", "best")))
+        values, backbone = refit(source, config, full)
+    best = source.content.get("best")
     return {
-        "epoch": epoch,
-        "best": best,
+        "epoch": source.epoch,
+        "best": best if isinstance(best, (int, float)) else None,
         "config": plain_config,
-        "meta": source.get("meta"),
+        "meta": source.content.get("meta"),
         "backbone": backbone,
         "full": full,
         "model_state_dict": values,
     }
 
 
-def _config_of(values: Any, path: Path) -> Config:
-    if not isinstance(values, dict):
+def _config_of(source: Checkpoint) -> Config:
+    path = source.path
+    if source.config is None:
         raise ExportError(f"{path}: holds no configuration: give the one it was trained with by --config")
     try:
-        return load_config(values)
+        return load_config(source.config)
     except ConfigError as error:
         raise ExportError(f"{path}: its configuration is not of this version ({error}): give one by --config") from None
 
 
-def refit(
-    values: dict[str, Tensor], path: Path, config: Config, backbone: dict[str, str] | None, lean: bool, full: bool
-) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Load weights strictly into the model of `config`, and take from it what is written.
-
-    Args:
-        backbone: the identity of the frozen weights that belong to `values`, if known.
-        lean: the frozen weights are not among `values`.
+def refit(source: Checkpoint, config: Config, full: bool) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Load the weights of a checkpoint strictly into the model of `config`, and take from it what is written.
 
     Returns:
         the weights to write, and the identity of the frozen weights that belong to them.
@@ -137,9 +131,10 @@ def refit(
     from models.parameters import frozen_identity
     from models.registry import build_model
 
-    model = build_model(config, pretrained=lean or not full)
+    path, backbone = source.path, source.backbone
+    model = build_model(config, pretrained=not source.has_backbone or not full)
     usual = frozen_identity(model)
-    load_weights(model, values, str(path), backbone=backbone if lean else None)
+    load_weights(model, source.weights, str(path), backbone=source.missing_backbone)
     found = frozen_identity(model)
     if found is not None and found["sha256"] == usual["sha256"]:
         found = usual
@@ -154,25 +149,21 @@ def refit(
     return weights_to_save(model, full), found
 
 
-def table(files: dict[Path, dict[str, Any]]) -> str:
+def table(checkpoints: Sequence[Checkpoint]) -> str:
     """Markdown: the files, their sizes and content."""
-    from engine import checkpoint_file
-
     rows = []
-    for path, content in files.items():
-        count = sum(value.numel() for value in checkpoint_file.weights_of(content, path).values())
-        rows.append([path, f"{path.stat().st_size / 1e6:.2f} MB", f"{count:,}", _description(content)])
+    for checkpoint in checkpoints:
+        count, size = sum(value.numel() for value in checkpoint.weights.values()), checkpoint.path.stat().st_size
+        rows.append([checkpoint.path, f"{size / 1e6:.2f} MB", f"{count:,}", _description(checkpoint)])
     return markdown_table(["file", "size", "values", "content"], rows, align="lrrl")
 
 
-def _description(content: dict[str, Any]) -> str:
-    from engine import checkpoint_file, checkpointer
-
-    epoch, best, backbone = content.get("epoch"), content.get("best"), content.get("backbone")
-    text = "a complete run: " if checkpointer.is_resumable(content) else ""
-    text += "trainable weights" if checkpoint_file.lacks_backbone(content) else "all weights"
-    text += " and their averages" if content.get("ema_state_dict") else ""
-    text += f" after {epoch} epochs" if isinstance(epoch, int) else ""
+def _description(checkpoint: Checkpoint) -> str:
+    best, backbone = checkpoint.content.get("best"), checkpoint.backbone
+    text = "a complete run: " if checkpoint.is_run else ""
+    text += "all weights" if checkpoint.has_backbone else "trainable weights"
+    text += " and their averages" if checkpoint.content.get("ema_state_dict") else ""
+    text += f" after {checkpoint.epoch} epochs" if checkpoint.epoch is not None else ""
     text += f", best top-1 {best:.2f}" if isinstance(best, (int, float)) and best >= 0 else ""
     on = f", on {backbone['name']}, {backbone['weights']} ({backbone['sha256'][:12]})" if backbone else ""
     return text + on

@@ -1,27 +1,34 @@
 #!/usr/bin/env bash
-# Tests a checkpoint, or without one CLIP itself, on all GPUs of this machine, or on NPROC CPU processes where there is
-# none.
+# Tests a run or a checkpoint, or without one CLIP itself, on all GPUs of this machine, or on NPROC CPU processes if
+# there is none.
 #
-#   bash scripts/run_test_vision.sh CONFIG [WEIGHTS] [--test_crops 1|3|5|10] [--test_clips N] [--dense] [--set ...]
+#   bash scripts/run_test_vision.sh RUN_OR_FILE [--test_crops 1|3|5|10] [--test_clips N] [--dense] [--set ...]
+#   bash scripts/run_test_vision.sh CONFIG.yaml [RUN_OR_FILE] [...]
 #
-# Relative paths, those in the configuration too, are meant from where you stand.
+# A run folder stands for its model_best.pt. Without CONFIG the configuration is the one in the checkpoint. Relative
+# paths, those in the configuration too, are meant from where you stand.
 #
 # Environment: NPROC (processes; default all GPUs, else 1), PYTHON (default python); more in launch.sh.
 set -euo pipefail
-if [ $# -lt 1 ] || [ ! -f "$1" ]; then
-    usage="usage: bash scripts/run_test_vision.sh CONFIG [WEIGHTS] [--test_crops 1|3|5|10] [--test_clips N] [--dense]"
-    echo "$usage: no configuration file ${1:-given}" >&2
+usage="usage: bash scripts/run_test_vision.sh [CONFIG.yaml] [RUN_OR_FILE] [--test_crops 1|3|5|10] [--test_clips N] [--dense]"
+if [ $# -lt 1 ] || [ ! -e "$1" ]; then
+    echo "$usage: no run, checkpoint or configuration ${1:-given}" >&2
     exit 2
 fi
 root=$(CDPATH="" cd -- "$(dirname -- "$0")/.." && pwd)
-config=$1
-shift
+words=()
+case $1 in
+    *.yaml | *.yml)
+        words=(--config "$1")
+        shift
+        ;;
+esac
 if [ $# -gt 0 ] && [ -z "$1" ]; then
-    echo "run_test_vision.sh: WEIGHTS is empty: name a checkpoint, or leave it out to test CLIP itself" >&2
+    echo "run_test_vision.sh: WEIGHTS is empty: name a run or a checkpoint, or leave it out to test CLIP itself" >&2
     exit 2
 fi
 case ${1:-} in
     "" | -*) ;;
-    *) set -- --weights "$@" ;;
+    *) words+=(--weights "$1") && shift ;;
 esac
-exec bash "$root/scripts/launch.sh" "$root/test_vision.py" --config "$config" "$@"
+exec bash "$root/scripts/launch.sh" "$root/test_vision.py" ${words[@]+"${words[@]}"} "$@"

@@ -114,7 +114,7 @@ def _training(row: Row, config: Config, device: torch.device, repeats: int, what
     step = training_step(model, config, Process(device=device))
     batches = [{"video": video, "label": label}]
     step(batches)  # makes the optimizer's state
-    state = [v for values in step.trainee.optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
+    state = [v for values in step.state.optimizer.state.values() for v in values.values() if torch.is_tensor(v)]
     row.standing = profiling.held_bytes([*model.parameters(), *model.buffers(), *state, video, label])
     logger.info("%s: peak memory of a training step", what)
     row.beyond = profiling.peak_bytes(lambda: step(batches), device)

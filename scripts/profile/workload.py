@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from engine import profiling
 from engine.build import build_training_state
-from engine.distributed import Process, barrier, start, unwrap, wrap
+from engine.distributed import Process, barrier, start, wrap
 from engine.entry import leave
 from engine.optim import resolve_precision, set_tf32
 from engine.train_step import TrainStep
@@ -34,25 +34,10 @@ def random_batch(config: Config, model: nn.Module, clips: int, device: torch.dev
 def training_step(model: nn.Module, config: Config, process: Process) -> TrainStep:
     """The engine's own optimizer step for a model and its configuration."""
     model = wrap(model, process, config.network.sync_bn, config.solver.compile).train()
-    solver = replace(config.solver, mixup=False, ema_decay=None)
+    solver = replace(config.solver, mixup=False, ema_decay=None, lr_base_batch=None)
     config = replace(config, data=config.data.with_pixel_statistics(), solver=solver)
-    groups = parameter_groups(
-        unwrap(model),
-        lr=solver.lr,
-        weight_decay=solver.weight_decay,
-        clip_ratio=solver.clip_ratio,
-        layer_decay=solver.layer_decay,
-        decay_norms=solver.decay_norms,
-    )
-    state = build_training_state(
-        config,
-        model,
-        groups,
-        lr=solver.lr,
-        precision=resolve_precision(solver.precision, process.device),
-        process=process,
-        steps_per_epoch=10**6,
-    )
+    precision = resolve_precision(solver.precision, process.device)
+    state = build_training_state(config, model, parameter_groups, precision, process, steps_per_epoch=10**6)
     return TrainStep(state, process, solver.clip_grad)
 
 

@@ -18,6 +18,7 @@ from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, tokenize,
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import Config, ConfigError, load_config
+from engine.checkpoint_file import Checkpoint
 from engine.checkpointer import load_saved_weights, weights_to_save
 from engine.ema import ModelEma
 from engine.optim import check_groups
@@ -344,7 +345,7 @@ def test_a_resumed_run_has_the_checkpoints_head(file: str, tuned: str) -> None:
     content = {"model_state_dict": weights_to_save(source, full=False), "backbone": None}
     for names in (NAMES, None):
         target = build(file, "full_finetune", tuned, names=names)
-        load_saved_weights(target, content, None, "a.pt")
+        load_saved_weights(target, Checkpoint(Path("a.pt"), content), None)
         own = target.state_dict()
         assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
 

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from engine import checkpoint_file
-from engine.checkpoint_file import CheckpointError
+from engine.checkpoint_file import Checkpoint, CheckpointError
 
 WRITERS = [("a.pt", checkpoint_file.save), ("a.safetensors", checkpoint_file.save_safetensors)]
 both_formats = pytest.mark.parametrize(("name", "write"), WRITERS)
@@ -50,7 +50,7 @@ def same(one: dict, other: dict) -> bool:
 @both_formats
 def test_everything_comes_back_and_others_may_read_it(tmp_path: Path, name: str, write: Callable):
     write(tmp_path / name, content())
-    assert same(checkpoint_file.load(tmp_path / name), content())
+    assert same(checkpoint_file.load(tmp_path / name).content, content())
     assert os.listdir(tmp_path) == [name] and stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~_umask()
 
 
@@ -65,7 +65,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path: Path, name: s
     base = torch.arange(12.0).view(3, 4)
     weights = {"tied": base, "too": base, "part": base[1:], "turned": base.T, "grad": torch.nn.Parameter(base)}
     write(tmp_path / name, {"model_state_dict": weights})
-    found = checkpoint_file.load(tmp_path / name)["model_state_dict"]
+    found = checkpoint_file.load(tmp_path / name).content["model_state_dict"]
     assert found.keys() == weights.keys() and all(torch.equal(found[key], value) for key, value in weights.items())
 
 
@@ -100,7 +100,7 @@ def test_a_save_that_is_interrupted_keeps_the_former(
         write(tmp_path / name, content(2))
     if isinstance(error, OSError):
         assert str(caught.value).startswith(f"{tmp_path / name}: cannot write") and "Input/output" in str(caught.value)
-    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name), content(1))
+    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name).content, content(1))
 
 
 @both_formats
@@ -110,7 +110,7 @@ def test_a_full_disk_keeps_the_former(tmp_path: Path, name: str, write: Callable
     os.symlink("/dev/full", tmp_path / f".{name}.partial")  # every byte written there gets ENOSPC
     with pytest.raises(CheckpointError, match=rf"{name}: cannot write .*No space left on device"):
         write(tmp_path / name, {"model_state_dict": {"a": torch.ones(size)}})
-    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name), content(1))
+    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name).content, content(1))
 
 
 @both_formats
@@ -124,14 +124,14 @@ def test_a_quota_that_is_reached_in_the_middle_keeps_the_former(tmp_path: Path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
         signal.signal(signal.SIGXFSZ, handler)
-    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name), content(1))
+    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name).content, content(1))
 
 
 @both_formats
 def test_what_a_kill_left_is_written_over(tmp_path: Path, name: str, write: Callable):
     (tmp_path / f".{name}.partial").write_bytes(b"x" * 10**6)
     write(tmp_path / name, content())
-    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name), content())
+    assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name).content, content())
 
 
 def test_what_cannot_be_written_is_named(tmp_path: Path):
@@ -159,7 +159,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path, name: str, write:
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         try:
-            assert same(checkpoint_file.load(path), content()) and bit not in inside, (
+            assert same(checkpoint_file.load(path).content, content()) and bit not in inside, (
                 bit
             )  # between the parts, nobody reads
         except CheckpointError as error:
@@ -234,8 +234,8 @@ def test_numbers_of_numpy_are_plain_values(tmp_path: Path, form: bool):
     path = tmp_path / "best_top1_acc.pth"
     numbers = {"best_score": numpy.float64(0.8125), "iter": numpy.int64(7), "lr": numpy.float32(0.5)}
     torch.save({"meta": numbers, "state_dict": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=form)
-    found = checkpoint_file.load(path)
-    assert found["meta"] == numbers and torch.equal(checkpoint_file.weights_of(found, path)["a"], torch.ones(2))
+    found = checkpoint_file.load(path).content
+    assert found["meta"] == numbers and torch.equal(Checkpoint(path, found).weights["a"], torch.ones(2))
     for other, name, advice in (
         (numpy.zeros(2), "_reconstruct", "; save its NumPy arrays as tensors"), (Twice(), "Twice", "")
     ):  # fmt: skip
@@ -276,7 +276,7 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, write: Ca
 
 def test_torchs_older_format_is_read(tmp_path: Path):
     torch.save(content(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert same(checkpoint_file.load(tmp_path / "old.pth"), content())
+    assert same(checkpoint_file.load(tmp_path / "old.pth").content, content())
 
 
 # The row of a run's files.
@@ -294,8 +294,8 @@ def _row(folder: Path, keep: int, steps: int) -> list[str]:
 def test_so_many_files_are_kept(tmp_path: Path, keep: int):
     names = _row(tmp_path, keep, 5)
     assert names == ["last_model.pt", *[f"step_{step:08d}.pt" for step in range(6 - keep, 5)]]
-    assert [checkpoint_file.load(tmp_path / name)["step"] for name in names] == [5, *range(6 - keep, 5)]
-    assert checkpoint_file.newest(tmp_path) == tmp_path / "last_model.pt"
+    assert [checkpoint_file.load(tmp_path / name).content["step"] for name in names] == [5, *range(6 - keep, 5)]
+    assert checkpoint_file.newest(tmp_path).path == tmp_path / "last_model.pt"
 
 
 def test_fewer_are_kept_from_now_on(tmp_path: Path):
@@ -307,16 +307,16 @@ def test_fewer_are_kept_from_now_on(tmp_path: Path):
 def test_a_step_is_saved_twice_before_and_after_its_evaluation(tmp_path: Path):
     checkpoint_file.save_last(tmp_path, content(1) | {"pending": True}, 2, None)
     checkpoint_file.save_last(tmp_path, content(1), 2, 1)
-    assert "pending" in checkpoint_file.load(tmp_path / "step_00000001.pt")
+    assert "pending" in checkpoint_file.load(tmp_path / "step_00000001.pt").content
     checkpoint_file.save_last(tmp_path, content(2), 2, 1)
     assert sorted(os.listdir(tmp_path)) == ["last_model.pt", "step_00000001.pt"]
-    assert same(checkpoint_file.load(tmp_path / "step_00000001.pt"), content(1))
+    assert same(checkpoint_file.load(tmp_path / "step_00000001.pt").content, content(1))
 
 
 def test_where_a_file_has_one_name_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with _fails(monkeypatch, "link", OSError(errno.EPERM, "Operation not permitted")):
         assert _row(tmp_path, 2, 3) == ["last_model.pt", "step_00000002.pt"]
-    assert same(checkpoint_file.load(tmp_path / "step_00000002.pt"), content(2))
+    assert same(checkpoint_file.load(tmp_path / "step_00000002.pt").content, content(2))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -346,12 +346,16 @@ def test_a_row_survives_a_power_cut_at_any_operation(
             except Power:
                 finished = False
         assert (folder / "last_model.pt").exists()
-        found = checkpoint_file.load(checkpoint_file.newest(folder))
+        found = checkpoint_file.newest(folder).content
         assert found["step"] == 4 if finished else found["step"] in (3, 4)
         assert same(found, content(found["step"]))
         checkpoint_file.save_last(folder, content(5), keep, found["step"])
         left = sorted(name for name in os.listdir(folder) if not name.endswith(".partial"))
-        assert left[0] == "last_model.pt" and len(left) == keep and checkpoint_file.load(folder / left[0])["step"] == 5
+        assert (
+            left[0] == "last_model.pt"
+            and len(left) == keep
+            and checkpoint_file.load(folder / left[0]).content["step"] == 5
+        )
         if finished:
             return
     raise AssertionError("the save never came through")
@@ -366,35 +370,35 @@ def test_going_back_to_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCa
     _cut(tmp_path / "last_model.pt")
     (tmp_path / "step_00000003.pt").write_bytes(b"")
     with caplog.at_level(logging.WARNING, "td4v"):
-        assert checkpoint_file.newest(tmp_path) == tmp_path / "step_00000002.pt"
+        assert checkpoint_file.newest(tmp_path).path == tmp_path / "step_00000002.pt"
     assert [message.split(": ")[0] for message in caplog.messages[:2]] == [
         str(tmp_path / "last_model.pt"), str(tmp_path / "step_00000003.pt"),
     ]  # fmt: skip
     assert (
-        caplog.messages[2] == f"going back to {tmp_path / 'step_00000002.pt'}, the newest whole checkpoint of this run"
+        caplog.messages[2] == f"going back to {tmp_path / 'step_00000002.pt'}, the newest valid checkpoint of this run"
     )
-    # The run goes on from step 2: what is damaged takes nobody's place in the row.
+    # The run resumes from step 2: damaged files do not count among those that are kept.
     checkpoint_file.save_last(tmp_path, content(3), 3, None)
     assert sorted(os.listdir(tmp_path)) == ["last_model.pt", "step_00000001.pt", "step_00000002.pt"]
     checkpoint_file.save_last(tmp_path, content(4), 3, 3)
-    assert [checkpoint_file.load(path)["step"] for path in sorted(tmp_path.iterdir())] == [4, 2, 3]
+    assert [checkpoint_file.load(path).content["step"] for path in sorted(tmp_path.iterdir())] == [4, 2, 3]
 
 
 def test_a_deleted_last_one_and_none_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert checkpoint_file.newest(tmp_path) is None
     _row(tmp_path, 2, 2)
     (tmp_path / "last_model.pt").unlink()
-    assert checkpoint_file.newest(tmp_path) == tmp_path / "step_00000001.pt"
+    assert checkpoint_file.newest(tmp_path).path == tmp_path / "step_00000001.pt"
     (tmp_path / "last_model.pt").write_bytes(b"")
     _cut(tmp_path / "step_00000001.pt")
-    with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(last_model.pt, step_00000001.pt\)"):
+    with pytest.raises(CheckpointError, match=r"none of its checkpoints is valid \(last_model.pt, step_00000001.pt\)"):
         checkpoint_file.newest(tmp_path)
 
 
 def test_an_evil_last_one_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     _row(tmp_path, 2, 2)
     torch.save({"a": Evil(os.system, f"touch {tmp_path / 'trace'}")}, tmp_path / "last_model.pt")
-    assert checkpoint_file.newest(tmp_path) == tmp_path / "step_00000001.pt"
+    assert checkpoint_file.newest(tmp_path).path == tmp_path / "step_00000001.pt"
     assert "holds pickled code" in caplog.text and not (tmp_path / "trace").exists()
 
 
@@ -405,19 +409,19 @@ def test_an_evil_last_one_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_weights_of_known_layouts(key: str | None, prefix: str):
     weights = {f"{prefix}body.weight": torch.ones(1), f"{prefix}head.bias": torch.zeros(2)}
-    found = checkpoint_file.weights_of({key: weights, "epoch": 3} if key else weights, "a.pt")
+    found = Checkpoint(Path("a.pt"), {key: weights, "epoch": 3} if key else weights).weights
     assert list(found) == ["body.weight", "head.bias"]
 
 
 def test_the_averaged_weights_are_the_ones(tmp_path: Path):
     kept = {"model_state_dict": {"a": torch.zeros(1), "n": torch.tensor(3)}, "ema_state_dict": {"a": torch.ones(1)}}
-    assert checkpoint_file.weights_of(kept, "a.pt") == {"a": torch.ones(1), "n": torch.tensor(3)}
-    assert checkpoint_file.weights_of(kept | {"ema_state_dict": None}, "a.pt")["a"] == 0
+    assert Checkpoint(Path("a.pt"), kept).weights == {"a": torch.ones(1), "n": torch.tensor(3)}
+    assert Checkpoint(Path("a.pt"), kept | {"ema_state_dict": None}).weights["a"] == 0
 
 
 def test_weights_of_safetensors_and_of_nothing(tmp_path: Path):
     safetensors.torch.save_file({"module.a": torch.ones(1)}, tmp_path / "w.safetensors")
-    assert list(checkpoint_file.weights_of(checkpoint_file.load(tmp_path / "w.safetensors"), "w.safetensors")) == ["a"]
+    assert list(checkpoint_file.load(tmp_path / "w.safetensors").weights) == ["a"]
     for nothing in ({"epoch": 3}, {"model": {"a": "b"}}, {}):
         with pytest.raises(CheckpointError, match=r"a\.pt: no model weights"):
-            checkpoint_file.weights_of(nothing, "a.pt")
+            _ = Checkpoint(Path("a.pt"), nothing).weights

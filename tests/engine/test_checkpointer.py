@@ -13,7 +13,7 @@ from torch import nn
 
 from configs.schema import SolverConfig
 from engine import checkpoint_file, checkpointer, rng
-from engine.checkpoint_file import CheckpointError
+from engine.checkpoint_file import Checkpoint, CheckpointError
 from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
@@ -21,6 +21,7 @@ from engine.meter import LossMonitor
 from engine.optim import build_scheduler
 from engine.train_step import TrainingState
 
+A = Path("a.pt")
 BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
 TRAINED = Progress(
     epoch=1, step_in_epoch=1, step=5, best=12.5, evaluations_since_best=1, unevaluated_epoch={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
@@ -105,7 +106,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, em
 
     random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
     resumed = parts(ema=ema, scaled=scaled, seed=7)
-    found, meter = checkpointer.restore_run(checkpoint_file.load(path), path, resumed, Process())
+    found, meter = checkpointer.restore_run(checkpoint_file.load(path), resumed, Process())
     assert asdict(found) == asdict(TRAINED) and meter == METER
     for _ in range(2):
         step(resumed)
@@ -122,7 +123,7 @@ def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead
     content["scheduler"]["last_epoch"] += ahead
     content["optimizer_state_dict"]["param_groups"][0]["lr"] = 7.0
     resumed = parts()
-    checkpointer.restore_run(content, tmp_path / "last_model.pt", resumed, Process())
+    checkpointer.restore_run(Checkpoint(tmp_path / "last_model.pt", content), resumed, Process())
     assert resumed.scheduler.last_epoch == TRAINED.step and resumed.optimizer.param_groups[0]["lr"] == rate
     step(trained), step(resumed)
     assert resumed.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
@@ -148,7 +149,7 @@ def test_each_process_gets_its_own_generators_back(monkeypatch: pytest.MonkeyPat
     content = collected(trained, process=Process(world_size=2))
     given = []
     monkeypatch.setattr(checkpointer, "set_rng_state", lambda rng, device: given.append(rng["torch"]))
-    found = [checkpointer.restore_run(content, "a.pt", trained, Process(rank, 2))[1] for rank in (0, 1)]
+    found = [checkpointer.restore_run(Checkpoint(A, content), trained, Process(rank, 2))[1] for rank in (0, 1)]
     assert found == [METER, {"clips": 1}] and given[1].tolist() == [7, 7, 7] and len(given[0]) > 3
 
 
@@ -158,8 +159,9 @@ def test_lean_and_full():
     assert full.keys() == model.state_dict().keys() and full.keys() - lean.keys() == {"tower.weight", "tower.bias"}
     assert {"scale", "body.1.running_mean", "body.1.num_batches_tracked"} <= lean.keys()
     content = collected(parts(ema=0.5))
-    assert content["backbone"] == BACKBONE and content["full"] is False and checkpoint_file.lacks_backbone(content)
-    assert not checkpoint_file.lacks_backbone(collected(parts(), full=True))
+    assert content["backbone"] == BACKBONE and content["full"] is False
+    assert not Checkpoint(A, content).has_backbone
+    assert Checkpoint(A, collected(parts(), full=True)).has_backbone
 
 
 def test_the_weights_alone_are_the_averaged_ones():
@@ -170,14 +172,14 @@ def test_the_weights_alone_are_the_averaged_ones():
     assert all(torch.equal(content["model_state_dict"][name], value) for name, value in averages.items())
     assert not torch.equal(averages["head.weight"], trained.model.head.weight)
     assert content["model_state_dict"].keys() == trained.model.state_dict().keys()
-    assert not checkpointer.is_resumable(content) and checkpointer.is_resumable(collected(trained))
+    assert not Checkpoint(A, content).is_run and Checkpoint(A, collected(trained)).is_run
 
 
 def refused(content: dict, target: TrainingState, process: Process = Process()) -> str:  # noqa: B008, frozen
     """Why `content` cannot be restored; `target`'s weights must be as before."""
     before = leaves(target.model.state_dict())
     with pytest.raises(CheckpointError) as caught:
-        checkpointer.restore_run(content, "run/last_model.pt", target, process)
+        checkpointer.restore_run(Checkpoint(Path("run/last_model.pt"), content), target, process)
     assert leaves(target.model.state_dict()) == before
     message = str(caught.value)
     assert message.startswith("run/last_model.pt: ") and "\n" not in message
@@ -191,8 +193,8 @@ def test_another_frozen_backbone_is_refused_with_both_names():
         assert part in message
     assert "None" in refused(collected(parts()), replace(parts(seed=1), backbone=None))
     moved = {**BACKBONE, "weights": "elsewhere/ViT-B-16.pt"}  # the same frozen weights from another place
-    checkpointer.restore_run(collected(parts()), "a.pt", replace(parts(), backbone=moved), Process())
-    checkpointer.restore_run(collected(parts(), full=True), "a.pt", replace(parts(), backbone=other), Process())
+    checkpointer.restore_run(Checkpoint(A, collected(parts())), replace(parts(), backbone=moved), Process())
+    checkpointer.restore_run(Checkpoint(A, collected(parts(), full=True)), replace(parts(), backbone=other), Process())
 
 
 def test_another_model_is_refused():
@@ -221,7 +223,7 @@ def test_another_optimizer_is_refused():
     target = parts()
     split = torch.optim.AdamW([{"params": [p]} for p in target.model.parameters() if p.requires_grad])
     with pytest.raises(CheckpointError, match="does not fit this optimizer"):
-        checkpointer.restore_run(collected(parts()), "a.pt", replace(target, optimizer=split), Process())
+        checkpointer.restore_run(Checkpoint(A, collected(parts())), replace(target, optimizer=split), Process())
 
 
 def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
@@ -232,7 +234,7 @@ def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
     fused = torch.optim.AdamW(groups, fused=True)
     assert not trained.optimizer.param_groups[0]["fused"]
     content = collected(trained)
-    checkpointer.restore_run(content, "a.pt", replace(target, optimizer=fused), Process())
+    checkpointer.restore_run(Checkpoint(A, content), replace(target, optimizer=fused), Process())
     assert fused.param_groups[0]["fused"] is True and not content["optimizer_state_dict"]["param_groups"][0]["fused"]
     for one, other in zip(fused.state.values(), trained.optimizer.state.values(), strict=True):
         assert leaves(one) == leaves(other) and int(one["step"]) == 1
@@ -242,7 +244,7 @@ def test_averages_of_another_model_are_refused():
     content = collected(parts(ema=0.5))
     del content["ema_state_dict"]["head.bias"]
     with pytest.raises(CheckpointError, match=r"a\.pt: the averaged weights do not fit this model: head\.bias"):
-        checkpointer.restore_run(content, "a.pt", parts(ema=0.5), Process())
+        checkpointer.restore_run(Checkpoint(A, content), parts(ema=0.5), Process())
 
 
 def test_loss_spikes_stand_out_of_the_usual():

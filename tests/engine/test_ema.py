@@ -165,7 +165,7 @@ def test_saved_and_continued_bit_for_bit(tmp_path: Path) -> None:
     list(train(straight, 3, ema, rank=1))
 
     resumed = make(seed=5)
-    content = checkpoint_file.load(tmp_path / "a.pt")
+    content = checkpoint_file.load(tmp_path / "a.pt").content
     resumed.load_state_dict(content["model"])
     again = ModelEma(resumed, 0.9)
     again.load_state_dict(content["ema_state_dict"])

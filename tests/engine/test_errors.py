@@ -20,7 +20,7 @@ from engine.errors import ANOTHER_ENDED, GIB, RunContext, another_ended, explain
 from tests.helpers.processes import run_in_two
 
 NOW = RunContext(
-    batch_size=6, clips=12, frames=16, accumulation=2, tuned=20_406_138, precision="fp32", workers=8, world_size=4,
+    batch_size=6, clips=12, frames=16, accumulation=2, trainable=20_406_138, precision="fp32", workers=8, world_size=4,
     memory_used=78 * GIB, memory_total=80 * GIB,
 )  # fmt: skip
 CUDA = (
@@ -45,15 +45,15 @@ def raised(call, *arguments) -> BaseException:
     return caught.value
 
 
-def one_sentence(error: BaseException, situation: RunContext | None = None) -> str:
-    sentence = explain(error, situation)
+def one_sentence(error: BaseException, context: RunContext | None = None) -> str:
+    sentence = explain(error, context)
     assert sentence and "\n" not in sentence and not sentence.endswith("."), sentence
     return sentence
 
 
 def test_out_of_gpu_memory():
     assert one_sentence(torch.OutOfMemoryError(CUDA), NOW) == (
-        "the GPU is out of memory with 12 clips a batch, 16 frames a clip, 20,406,138 tuned parameters; 78.0 of 80.0 GiB "
+        "the GPU is out of memory with 12 clips a batch, 16 frames a clip, 20,406,138 trainable parameters; 78.0 of 80.0 GiB "
         "were used at most; other programs use it, too (process 4711: 20.50 GiB): set data.batch_size=3 and "
         "solver.grad_accumulation_steps=4, the same step but for BatchNorm, or set solver.precision=bf16"
     )
@@ -72,7 +72,7 @@ def test_out_of_gpu_memory():
 
 def test_out_of_memory_on_the_cpu():
     error = raised(lambda: torch.empty(1 << 60, dtype=torch.uint8))
-    assert "no memory left for the 1073741824.0 GiB asked for with 12 clips" in one_sentence(error, NOW)
+    assert "no memory left for the 1073741824.0 GiB requested with 12 clips" in one_sentence(error, NOW)
     assert one_sentence(error, NOW).endswith("lower data.batch_size or data.workers, now 8")
     assert one_sentence(MemoryError()) and one_sentence(OSError(errno.ENOMEM, "Cannot allocate memory"))
 
@@ -83,7 +83,7 @@ def test_a_full_disk():
             file.write(b"x")
 
     assert one_sentence(raised(write)).startswith("the disk is full: make room, lower checkpoint.keep")
-    assert "could not be written whole" in one_sentence(raised(torch.save, torch.ones(100000), "/dev/full"))
+    assert "could not be written completely" in one_sentence(raised(torch.save, torch.ones(100000), "/dev/full"))
     named = OSError(errno.EDQUOT, "Disk quota exceeded", "/tmp/last_model.pt")
     assert "quota is used up (/tmp/last_model.pt; " in one_sentence(named)
     assert "shared memory" in one_sentence(OSError(errno.ENOSPC, "No space left on device", "/dev/shm/torch_1"))
@@ -145,9 +145,9 @@ def wait_too_long(rank: int) -> None:
         time.sleep(2.5)
     error = raised(dist.all_reduce, torch.ones(1))
     if rank == 0:
-        assert "another process did not arrive within 1 s where all wait" in one_sentence(error) and not another_ended(
+        assert "another process did not arrive within 1 s at a point where all wait" in one_sentence(
             error
-        )
+        ) and not another_ended(error)
         assert one_sentence(error, NOW).startswith("one of the 4 processes did not arrive")
     else:
         assert one_sentence(error) == ANOTHER_ENDED and another_ended(error)
@@ -159,7 +159,7 @@ def leave_a_parameter_out(rank: int) -> None:
     wrapped = DistributedDataParallel(Half())
     wrapped(torch.ones(1, 2)).sum().backward()
     sentence = one_sentence(raised(wrapped, torch.ones(1, 2)))
-    assert sentence.startswith("some tuned parameters get no gradient, numbers 2 3 of them: the method's forward"), (
+    assert sentence.startswith("some trainable parameters get no gradient, numbers 2 3 of them: the model's forward"), (
         sentence
     )
 
@@ -184,7 +184,10 @@ def test_a_parameter_without_gradient():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (WATCHDOG, "one of the 4 processes did not arrive within 600 s where all wait for each other (ALLREDUCE)"),
+        (
+            WATCHDOG,
+            "one of the 4 processes did not arrive within 600 s at a point where all wait for each other (ALLREDUCE)",
+        ),
         ("[Rank 0]: Rank 3 failed to pass monitoredBarrier in 1000 ms", "process 3 did not arrive within 1 s"),
         (
             "Timeout at collective: ALLREDUCE\n\t - [2, 3] are the lagging ranks that caused",
@@ -222,7 +225,7 @@ def test_names_of_parameters_where_torch_knows_them():
         "Parameters which did not receive grad for rank 0: "
         "adapter.up.weight, adapter.up.bias\nParameter indices which did not receive grad for rank 0: 4 5"
     )
-    assert "no gradient: adapter.up.weight, adapter.up.bias: the method's" in one_sentence(RuntimeError(text))
+    assert "no gradient: adapter.up.weight, adapter.up.bias: the model's" in one_sentence(RuntimeError(text))
 
 
 class OurError(OSError):

@@ -363,7 +363,7 @@ def test_methods_without_frozen_features_are_refused(config: Config) -> None:
 
 
 def test_recomputation_is_refused_where_nothing_is_kept(config: Config) -> None:
-    with pytest.raises(ConfigError, match="network.recompute: linear_probe keeps no"):
+    with pytest.raises(ConfigError, match="network.recompute: linear_probe saves no"):
         build_model(replace(config, network=replace(config.network, recompute=True)))
 
 

@@ -65,7 +65,7 @@ def test_warnings_are_one_line_of_the_log(capsys: pytest.CaptureFixture[str]):
 
 
 def test_progress_line_and_eta(monkeypatch: pytest.MonkeyPatch):
-    line = progress_line(2, 30, 7, 120, 1.23456, 0.00095, 33.33, 3725.4)
+    line = progress_line(2, 30, 7, 120, loss=1.23456, lr=0.00095, clips_per_second=33.33, seconds_left=3725.4)
     assert line == "epoch 2/30 step   7/120 loss 1.2346 lr 9.500e-04 33.3 clips/s eta 1:02:05"
     clock = iter([100.0, 110.0])
     monkeypatch.setattr("engine.log.time.perf_counter", lambda: next(clock))

@@ -1,4 +1,4 @@
-"""The run folder: which one, one process at a time, what is written, and what a resumed run takes back."""
+"""The run folder: one process at a time, what is written, and what a resumed run takes back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine.resume
 from common import files
-from engine import run_dir
-from engine.checkpoint_file import save
 from engine.distributed import Process
 from engine.log import close_logging
-from engine.run_dir import RunDir, RunDirError, choose_folder
+from engine.normalize import Normalizer
+from engine.resume import choose_folder
+from engine.run_dir import RunDir, RunDirError
 
 CONFIG = {"solver": {"lr": 0.001, "betas": [0.9, 0.999]}, "resume": None, "pretrain": "a.pt"}
 META = {"seed": 5, "world_size": 1}
@@ -40,12 +41,12 @@ class Killed(BaseException):
 
 
 def begin(path: Path, resume: bool = False, config: dict = CONFIG, meta: dict = META, **options: object) -> RunDir:
-    return RunDir(path, config, meta, Process(), resume=resume, **options)
+    return RunDir(path, config, meta, Process(), resume=resume, **options).open()
 
 
 def made(path: Path, config: dict = CONFIG, age_s: float = 0, finished: bool = False) -> Path:
     """A run's folder as it is left behind."""
-    with begin(path, config=config) as run:
+    with closing(begin(path, config=config)) as run:
         if finished:
             run.finish()
     then = time.time() - age_s
@@ -53,116 +54,9 @@ def made(path: Path, config: dict = CONFIG, age_s: float = 0, finished: bool = F
     return path
 
 
-# Which folder.
-
-
-def chosen(tmp_path: Path, explicit: Path | None = None, fresh: bool = False, differs: Callable | None = None) -> tuple:
+def chosen(tmp_path: Path, named: Path | None = None, fresh: bool = False, differs: Callable | None = None) -> tuple:
     differs = differs or (lambda config, start: None if config == CONFIG else "solver.lr is another")
-    return choose_folder(Process(), explicit, tmp_path, "new", differs, fresh)
-
-
-def test_a_new_folder_where_there_is_no_run(tmp_path: Path):
-    assert chosen(tmp_path / "nowhere") == (tmp_path / "nowhere" / "new", False)
-    assert chosen(tmp_path) == (tmp_path / "new", False) and (tmp_path / "new").is_dir()  # nobody else gets it
-    (tmp_path / "new_1").write_text("")
-    assert chosen(tmp_path) == (tmp_path / "new_2", False)
-    begin(tmp_path / "new_2").close()
-    for name in ("new", "new_2"):
-        run_dir._forget(tmp_path / name)
-    assert not (tmp_path / "new").exists() and (tmp_path / "new_2").exists()
-    assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
-    (tmp_path / "mine").mkdir()
-    assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
-
-
-def test_the_newest_unfinished_run_of_the_same_kind_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    made(tmp_path / "other", {"solver": {"lr": 1}}, age_s=10)
-    made(tmp_path / "done", age_s=20, finished=True)
-    made(tmp_path / "newer", age_s=30)
-    made(tmp_path / "older", age_s=40)
-    with caplog.at_level(logging.INFO, "td4v"):
-        assert chosen(tmp_path) == (tmp_path / "newer", True)
-    assert f"going on with {tmp_path / 'newer'}" in caplog.text
-    assert chosen(tmp_path, fresh=True) == (tmp_path / "new", False)
-    assert chosen(tmp_path, tmp_path / "older") == (tmp_path / "older", True)
-    assert chosen(tmp_path, tmp_path / "done") == (tmp_path / "done", True)  # by its name, to be told that it is
-    caplog.clear()
-    assert chosen(tmp_path, differs=lambda config, start: "all differ") == (tmp_path / "new_1", False)
-    assert f"{tmp_path / 'other'}: not finished, but another run: all differ; so a new one begins" in caplog.text
-
-
-def test_a_damaged_description_is_taken_from_the_newest_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    path = made(tmp_path / "run")
-    save(path / "last_model.pt", {"config": CONFIG, "meta": META})
-    for name, text in (("run.json", "[]"), ("run.json", '{"a": 1}'), ("config.yaml", "- 1"), ("config.yaml", "")):
-        (path / name).write_text(text)
-        assert chosen(tmp_path) == (path, True)
-        with begin(path, resume=True):
-            assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
-    assert "its config.yaml or run.json is damaged" in caplog.text and "last_model.pt tells the same" in caplog.text
-
-
-def test_a_run_that_may_not_be_written_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    made(tmp_path / "theirs")
-
-    def refuse(folder: Path) -> str | None:
-        raise PermissionError(13, "Permission denied", str(folder / ".lock"))
-
-    monkeypatch.setattr(run_dir, "_user", refuse)
-    assert chosen(tmp_path) == (tmp_path / "new", False)
-    assert f"{tmp_path / 'theirs'}: passed over" in caplog.text
-
-
-def test_what_makes_another_run_is_asked_of_the_newest_start(tmp_path: Path):
-    made(tmp_path / "run")
-    begin(tmp_path / "run", resume=True, meta=META | {"seed": 6}).close()
-    asked = []
-    chosen(tmp_path, tmp_path / "run", differs=lambda *what: asked.append(what))
-    assert asked == [(CONFIG, META | {"seed": 6})]
-
-
-def test_a_damaged_folder_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    made(tmp_path / "whole", age_s=10)
-    for name, file, text in (("a", "run.json", ""), ("b", "config.yaml", "a: ["), ("c", "run.json", "[{")):
-        (made(tmp_path / name) / file).write_text(text)
-    assert chosen(tmp_path) == (tmp_path / "whole", True)
-    for name in "abc":
-        assert f"{tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
-    with pytest.raises(RunDirError, match="a: .*cannot be read"):
-        chosen(tmp_path, tmp_path / "a")
-
-
-@pytest.mark.parametrize("name", ["last_model.pt", "config.yaml", "run.json", "log.txt"])
-def test_a_named_folder_of_another_is_refused(tmp_path: Path, name: str):
-    (tmp_path / name).write_text("old")
-    with pytest.raises(RunDirError, match=f"{tmp_path}: holds {name}, but no run of ours to go on with"):
-        chosen(tmp_path, tmp_path)
-    with pytest.raises(RunDirError, match=rf"already holds a run \({name}\), and --fresh"):
-        chosen(tmp_path, tmp_path, fresh=True)
-    with pytest.raises(RunDirError, match=rf"already holds a run \({name}\)"):
-        begin(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "old"
-
-
-def test_a_named_folder_of_another_run_is_refused(tmp_path: Path):
-    made(tmp_path / "run", {"solver": {"lr": 1}})
-    with pytest.raises(RunDirError, match="run: already holds another run: solver.lr is another"):
-        chosen(tmp_path, tmp_path / "run")
-    with pytest.raises(RunDirError, match="run: already holds a run .* --fresh was asked"):
-        chosen(tmp_path, tmp_path / "run", fresh=True)
-
-
-def test_every_process_gets_the_answer_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for answer in ((tmp_path / "theirs", True), "a sentence"):
-        monkeypatch.setattr(run_dir, "gather", lambda own, answer=answer: [answer, own])
-        other = (Process(1, 2), None, tmp_path, "new", lambda *_: None)
-        if isinstance(answer, str):
-            with pytest.raises(RunDirError, match="a sentence"):
-                choose_folder(*other)
-        else:
-            assert choose_folder(*other) == answer
+    return choose_folder(Process(), named, tmp_path / "new", differs, fresh)
 
 
 # One process at a time.
@@ -193,7 +87,7 @@ def another_process(work: Callable[[], None]) -> Iterator[int]:
 def test_two_processes_cannot_have_one_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_dir, "PATIENCE_S", 1)
+    monkeypatch.setattr(engine.resume, "PATIENCE_S", 1)
     path = tmp_path / "run"
     held = []
     with another_process(lambda: held.append(begin(path))) as child:
@@ -202,7 +96,7 @@ def test_two_processes_cannot_have_one_folder(
             begin(path, resume=True)
         with caplog.at_level(logging.INFO, "td4v"):
             assert chosen(tmp_path) == (tmp_path / "new", False)
-        assert f"{path}: going on, by process {child}" in caplog.text
+        assert f"{path}: in use by process {child}" in caplog.text
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     # It was killed with -9: the folder is free at once, and the run goes on.
     assert chosen(tmp_path) == (path, True)
@@ -237,7 +131,7 @@ def test_a_closed_folder_is_free(tmp_path: Path):
 
     held: list[RunDir] = []
     with (
-        begin(tmp_path / "run"),
+        closing(begin(tmp_path / "run")),
         pytest.raises(AssertionError, match="the other process failed"),
         another_process(work),
     ):
@@ -258,9 +152,24 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 # What is written.
 
 
+def test_nothing_is_written_before_it_is_opened(tmp_path: Path):
+    run = RunDir(tmp_path / "run", CONFIG, META, Process())
+    assert not (tmp_path / "run").exists()
+    with run:
+        assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_folder_named_after_the_time_is_nobody_elses(tmp_path: Path):
+    (tmp_path / "new_1").write_text("")
+    folders = [begin(tmp_path / "new", auto_named=True) for _ in range(3)]
+    assert [run.path.name for run in folders] == ["new", "new_2", "new_3"]
+    for run in folders:
+        run.close()
+
+
 def test_a_run_folder_says_what_ran(tmp_path: Path):
     path = tmp_path / "deep" / "run"
-    with begin(path) as run:
+    with closing(begin(path)) as run:
         logging.getLogger("td4v").info("hello")
         logging.getLogger("td4v").debug("too much")
     assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
@@ -271,8 +180,8 @@ def test_a_run_folder_says_what_ran(tmp_path: Path):
 
 def test_each_start_is_an_entry_and_how_it_began_stays(tmp_path: Path):
     begin(tmp_path).close()
-    with begin(
-        tmp_path, resume=True, config=CONFIG | {"pretrain": None, "resume": "b.pt"}, meta=META | {"seed": 7}
+    with closing(
+        begin(tmp_path, resume=True, config=CONFIG | {"pretrain": None, "resume": "b.pt"}, meta=META | {"seed": 7})
     ) as run:
         run.finish()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG
@@ -326,7 +235,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path):
 def test_lines_curves_and_pictures(tmp_path: Path):
     mean, std = (0.5, 0.25, 0.0), (0.5, 0.5, 1.0)
     row = {"epoch": 0, "step": 4, "train_loss": 2.0, "top1": None}
-    with begin(tmp_path, mean=mean, std=std, clips=2) as run:
+    with closing(begin(tmp_path, normalizer=Normalizer(mean, std), clips=2)) as run:
         run.scalars({"train/loss": 2.5}, step=3)
         run.record_epoch(row)
         run.show_clips(torch.zeros(3, 4, 3, 8, 8))
@@ -366,7 +275,7 @@ def trained(path: Path, epochs: int = 3) -> list[dict]:
     """A run of so many epochs of ten steps, as it is left behind by a kill: points each five steps, in two files."""
     history, seen = [row(epoch) for epoch in range(epochs)], set()
     for start, part in enumerate((history[:1], history[1:])):
-        with begin(path, resume=start > 0) as run:
+        with closing(begin(path, resume=start > 0)) as run:
             if start == 0:
                 run.show_clips(torch.zeros(1, 2, 3, 4, 4))
             for done in part:
@@ -390,7 +299,7 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path):
     history = trained(tmp_path)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 3, "tra')  # killed here
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind(history[:1], step=15)  # the checkpoint was made in the middle of the second epoch
         run.scalars({"train/loss": 0.5}, 20)
         run.record_epoch(row(1, loss=0.5))
@@ -404,7 +313,7 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path: Path):
 def test_a_row_that_was_saved_but_not_written_down_is(tmp_path: Path):
     """The checkpoint comes before the line and the curve of its epoch: a kill between them loses neither."""
     history = trained(tmp_path)
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind([*history, row(3, loss=0.25)], step=40)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [*history, row(3, loss=0.25)]
@@ -413,7 +322,7 @@ def test_a_row_that_was_saved_but_not_written_down_is(tmp_path: Path):
 
 def test_an_epoch_that_was_trained_but_not_evaluated_has_no_point_yet(tmp_path: Path):
     history = trained(tmp_path)
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind(history[:2], step=30)  # the checkpoint before the evaluation of the third
     assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0)]
     assert points(tmp_path, "train/loss")[-1] == (30, 0.3)
@@ -421,7 +330,7 @@ def test_an_epoch_that_was_trained_but_not_evaluated_has_no_point_yet(tmp_path: 
 
 def test_from_the_start_again(tmp_path: Path):
     trained(tmp_path)
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind([], step=-1)
     assert (tmp_path / "metrics.jsonl").read_text() == "" and points(tmp_path, "train/loss") == []
 
@@ -431,7 +340,7 @@ def test_a_cut_last_record_costs_that_record_alone(tmp_path: Path, cut: int):
     history = trained(tmp_path)
     newest = max(tmp_path.glob("events.*"), key=lambda file: file.stat().st_mtime)
     newest.write_bytes(newest.read_bytes()[:-cut])  # of the last point, epoch/train_loss at 30
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind(history, step=30)
     assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0)]
     assert points(tmp_path, "train/loss") == [(step, step / 100) for step in range(5, 35, 5)]
@@ -440,11 +349,11 @@ def test_a_cut_last_record_costs_that_record_alone(tmp_path: Path, cut: int):
 def test_rewinding_again_changes_nothing(tmp_path: Path):
     history = trained(tmp_path)
     for _ in range(2):
-        with begin(tmp_path, resume=True) as run:
+        with closing(begin(tmp_path, resume=True)) as run:
             run.rewind(history[:2], step=20)
     (file,) = tmp_path.glob("events.*")
     once = file.read_bytes()
-    with begin(tmp_path, resume=True) as run:
+    with closing(begin(tmp_path, resume=True)) as run:
         run.rewind(history[:2], step=20)
     assert file.read_bytes() == once and len(list(tmp_path.glob("events.*"))) == 1
 
@@ -467,7 +376,7 @@ def test_a_rewind_that_is_killed_at_any_step_loses_nothing_and_is_made_up_for(
 
             return operation
 
-        with begin(path, resume=True) as run, monkeypatch.context() as patch:
+        with closing(begin(path, resume=True)) as run, monkeypatch.context() as patch:
             for name in names:
                 patch.setattr(os, name, at(getattr(os, name), name))
             patch.setattr(Path, "unlink", at(Path.unlink, "unlink"))
@@ -479,7 +388,7 @@ def test_a_rewind_that_is_killed_at_any_step_loses_nothing_and_is_made_up_for(
         kept = set(points(path, "train/loss"))  # of all files, in what order ever
         assert {(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.2)} <= kept
         assert {(10, 1.0), (20, 1.0)} <= set(points(path, "epoch/train_loss"))
-        with begin(path, resume=True) as run:
+        with closing(begin(path, resume=True)) as run:
             run.rewind(history[:2], step=20)
             run.record_epoch(row(2, loss=0.5))
         assert points(path, "train/loss") == [(5, 0.05), (10, 0.1), (15, 0.15), (20, 0.2)]

@@ -20,21 +20,23 @@ from engine.signals import Stopped, StopSignals
 def test_a_signal_is_noted_and_nothing_else(number: signal.Signals, status: int) -> None:
     before = signal.getsignal(number)
     with StopSignals() as signals:
-        assert signals.asked == 0
+        assert signals.requested == 0
         os.kill(os.getpid(), number)
-        assert signals.asked == number
+        assert signals.requested == number
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.asked == number  # the first one counts
+        assert signals.requested == number  # the first one counts
     assert signal.getsignal(number) is before
-    stopped = Stopped(signals.asked, "after 1 epochs and saved")
-    assert stopped.status == status and number.name in str(stopped) and "the same command goes on" in str(stopped)
+    stopped = Stopped(signals.requested, "after 1 epochs and saved")
+    assert (
+        stopped.status == status and number.name in str(stopped) and "rerun the same command to resume" in str(stopped)
+    )
 
 
 def test_ctrl_c_insists_only_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     with StopSignals():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun's own, right after the terminal's
-        monkeypatch.setattr(stop, "_INSIST_S", 0.0)
+        monkeypatch.setattr(stop, "_SECOND_CTRL_C_S", 0.0)
         time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

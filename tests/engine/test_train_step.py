@@ -49,7 +49,7 @@ class Net(nn.Module):
         return self.head(self.norm(video.mean((1, 3, 4)))) + self.odd  # (B, K)
 
 
-def _trainee(device: str = "cpu", process: Process | None = None, **changed: Any) -> TrainingState:
+def _training(device: str = "cpu", process: Process | None = None, **changed: Any) -> TrainingState:
     torch.manual_seed(0)
     process = process or Process(device=torch.device(device))
     model = wrap(Net(), process)
@@ -72,10 +72,10 @@ def _batches(count: int, broken: tuple[int, ...] = ()) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _trainer(folder: Path, trainee: TrainingState, batches: list, **settings: Any) -> Iterator[Trainer]:
-    device = next(trainee.model.parameters()).device
+def _trainer(folder: Path, training: TrainingState, batches: list, **settings: Any) -> Iterator[Trainer]:
+    device = next(training.model.parameters()).device
     with RunDir(folder, {}, {}, Process(), clips=0) as run:
-        yield Trainer(trainee, batches, [], 0, Process(device=device), TrainerSettings(1, **settings), run)
+        yield Trainer(training, batches, [], 0, Process(device=device), TrainerSettings(1, **settings), run)
 
 
 class Waiting(TorchDispatchMode):
@@ -105,18 +105,18 @@ def test_the_host_waits_for_no_step_before_the_next_is_issued(
 
     def reading(issued: PendingStep) -> Any:
         with torch._C.DisableTorchFunction():  # Asking is not asked
-            known.append(trainer.state.step - 1)  # steps counted from 0, of which the last has just been issued
+            known.append(trainer.progress.step - 1)  # steps counted from 0, of which the last has just been issued
             return read(issued)
 
     monkeypatch.setattr(PendingStep, "read", reading)
     changed = {"mixup": ClipMixup(0.8, 1.0, 0.1, CLASSES), "criterion": build_criterion(0.1, True)} if mixing else {}
-    trainee = _trainee(precision=resolve_precision("bf16", torch.device("cpu")), **changed)
-    with _trainer(tmp_path, trainee, _batches(6), accumulation=2, clip_grad=0.1, print_freq=1) as trainer:
-        for number, group in enumerate(trainer.groups(0)):
+    training = _training(precision=resolve_precision("bf16", torch.device("cpu")), **changed)
+    with _trainer(tmp_path, training, _batches(6), accumulation=2, clip_grad=0.1, print_freq=1) as trainer:
+        for number, group in enumerate(trainer.step_batches(0)):
             with Waiting(), Asking():
                 trainer.step(group)
             assert known == list(range(number)), "the outcome of each step is read once, when the next is out"
-        trainer.settle()
+        trainer.finish_pending_step()
         assert known == [0, 1, 2] and trainer.meter.epoch.steps == 3
 
 
@@ -131,15 +131,15 @@ def test_the_guards_see_a_host_that_waits() -> None:
 def test_a_gpu_is_never_waited_for(tmp_path: Path) -> None:
     changed = {"precision": resolve_precision("fp16", torch.device("cuda")), "normalizer": Normalizer((0.5,) * 3)}
     batches = [{**b, "video": b["video"].clamp(0, 1).mul(255).byte()} for b in _batches(4)]
-    with _trainer(tmp_path, _trainee("cuda", **changed), batches, clip_grad=0.1, print_freq=1) as trainer:
-        for group in trainer.groups(0):
-            if trainer.state.step:
+    with _trainer(tmp_path, _training("cuda", **changed), batches, clip_grad=0.1, print_freq=1) as trainer:
+        for group in trainer.step_batches(0):
+            if trainer.progress.step:
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 trainer.step(group)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        trainer.settle()
+        trainer.finish_pending_step()
         assert trainer.meter.epoch.steps + trainer.meter.left_out == 4
 
 
@@ -147,7 +147,7 @@ def test_what_came_of_the_last_step_is_told_before_an_error(tmp_path: Path, capl
     batches = _batches(3, broken=(1,))
     batches[2]["error"] = "a.avi: cannot be decoded"
     with (
-        _trainer(tmp_path, _trainee(), batches, print_freq=1) as trainer,
+        _trainer(tmp_path, _training(), batches, print_freq=1) as trainer,
         caplog.at_level(logging.INFO, "td4v"),
         pytest.raises(DataError, match="cannot be decoded"),
     ):
@@ -157,15 +157,15 @@ def test_what_came_of_the_last_step_is_told_before_an_error(tmp_path: Path, capl
 
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_a_run_ends_with_the_last_bad_step_that_it_may_make(tmp_path: Path, allowed: int) -> None:
-    trainee = _trainee()
+    training = _training()
     with (
-        _trainer(tmp_path, trainee, _batches(6, broken=(1, 2, 3)), max_bad_steps=allowed) as trainer,
+        _trainer(tmp_path, training, _batches(6, broken=(1, 2, 3)), max_bad_steps=allowed) as trainer,
         pytest.raises(
             EngineError, match=rf"step {1 + allowed} of 6, {allowed} steps in a row.*last one: {allowed}\.avi"
         ),
     ):
         trainer.train_epoch()
-    content = load(tmp_path / "failed_model.pt")
+    content = load(tmp_path / "failed_model.pt").content
     assert content["failed"] == {"epoch": 0, "step": 1 + allowed, "videos": [f"{allowed}.avi"]}
     assert content["step"] == content["step_in_epoch"] == content["scheduler"]["last_epoch"] == 1 + allowed
     assert content["loss_monitor"]["skipped_steps"] == allowed
@@ -176,52 +176,51 @@ def test_a_run_ends_with_the_last_bad_step_that_it_may_make(tmp_path: Path, allo
 @pytest.mark.parametrize("bad", [1, 3])
 def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> None:
     """And a run that failed goes on from there, in the next epoch where it was the last step of one."""
-    with _trainer(tmp_path / "whole", _trainee(), _batches(4, broken=(bad,)), save_steps=1, keep=9) as trainer:
+    with _trainer(tmp_path / "whole", _training(), _batches(4, broken=(bad,)), save_steps=1, keep=9) as trainer:
         trainer.train_epoch()
-        trainer.keeper.save(trainer.state, trainer.meter)
+        trainer.checkpointer.save(trainer.progress, trainer.meter)
     with (
-        _trainer(tmp_path / "failed", _trainee(), _batches(4, broken=(bad,)), max_bad_steps=1) as trainer,
+        _trainer(tmp_path / "failed", _training(), _batches(4, broken=(bad,)), max_bad_steps=1) as trainer,
         pytest.raises(EngineError, match="1 steps in a row"),
     ):
         trainer.train_epoch()
-    found = {path.name: load(path) for path in tmp_path.glob("*/*.pt")}
+    found = {path.name: load(path).content for path in tmp_path.glob("*/*.pt")}
     assert len(found) >= 4 and {"last_model.pt", "failed_model.pt"} < found.keys()
     assert {name: content["step"] for name, content in found.items()} == {
         name: content["scheduler"]["last_epoch"] for name, content in found.items()
     }
-    with _trainer(tmp_path / "next", _trainee(), _batches(4)) as trainer:
-        path = tmp_path / "failed/failed_model.pt"
-        trainer.state, trainer.meter = trainer.keeper.restore(path, load(path), trainer.steps, 1)
+    with _trainer(tmp_path / "next", _training(), _batches(4)) as trainer:
+        trainer.restore(load(tmp_path / "failed/failed_model.pt"))
         trainer.train_epoch()
-        assert trainer.state.step == trainer.trainee.scheduler.last_epoch == 4 and trainer.state.epoch == 1
-        assert trainer.state.unevaluated_epoch["skipped_steps"] == 1 and math.isfinite(
-            trainer.state.unevaluated_epoch["train_loss"]
+        assert trainer.progress.step == trainer.state.scheduler.last_epoch == 4 and trainer.progress.epoch == 1
+        assert trainer.progress.unevaluated_epoch["skipped_steps"] == 1 and math.isfinite(
+            trainer.progress.unevaluated_epoch["train_loss"]
         )
 
 
 def test_an_optimizer_that_cannot_leave_out_a_step_is_refused(tmp_path: Path) -> None:
-    trainee = _trainee()
-    plain = torch.optim.SGD(trainee.model.parameters(), lr=0.1)
-    trainee = TrainingState(**{**vars(trainee), "optimizer": plain})
-    with pytest.raises(EngineError, match="must be a fused one"), _trainer(tmp_path, trainee, _batches(1)):
+    training = _training()
+    plain = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    training = TrainingState(**{**vars(training), "optimizer": plain})
+    with pytest.raises(EngineError, match="must be a fused one"), _trainer(tmp_path, training, _batches(1)):
         pass
 
 
 def _two_processes(rank: int, folder: str) -> None:
     process = start("cpu")
-    trainee = _trainee(process=process)
-    model = unwrap(trainee.model)
+    training = _training(process=process)
+    model = unwrap(training.model)
     with RunDir(folder, {}, {}, process, clips=0) as run:
-        trainer = Trainer(trainee, _batches(4), [], 0, process, TrainerSettings(1), run)
-        trainee.model.train()
-        for number, group in enumerate(trainer.groups(0)):
+        trainer = Trainer(training, _batches(4), [], 0, process, TrainerSettings(1), run)
+        training.model.train()
+        for number, group in enumerate(trainer.step_batches(0)):
             before = {name: value.clone() for name, value in model.state_dict().items()}
             model.odd = math.nan if (rank, number) == (1, 2) else 0.0  # the loss of one process, and no gradient
             trainer.step(group)
             same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
             assert same == (number == 2), (rank, number)
-        trainer.settle()
-    assert trainer.state.loss_monitor.skipped_steps == 1 and trainer.meter.epoch.steps == 3
+        trainer.finish_pending_step()
+    assert trainer.progress.loss_monitor.skipped_steps == 1 and trainer.meter.epoch.steps == 3
     assert math.isfinite(trainer.meter.epoch.loss)
 
 

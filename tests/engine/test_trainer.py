@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from configs.schema import SolverConfig
-from engine.checkpoint_file import CheckpointError, load, weights_of
+from engine.checkpoint_file import CheckpointError, load
 from engine.checkpointer import Progress
 from engine.distributed import Process, gather, start, unwrap, wrap
 from engine.ema import ModelEma
@@ -96,7 +96,7 @@ class Net(nn.Module):
         return self.head(self.drop(x.mean((2, 3, 4))))  # (B, K)
 
 
-def _trainee(
+def _training(
     model: nn.Module, steps: int = 4, epochs: int = 4, optim: str = "adamw", lr: float = 0.05, mixing: bool = False
 ) -> TrainingState:
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -107,7 +107,7 @@ def _trainee(
         criterion=build_criterion(0.1, mixing),
         optimizer=optimizer,
         scheduler=build_scheduler(
-            optimizer, SolverConfig(epochs=epochs, lr_warmup_step=1 if optim == "adamw" else 0), lr, steps
+            optimizer, SolverConfig(epochs=epochs, lr_warmup_step=1 if optim == "adamw" else 0), 1.0, steps
         ),
         scaler=precision.scaler(CPU),
         precision=precision,
@@ -155,12 +155,14 @@ def _run(
         val_sampler: Any = range(process.rank, len(val), process.world_size)
     else:
         sampler, val_sampler = PowerCut(data, cut), None
-    trainee = _trainee(wrap(Net(), process), mixing=True, steps=4 // process.world_size)
+    training = _training(wrap(Net(), process), mixing=True, steps=4 // process.world_size)
     with RunDir(folder, {"seed": 1}, {}, process, resume=resume, clips=1) as run:
         loaders = _loader(data, 4, sampler), _loader(val, 2, val_sampler), len(val)
-        trainer = Trainer(trainee, *loaders, process, TrainerSettings(epochs=4, print_freq=3), run)
-        state = trainer.fit(folder / "last_model.pt" if resume else None)
-    return state, unwrap(trainee.model)
+        trainer = Trainer(training, *loaders, process, TrainerSettings(epochs=4, print_freq=3), run)
+        if resume:
+            trainer.restore(load(folder / "last_model.pt"))
+        progress = trainer.fit()
+    return progress, unwrap(training.model)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -188,7 +190,7 @@ def _straight_and_resumed(folder: Path, process: Process) -> None:
     with pytest.raises(Interrupted):
         _run(folder / "cut", process, seed=1, cut=2)
     if process.is_main:
-        half = load(folder / "cut" / "last_model.pt")
+        half = load(folder / "cut" / "last_model.pt").content
         assert half["epoch"] == 2 and len(half["rng"]) == process.world_size
         with open(folder / "cut" / "metrics.jsonl", "a") as lines:
             lines.write('{"epoch": 2, "step": 12}\n')  # as if cut between the line and the checkpoint
@@ -198,7 +200,7 @@ def _straight_and_resumed(folder: Path, process: Process) -> None:
     if process.is_main:
         assert _without_times(vars(straight)) == _without_times(vars(resumed))
         for name in ("last_model.pt", "model_best.pt"):
-            one, other = (_without_times(load(folder / run / name)) for run in ("straight", "cut"))
+            one, other = (_without_times(load(folder / run / name).content) for run in ("straight", "cut"))
             assert [key for key in one if not _same(one[key], other[key])] == [], name
 
 
@@ -223,7 +225,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_in_one_go(tmp_path: Path) -> None
         ):
             assert one[name] == other[name], name
         assert one["clips_per_s"] > 0 and 0 <= one["data_wait"] <= 1 and one["memory_gib"] is None
-    best = load(tmp_path / "cut" / "model_best.pt")
+    best = load(tmp_path / "cut" / "model_best.pt").content
     assert best["best"] == max(row["top1"] for row in lines[0]) and best["config"] == {"seed": 1}
     assert lines[0][best["epoch"] - 1]["top1"] == best["best"]
     assert "epoch 3/4 step 4/4" in (tmp_path / "cut" / "log.txt").read_text()
@@ -259,19 +261,19 @@ def test_two_processes_resume_exactly_and_evaluate_as_one(tmp_path: Path) -> Non
         assert Accuracy(**torch.load(tmp_path / f"accuracy{rank}.pt")) == alone
 
 
-def _trainer(trainee: TrainingState, data: Any, run: RunDir, settings: TrainerSettings) -> Trainer:
+def _trainer(training: TrainingState, data: Any, run: RunDir, settings: TrainerSettings) -> Trainer:
     loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=None)
-    return Trainer(trainee, loader, _loader(Clips(4, views=1), 2), 4, Process(), settings, run)
+    return Trainer(training, loader, _loader(Clips(4, views=1), 2), 4, Process(), settings, run)
 
 
 def _epoch(model: nn.Module, data: list[dict[str, Any]], tmp_path: Path, **settings: Any) -> tuple[TrainingState, dict]:
     """One epoch of plain SGD over given batches."""
     accumulation = settings.get("accumulation", 1)
-    trainee = _trainee(model, steps_per_epoch(len(data), accumulation), 1, optim="sgd", lr=1.0)
+    training = _training(model, steps_per_epoch(len(data), accumulation), 1, optim="sgd", lr=1.0)
     with RunDir(tmp_path, {}, {}, Process(), resume=True, clips=0) as run:
-        trainer = _trainer(trainee, data, run, TrainerSettings(epochs=1, **settings))
+        trainer = _trainer(training, data, run, TrainerSettings(epochs=1, **settings))
         trainer.train_epoch()
-    return trainee, trainer.state.unevaluated_epoch
+    return training, trainer.progress.unevaluated_epoch
 
 
 def _batches(*sizes: int) -> list[dict[str, Any]]:
@@ -296,8 +298,8 @@ def test_accumulating_two_batches_equals_the_double_batch(tmp_path: Path, small:
     results = []
     for sizes, accumulation in ((small, 2), (large, 1)):
         torch.manual_seed(4)
-        trainee, row = _epoch(Net(norm=False).double(), _batches(*sizes), tmp_path, accumulation=accumulation)
-        results.append((trainee.model.state_dict(), row))
+        training, row = _epoch(Net(norm=False).double(), _batches(*sizes), tmp_path, accumulation=accumulation)
+        results.append((training.model.state_dict(), row))
     (one, one_row), (other, other_row) = results
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-12, atol=1e-14, msg=name)
@@ -327,17 +329,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
         torch.manual_seed(4)
         model = Net(norm=False).double()
         model.norm = nn.BatchNorm3d(6).double()
-        trainee = _trainee(model, 3, 1, optim=optim, lr=0.1)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(trainee.optimizer, lambda step: 1.0)
-        trainee = TrainingState(**{**vars(trainee), "scheduler": scheduler, "ema": ModelEma(model, 0.5)})
+        training = _training(model, 3, 1, optim=optim, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: 1.0)
+        training = TrainingState(**{**vars(training), "scheduler": scheduler, "ema": ModelEma(model, 0.5)})
         with (
             RunDir(tmp_path / str(number), {}, {}, Process()) as run,
             caplog.at_level(logging.WARNING, "td4v"),
         ):
-            trainer = _trainer(trainee, batches, run, TrainerSettings(epochs=1, clip_grad=1.0))
+            trainer = _trainer(training, batches, run, TrainerSettings(epochs=1, clip_grad=1.0))
             trainer.train_epoch()
-        states = trainee.model.state_dict(), trainee.optimizer.state_dict()["state"], trainee.ema.state_dict()
-        results.append((states, trainer.state))
+        states = training.model.state_dict(), training.optimizer.state_dict()["state"], training.ema.state_dict()
+        results.append((states, trainer.progress))
         assert scheduler.last_epoch == len(batches)
     assert _same(results[0][0], results[1][0])
     assert (
@@ -348,7 +350,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     assert results[0][1].unevaluated_epoch["grad_norm"] == results[1][1].unevaluated_epoch["grad_norm"]
     for place in (1, 3):
         assert f"epoch 0, step {place} of 5: the loss is nan" in caplog.text
-    assert "step left out (1 in a row, 2 in all)" in caplog.text
+    assert "step skipped (1 in a row, 2 in all)" in caplog.text
 
 
 def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) -> None:
@@ -356,36 +358,36 @@ def test_steps_that_stay_not_finite_end_the_run_and_are_named(tmp_path: Path) ->
     for batch in data[2:]:
         batch["video"][0] = math.inf
     sentence = (
-        r"the loss is nan, the norm of the gradients nan at epoch 0, step 5 of 6, 3 steps in a row: begin another run, .*"
+        r"the loss is nan, the norm of the gradients nan at epoch 0, step 5 of 6, 3 steps in a row: start a new run, .*"
         r"videos of the last one: 4_0\.avi, 4_1\.avi; the state at these steps is in .*failed_model\.pt"
     )
     with pytest.raises(TrainingError, match=sentence):
         _epoch(Net().double(), data, tmp_path, max_bad_steps=3)
-    content = load(tmp_path / "failed_model.pt")
+    content = load(tmp_path / "failed_model.pt").content
     assert content["failed"] == {"epoch": 0, "step": 5, "videos": ["4_0.avi", "4_1.avi"]}
     assert content["loss_monitor"]["skipped_steps"] == 3 and content["loss_monitor"]["skipped_in_a_row"] == 0
     assert all(value.isfinite().all() for value in content["model_state_dict"].values())
 
 
 def test_a_ruined_model_pushes_out_no_checkpoint(tmp_path: Path) -> None:
-    """Steps that are left out are not saved upon, and an evaluation of nothing finite says what to do."""
+    """Nothing is saved while steps are skipped, and an evaluation of nothing finite says what to do."""
     data = _batches(2, 2, 2, 2)
     for batch in data[2:]:
         batch["video"][:] = math.nan
-    trainee = _trainee(Net().double(), 4, 1, optim="sgd", lr=1.0)
+    training = _training(Net().double(), 4, 1, optim="sgd", lr=1.0)
     with RunDir(tmp_path, {}, {}, Process()) as run:
-        trainer = _trainer(trainee, data, run, TrainerSettings(1, save_steps=1))
+        trainer = _trainer(training, data, run, TrainerSettings(1, save_steps=1))
         trainer.train_epoch()
-        assert load(tmp_path / "last_model.pt")["step"] == 2 and trainer.state.step == 4
+        assert load(tmp_path / "last_model.pt").content["step"] == 2 and trainer.progress.step == 4
         with torch.no_grad():
-            trainee.model.head.bias.fill_(math.nan)
+            training.model.head.bias.fill_(math.nan)
         trainer.val_loader = [{**batch, "video": batch["video"].nan_to_num()[:, None]} for batch in data[:1]]
-        trainer.expected = 2
+        trainer.val_videos = 2
         with pytest.raises(
-            TrainingError, match=r"not finite: it has diverged after epoch 0: begin another run, .*earlier"
+            TrainingError, match=r"not finite: it has diverged after epoch 0: start a new run, .*earlier"
         ):
-            trainer._finish_epoch()
-    assert load(tmp_path / "last_model.pt")["step"] == 2 and (tmp_path / "step_00000001.pt").exists()
+            trainer.finish_epoch()
+    assert load(tmp_path / "last_model.pt").content["step"] == 2 and (tmp_path / "step_00000001.pt").exists()
 
 
 def test_mixup_of_an_odd_batch_averages_over_the_clips_that_it_mixes(tmp_path: Path) -> None:
@@ -396,9 +398,9 @@ def test_mixup_of_an_odd_batch_averages_over_the_clips_that_it_mixes(tmp_path: P
         batch |= {"video": torch.ones_like(batch["video"]).float(), "label": torch.zeros(5, dtype=torch.int64)}
         batch |= {key: batch[key][:size] for key in ("video", "label", "index")}
         with RunDir(tmp_path / str(size), {}, {}, Process()) as run:
-            trainer = _trainer(_trainee(Net(norm=False), mixing=True), [batch], run, TrainerSettings(1))
+            trainer = _trainer(_training(Net(norm=False), mixing=True), [batch], run, TrainerSettings(1))
             trainer.step([batch])
-            trainer.settle()
+            trainer.finish_pending_step()
             results.append(trainer.meter.epoch.loss_max)
     assert results[0] == pytest.approx(results[1])
 
@@ -409,21 +411,21 @@ def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Pat
     for batch in data:
         batch["video"] = batch["video"].float()
     data[0]["video"] *= 100
-    trainee = _trainee(model, 4, 1, optim="sgd", lr=0.1)
+    training = _training(model, 4, 1, optim="sgd", lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
-    trainee = TrainingState(**{**vars(trainee), "scaler": scaler})
+    training = TrainingState(**{**vars(training), "scaler": scaler})
     before = model.head.bias.detach().clone()
     with RunDir(tmp_path, {}, {}, Process(), clips=0) as run:
-        trainer = _trainer(trainee, data, run, TrainerSettings(1))
-        groups = trainer.groups(0)
+        trainer = _trainer(training, data, run, TrainerSettings(1))
+        groups = trainer.step_batches(0)
         trainer.step(next(groups))
-        trainer.settle()
-        assert trainer.state.loss_monitor.skipped_steps == 1 and torch.equal(before, model.head.bias)
-        assert trainee.scheduler.last_epoch == trainer.state.step == 1 and scaler.get_scale() == 2.0**67
+        trainer.finish_pending_step()
+        assert trainer.progress.loss_monitor.skipped_steps == 1 and torch.equal(before, model.head.bias)
+        assert training.scheduler.last_epoch == trainer.progress.step == 1 and scaler.get_scale() == 2.0**67
         for group in groups:
             trainer.step(group)
-        trainer.settle()
-    assert trainer.state.loss_monitor.skipped_steps == 1 and trainee.scheduler.last_epoch == 4
+        trainer.finish_pending_step()
+    assert trainer.progress.loss_monitor.skipped_steps == 1 and training.scheduler.last_epoch == 4
     assert not torch.equal(before, model.head.bias)
     assert "the loss scale is now 1.47574e+20" in (tmp_path / "log.txt").read_text()
 
@@ -448,60 +450,62 @@ class Idle(Net):
 
 def _idle(rank: int, folder: str) -> None:
     process = start("cpu")
-    trainee = _trainee(wrap(Idle(), process))
+    training = _training(wrap(Idle(), process))
     with (
         RunDir(folder, {}, {}, process) as run,
-        pytest.raises(TrainingError, match=r"2 tuned .*idle\.weight, idle\.bi"),
+        pytest.raises(TrainingError, match=r"2 trainable .*idle\.weight, idle\.bi"),
     ):
-        Trainer(trainee, _loader(Clips(8), 4), _loader(Clips(4, 1), 2), 4, process, TrainerSettings(1), run).fit()
+        Trainer(training, _loader(Clips(8), 4), _loader(Clips(4, 1), 2), 4, process, TrainerSettings(1), run).fit()
 
 
 def test_a_parameter_without_gradient_is_named_at_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with RunDir(tmp_path / "one", {}, {}, Process()) as run, caplog.at_level(logging.WARNING, "td4v"):
-        _trainer(_trainee(Idle()), _loader(Clips(8), 4), run, TrainerSettings(1)).fit()
-    assert "2 tuned parameters get no gradient: idle.weight, idle.bias" in caplog.text
+        _trainer(_training(Idle()), _loader(Clips(8), 4), run, TrainerSettings(1)).fit()
+    assert "2 trainable parameters get no gradient: idle.weight, idle.bias" in caplog.text
     run_in_two(_idle, str(tmp_path / "two"))
 
 
 def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
     seed_everything(3, Process())
-    trainee = _trainee(Net())
+    training = _training(Net())
     with RunDir(tmp_path, {}, {}, Process()) as run:
-        trainer = _trainer(trainee, _loader(Clips(8), 4), run, TrainerSettings(1))
-        before = copy.deepcopy(trainee.model.state_dict()), rng_state(CPU)
-        trainer.rehearse(torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
-    assert _same(before, (trainee.model.state_dict(), rng_state(CPU)))
-    assert all(parameter.grad is None for parameter in trainee.model.parameters())
+        trainer = _trainer(training, _loader(Clips(8), 4), run, TrainerSettings(1))
+        before = copy.deepcopy(training.model.state_dict()), rng_state(CPU)
+        trainer.warm_up(torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(1)))
+    assert _same(before, (training.model.state_dict(), rng_state(CPU)))
+    assert all(parameter.grad is None for parameter in training.model.parameters())
 
 
 def test_early_stop_ends_after_validations_without_a_better_one(tmp_path: Path) -> None:
     seed_everything(3, Process())
-    trainee = _trainee(Net(), epochs=50, lr=0.0)
+    training = _training(Net(), epochs=50, lr=0.0)
     settings = TrainerSettings(50, early_stop=3)
     with RunDir(tmp_path, {}, {}, Process()) as run:
-        state = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit()
+        state = _trainer(training, _loader(Clips(8), 4), run, settings).fit()
     assert state.epoch == 4 and state.evaluations_since_best == 3 and len(state.history) == 4
     with RunDir(tmp_path, {}, {}, Process(), resume=True) as run:  # it stays ended
-        again = _trainer(trainee, _loader(Clips(8), 4), run, settings).fit(tmp_path / "last_model.pt")
+        trainer = _trainer(training, _loader(Clips(8), 4), run, settings)
+        trainer.restore(load(tmp_path / "last_model.pt"))
+        again = trainer.fit()
     assert again.epoch == 4
 
 
 def test_averaged_weights_are_validated_and_kept(tmp_path: Path) -> None:
     seed_everything(3, Process())
     model = Net(norm=False)
-    trainee = _trainee(model, steps=2, epochs=2, optim="sgd", lr=0.5)
-    trainee = TrainingState(**{**vars(trainee), "ema": ModelEma(model, 0.9)})
+    training = _training(model, steps=2, epochs=2, optim="sgd", lr=0.5)
+    training = TrainingState(**{**vars(training), "ema": ModelEma(model, 0.9)})
     with RunDir(tmp_path, {}, {}, Process()) as run:
-        trainer = _trainer(trainee, _loader(Clips(8), 4), run, TrainerSettings(2))
+        trainer = _trainer(training, _loader(Clips(8), 4), run, TrainerSettings(2))
         trainer.fit()
         accuracy = trainer.evaluate()
-    last, best = load(tmp_path / "last_model.pt"), load(tmp_path / "model_best.pt")
+    last, best = load(tmp_path / "last_model.pt").content, load(tmp_path / "model_best.pt").content
     assert _same(last["model_state_dict"], dict(model.state_dict()))
     assert not torch.equal(last["ema_state_dict"]["head.weight"], last["model_state_dict"]["head.weight"])
     averaged = Net(norm=False)
-    averaged.load_state_dict(weights_of(last, "last_model.pt"))
+    averaged.load_state_dict(load(tmp_path / "last_model.pt").weights)
     again = evaluate(averaged, _loader(Clips(4, 1), 2), Process(), resolve_precision("fp32", CPU), 4)
     assert again == accuracy
     assert best["model_state_dict"].keys() == last["ema_state_dict"].keys() and "optimizer_state_dict" not in best
@@ -522,12 +526,14 @@ def test_what_the_loader_reports(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 def test_a_run_is_not_resumed_with_another_batch_size(tmp_path: Path) -> None:
     _run(tmp_path, Process(), seed=1)
-    trainee = _trainee(Net(), mixing=True)
+    training = _training(Net(), mixing=True)
     with (
         RunDir(tmp_path, {}, {}, Process(), resume=True) as run,
         pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs and 0 steps, but an epoch now has 8"),
     ):
-        _trainer(trainee, _loader(Clips(16), 2), run, TrainerSettings(epochs=8)).fit(tmp_path / "last_model.pt")
+        _trainer(training, _loader(Clips(16), 2), run, TrainerSettings(epochs=8)).restore(
+            load(tmp_path / "last_model.pt")
+        )
 
 
 def test_which_epochs_are_evaluated() -> None:
@@ -583,4 +589,4 @@ def test_a_gpu_out_of_memory_is_told_with_its_numbers(tmp_path: Path) -> None:
             EngineError, match=r"the GPU is out of memory with 4 clips a batch, 2 frames a clip.*data\.batch_size=2"
         ),
     ):
-        _trainer(_trainee(Greedy()), _loader(Clips(8), 4), run, TrainerSettings(1)).fit()
+        _trainer(_training(Greedy()), _loader(Clips(8), 4), run, TrainerSettings(1)).fit()

@@ -186,7 +186,7 @@ def test_asked_to_stop(bench: Bench, reference, number: signal.Signals, seed: in
         assert "Traceback" not in run.said and not run.errors, run.said
         if status == 0:
             break
-        assert status == STATUS[number] and "the same command goes on from there" in run.said, run.said
+        assert status == STATUS[number] and "rerun the same command to resume" in run.said, run.said
         assert content(folder / "last_model.pt")["step"] > 0
     assert not (found := differences(whole, folder)), found
 
@@ -298,7 +298,7 @@ def test_launcher_asked_to_stop(bench: Bench, reference, number: signal.Signals,
     launcher = bench.launch(2, folder, *overrides)
     wait_for(folder, rng.randint(1, 10), launcher)
     launcher.kill(number, group=number == signal.SIGINT)
-    assert launcher.wait() == STATUS[number] and "the same command goes on from there" in launcher.said, launcher.said
+    assert launcher.wait() == STATUS[number] and "rerun the same command to resume" in launcher.said, launcher.said
     assert "Traceback" not in launcher.said, launcher.said
     again = bench.launch(2, folder, *overrides)
     assert again.wait() == 0 and not (found := differences(whole, folder)), (again.said, found)

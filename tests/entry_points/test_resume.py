@@ -90,7 +90,7 @@ def test_a_folder_of_another_run_is_left_alone(tiny: Path, trained: Path):
     sentence = training_refusal(tiny, trained, "solver.epochs=1", "solver.lr=0.5")
     assert sentence == f"{trained}: already holds another run: solver.lr was 0.001 and is now 0.5"
     status, text = command("train_vision.py", "--config", tiny, "--output", trained, "--fresh")
-    assert status == 1 and "already holds a run (last_model.pt), and --fresh was asked" in text
+    assert status == 1 and "already holds a run (last_model.pt), which --fresh does not resume" in text
     assert files(trained) == before
 
 
@@ -133,7 +133,7 @@ def test_a_changed_list_is_another_run(tiny: Path, tiny_data: Path, trained: Pat
 def test_a_restart_goes_on_with_a_fresh_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = train(tiny, tmp_path / "run", "solver.epochs=1")
     call = ("train_vision.py", "--config", tiny, "--output", folder, "--fresh", *settings(("solver.epochs=1",)))
-    assert "--fresh was asked" in refusal(*call)
+    assert "--fresh does not resume" in refusal(*call)
     for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
@@ -157,7 +157,7 @@ def test_other_code_is_told_when_a_run_goes_on(tiny: Path, trained: Path, tmp_pa
     saved["meta"]["versions"]["torch"] = "1.0"
     torch.save(saved, folder / "last_model.pt")
     status, text = command("train_vision.py", "--config", tiny, "--output", folder, *settings(("solver.epochs=1",)))
-    assert status == 0 and "this run goes on with other code or machines: versions torch was 1.0 and is now" in text
+    assert status == 0 and "this run is resumed with other code or machines: versions torch was 1.0 and is now" in text
 
 
 def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained: Path, tmp_path: Path, monkeypatch):
@@ -173,7 +173,7 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained:
     status, said = command(
         "train_vision.py", "--config", tiny, *settings((f"resume={theirs}", output, "solver.epochs=1"))
     )
-    assert status == 0 and "no run of ours to go on with" in said
+    assert status == 0 and "no run to resume" in said
     assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
 
 

@@ -63,7 +63,7 @@ def poison(first: int, last: int | None = None) -> None:
     step = Trainer.step
 
     def poisoned(trainer: Trainer, group: list[dict[str, Any]]) -> Any:
-        if first <= trainer.state.step <= (math.inf if last is None else last):
+        if first <= trainer.progress.step <= (math.inf if last is None else last):
             for batch in group:
                 batch["video"] = torch.full(batch["video"].shape, math.nan)
         return step(trainer, group)
@@ -78,7 +78,7 @@ def kill_at_step(number: int) -> None:
     step = Trainer.step
 
     def killed(trainer: Trainer, group: list[dict[str, Any]]) -> Any:
-        if trainer.state.step == number:
+        if trainer.progress.step == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(trainer, group)
 
@@ -100,9 +100,9 @@ def slow_steps(seconds: float) -> None:
 
 def patience(seconds: float) -> None:
     """Waits no longer than that for another process that uses the run folder."""
-    from engine import run_dir
+    from engine import resume
 
-    run_dir.PATIENCE_S = seconds
+    resume.PATIENCE_S = seconds
 
 
 def _child(request: dict[str, Any]) -> None:

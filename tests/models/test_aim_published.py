@@ -59,7 +59,7 @@ def test_a_published_file_loads(tmp_path: Path, adapters: int) -> None:
     theirs = published(adapters)
     path = file(tmp_path / "best.pth", theirs)
     model = tiny(temporal_adapters=adapters)
-    load_weights(model, checkpoint_file.weights_of(checkpoint_file.load(path), path), str(path))
+    load_weights(model, checkpoint_file.load(path).weights, str(path))
     loaded, block = model.state_dict(), "backbone.transformer.resblocks.2"
     pairs = {
         "adapters.2.joint.down.weight": f"{block}.MLP_Adapter.D_fc1.weight",
@@ -199,12 +199,12 @@ def test_resuming_from_a_published_file_says_that_it_is_no_run(made: Path, tmp_p
     weights = file(tmp_path / "epoch_30.pth", published(classes=4))
     chosen = ("--output", tmp_path / "run", "--set", f"resume={weights}")
     status, text = command("train_vision.py", "--config", made / "aim.yaml", *chosen)
-    told = f"{weights}: holds weights but no run of ours to go on with: training starts at epoch 0 with them"
+    told = f"{weights}: holds weights but no run to resume: training starts at epoch 0 with them"
     assert status == 0 and f" WARNING {told}\n" in text
 
 
 def weights_of_run(folder: Path) -> dict[str, Tensor]:
-    return checkpoint_file.weights_of(checkpoint_file.load(folder / "last_model.pt"), folder)
+    return checkpoint_file.load(folder / "last_model.pt").weights
 
 
 K400 = {"epochs": 30, "temporal_adapters": 1, "scale": 0.5, "smoothing": 0, "num_segments": 8}

@@ -87,12 +87,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def loaded(path: Path, config: Config) -> torch.nn.Module:
     """As test_vision.py and `pretrain` do it."""
-    content = checkpoint_file.load(path)
-    lean = checkpoint_file.lacks_backbone(content)
-    model = build_model(config, pretrained=lean)
-    load_weights(
-        model, checkpoint_file.weights_of(content, path), str(path), backbone=content["backbone"] if lean else None
-    )
+    checkpoint = checkpoint_file.load(path)
+    model = build_model(config, pretrained=not checkpoint.has_backbone)
+    load_weights(model, checkpoint.weights, str(path), backbone=checkpoint.missing_backbone)
     return model
 
 
@@ -128,15 +125,16 @@ def test_both_kinds_in_both_formats_give_the_same_logits(
     lean = exported(source, tmp_path / f"lean{suffix}")
     full = exported(source, tmp_path / f"full{suffix}", "--full")
     for path in (lean, full):
-        found = checkpoint_file.load(path)
+        checkpoint = checkpoint_file.load(path)
+        found = checkpoint.content
         assert (found["epoch"], found["best"], found["meta"]) == (7, 56.125, {"seed": 3})
         assert found["config"] == config.to_dict() and found["backbone"] == frozen_identity(model)
-        assert found["full"] is (path == full) is not checkpoint_file.lacks_backbone(found)
+        assert found["full"] is (path == full) is checkpoint.has_backbone
         assert found["model_state_dict"].keys() == checkpointer.weights_to_save(model, full=path == full).keys()
-        assert not checkpointer.is_resumable(found)
+        assert not checkpoint.is_run
         assert torch.equal(logits(loaded(path, config)), logits(model))
     again = exported(full, tmp_path / f"again{suffix}")  # and back
-    assert str(checkpoint_file.load(again)) == str(checkpoint_file.load(lean))
+    assert str(checkpoint_file.load(again).content) == str(checkpoint_file.load(lean).content)
     assert torch.equal(logits(loaded(again, config)), logits(model))
     table = capsys.readouterr().out
     kind = "all" if saved_full else "trainable"
@@ -163,14 +161,14 @@ def test_a_full_export_needs_nothing_else(tmp_path: Path):
     model, content = trained(config)
     source = written(tmp_path, content)
     lean, full = (exported(source, tmp_path / name, *more) for name, *more in (("a.pt",), ("b.safetensors", "--full")))
-    assert checkpoint_file.load(full)["backbone"]["weights"] == str(towers[0])
+    assert checkpoint_file.load(full).content["backbone"]["weights"] == str(towers[0])
 
     other = configuration(init=True, weights=str(towers[1]))
     with pytest.raises(WeightsError, match=r"a\.pt: was trained on the frozen weights .*clip8.*, here are .*clip9"):
         loaded(lean, other)
     towers[0].unlink()
     wanted, again = logits(model), exported(full, tmp_path / "c.pt", "--full")
-    assert checkpoint_file.load(again)["backbone"] == checkpoint_file.load(full)["backbone"]
+    assert checkpoint_file.load(again).content["backbone"] == checkpoint_file.load(full).content["backbone"]
     assert torch.equal(logits(loaded(full, other)), wanted) and torch.equal(
         logits(loaded(full, configuration())), wanted
     )
@@ -187,7 +185,7 @@ def test_averaged_weights_are_the_ones(tmp_path: Path, capsys: pytest.CaptureFix
     config = configuration("td4v_finetune")
     model, content = trained(config, ema=True)
     path = exported(written(tmp_path, content), tmp_path / "a.safetensors", *(["--full"] if full else []))
-    found = checkpoint_file.load(path)["model_state_dict"]
+    found = checkpoint_file.load(path).content["model_state_dict"]
     assert all(torch.equal(found[name], value) for name, value in content["ema_state_dict"].items())
     assert not torch.equal(logits(loaded(path, config)), logits(model))
     assert "a complete run: trainable weights and their averages after 7 epochs" in capsys.readouterr().out
@@ -231,7 +229,7 @@ def test_a_file_of_the_authors_becomes_one_of_ours(tmp_path: Path, caplog: pytes
     chosen.write_text(yaml.safe_dump(VALUES))
     for more in ((), ("--full",)):
         ours = exported(path, tmp_path / f"ours{suffix}", "--config", chosen, "--set", "network.model=td4v_side", *more)
-        found = checkpoint_file.load(ours)
+        found = checkpoint_file.load(ours).content
         assert found["epoch"] == 29 and found["best"] is None and found["config"]["network"]["model"] == "td4v_side"
         assert found["model_state_dict"].keys() == checkpointer.weights_to_save(wanted, full=bool(more)).keys()
         assert torch.equal(logits(loaded(ours, config)), logits(wanted))
@@ -241,7 +239,7 @@ def test_a_file_of_the_authors_becomes_one_of_ours(tmp_path: Path, caplog: pytes
     message = refusal(caplog, path, "--out", tmp_path / "c.pt", "--config", chosen)
     assert re.search(r"its frozen weights \(\w{12}\) are not those .* random weights of seed 3 \(\w{12}\)", message)
     assert "--full" in message and not (tmp_path / "c.pt").exists()
-    full = checkpoint_file.load(exported(path, tmp_path / "c.pt", "--config", chosen, "--full"))
+    full = checkpoint_file.load(exported(path, tmp_path / "c.pt", "--config", chosen, "--full")).content
     assert full["backbone"]["weights"] == "theirs.pt"
 
 
@@ -320,7 +318,7 @@ def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path)
         results.append((json.loads(report.read_text())["top1"], json.loads(report.read_text())["epoch"], saved.score))
     assert all(result[:2] == results[0][:2] and torch.equal(result[2], results[0][2]) for result in results[1:])
     assert results[0][1] == 1
-    wanted = checkpoint_file.load(files[0])["model_state_dict"]
+    wanted = checkpoint_file.load(files[0]).content["model_state_dict"]
     for number, path in enumerate(files[1:]):
         again = tmp_path / f"again{number}"
         status, text = command(
@@ -328,7 +326,7 @@ def test_tested_and_trained_on_from_the_command_line(tiny: Path, tmp_path: Path)
             "--set", "solver.epochs=1", "--set", "solver.weight_decay=0",
         )  # fmt: skip
         assert status == 0, text
-        found = checkpoint_file.load(again / "last_model.pt")["model_state_dict"]
+        found = checkpoint_file.load(again / "last_model.pt").content["model_state_dict"]
         trainable = [name for name in wanted if "running" not in name and "num_batches" not in name]
         assert all(torch.allclose(found[name], wanted[name], atol=1e-12, rtol=0) for name in trainable)
 
@@ -356,8 +354,6 @@ def test_sizes_for_vit_b_16(tmp_path: Path, file: str, millions: float, megabyte
         full = exported(paths["best"], tmp_path / "full.safetensors", "--full").stat().st_size / 1e6
         assert full == pytest.approx(4 * (trainable + frozen), rel=0.01) and full > 350
         again = build_model(chosen, pretrained=False)
-        load_weights(
-            again, checkpoint_file.weights_of(checkpoint_file.load(tmp_path / "full.safetensors"), "full"), "full"
-        )
+        load_weights(again, checkpoint_file.load(tmp_path / "full.safetensors").weights, "full")
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
     shutil.rmtree(tmp_path)
