@@ -13,7 +13,7 @@ from torch import nn
 
 from configs.schema import SolverConfig
 from engine import checkpoint_file, checkpointer, rng
-from engine.checkpoint_file import Checkpoint, CheckpointError
+from engine.checkpoint_file import RUN_KEYS, Checkpoint, CheckpointError
 from engine.checkpointer import Progress
 from engine.distributed import Process
 from engine.ema import ModelEma
@@ -111,6 +111,14 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, em
     for _ in range(2):
         step(resumed)
     assert leaves(collected(resumed, full)) == wanted
+
+
+def test_a_run_is_what_it_saves():
+    assert RUN_KEYS.keys() | {"ema_state_dict", "backbone", "full"} == collected(parts()).keys()
+    for key in RUN_KEYS:
+        content = collected(parts())
+        del content[key]
+        assert Checkpoint(A, content).missing_run_keys == [key]
 
 
 @pytest.mark.parametrize("ahead", [-2, 1])

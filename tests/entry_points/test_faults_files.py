@@ -140,7 +140,7 @@ def test_other_files_are_damaged(bench: Bench, reference, damage: str, record_pr
     DAMAGES[damage](best / "model_best.pt", rng)
     run = bench.train(best)
     assert run.wait() == 0 and f"WARNING {best / 'model_best.pt'}: " in run.said, run.said
-    assert "only a better one takes its place" in run.said
+    assert "only a better model replaces it" in run.said
 
 
 @pytest.fixture

@@ -188,6 +188,27 @@ def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trai
     assert len(json.loads((folder / "run.json").read_text())) == 2
 
 
+def test_a_refused_resume_writes_nothing(tiny: Path, trained: Path, tmp_path: Path):
+    """Whatever does not fit is found before the folder is touched, also by a run that was finished."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    longer = train(tiny, tmp_path / "longer", "solver.epochs=2")
+    before = {path: files(path) for path in (folder, longer)}
+    assert "2 epochs were trained already" in training_refusal(tiny, longer, "solver.epochs=1")
+    assert files(longer) == before[longer]
+    saved = content(folder / "last_model.pt")
+    broken = {
+        "made 9 steps in 1 epochs and 0 steps": {"step": 9},
+        "was written by 2 processes": {"rng": saved["rng"] * 2},
+        "does not fit this model": {"model_state_dict": {}},
+        "does not fit this optimizer": {"optimizer_state_dict": {"state": {}, "param_groups": []}},
+    }
+    for sentence, part in broken.items():
+        torch.save(saved | part, folder / "last_model.pt")
+        before[folder] = files(folder)
+        assert sentence in training_refusal(tiny, folder, "solver.epochs=1")
+        assert files(folder) == before[folder], sentence
+
+
 @pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
 def test_another_run_is_not_resumed(tiny: Path, trained: Path, override: str):
     before = files(trained)

@@ -14,7 +14,18 @@ import torch
 
 from datasets.prepare.synthetic import CLASSES
 from tests.clip.test_published import authors_shapes
-from tests.helpers.cli_harness import VIDEOS, command, content, evaluated, files, metrics, script, settings
+from tests.helpers.cli_harness import (
+    VIDEOS,
+    command,
+    content,
+    evaluated,
+    files,
+    metrics,
+    refusal,
+    rewritten,
+    script,
+    settings,
+)
 from tests.helpers.fault_harness import Bench, free_port
 
 
@@ -41,6 +52,47 @@ def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
     assert result["parameters"]["trainable"] == sum(result["parameters"]["by_module"].values()) > 0
 
 
+def test_a_run_folder_alone_is_enough(trained: Path, tmp_path: Path):
+    """Configuration, roots and lists come from the checkpoint, and --set overrides them."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    status, text = command("test_vision.py", "--weights", folder)
+    assert status == 0 and "testing 11 videos, 1 views each" in text, text
+    result = json.loads((folder / "model_best_1crops_1clips.json").read_text())
+    (row,) = metrics(trained)
+    assert result["top1"] == row["top1"] and result["weights"] == str(folder / "model_best.pt")
+    assert result["config"] == content(folder / "model_best.pt")["config"]
+    few = rewritten(trained.parent / "data" / "val.txt", tmp_path / "few.txt", 1, "", "")
+    few.write_text("".join(few.read_text().splitlines(keepends=True)[:5]))
+    chosen = ("--set", f"data.test_list={few}", "data.batch_size=1", "--json", tmp_path / "few.json")
+    status, text = command("test_vision.py", "--weights", folder / "last_model.pt", *chosen)
+    assert status == 0 and "testing 5 videos" in text, text
+    result = json.loads((tmp_path / "few.json").read_text())
+    assert result["config"]["data"]["batch_size"] == 1 and result["config"]["data"]["test_list"] == str(few)
+
+
+def test_what_the_checkpoint_does_not_hold_must_be_given(tiny: Path, trained: Path, tmp_path: Path):
+    saved = content(trained / "model_best.pt")
+    path = tmp_path / "theirs.pt"
+    torch.save({key: value for key, value in saved.items() if key != "config"}, path)
+    sentence = refusal("test_vision.py", "--weights", path)
+    assert sentence == f"{path}: holds no configuration: name the one it was trained with by --config"
+    assert evaluated(tiny, path, tmp_path / "results.json")["videos"] == VIDEOS
+    assert "name a run folder or a checkpoint" in refusal("test_vision.py")
+    assert "model_best.pt: there is no such checkpoint" in refusal("test_vision.py", "--weights", tmp_path)
+    wrong = refusal("test_vision.py", "--weights", trained, "--set", "data.batchsize=2")
+    assert "data.batchsize" in wrong and "batch_size" in wrong
+
+
+def test_the_script_takes_both_forms(tiny: Path, trained: Path, tmp_path: Path):
+    for words in ((trained,), (tiny, trained / "model_best.pt")):
+        target = tmp_path / f"{len(words)}.json"
+        done = script("bash", "scripts/run_test_vision.sh", *words, "--device", "cpu", "--json", target)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(target.read_text())["videos"] == VIDEOS
+    done = script("bash", "scripts/run_test_vision.sh", tmp_path / "nothing")
+    assert done.returncode == 2 and "no run, checkpoint or configuration" in done.stderr
+
+
 def test_one_view_gives_the_validation_of_training(tiny: Path, varied: Path, tmp_path: Path):
     result = evaluated(tiny, varied, tmp_path / "results.json")
     chosen = settings(("solver.evaluate=true", f"pretrain={varied}"))
@@ -51,10 +103,14 @@ def test_one_view_gives_the_validation_of_training(tiny: Path, varied: Path, tmp
 
 
 @pytest.mark.parametrize("key", ["pretrain", "resume"])
-def test_evaluate_only_evaluates(tiny: Path, varied: Path, trained: Path, tmp_path: Path, key: str):
+def test_evaluate_only_evaluates(
+    tiny: Path, varied: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+):
     """The weights it is given, which score otherwise than those of the start, and changes nothing."""
     before = files(trained)
     chosen = settings(("solver.evaluate=true", f"{key}={varied}", "solver.epochs=1"))
+    for name in ("engine.trainer.Trainer", "engine.run_dir.RunDir", "engine.build.build_optimizer"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("an evaluation needs none"))
     status, text = command("train_vision.py", "--config", tiny, "--output", tmp_path / "run", *chosen)
     tested = evaluated(tiny, varied, tmp_path / "results.json")
     assert status == 0 and f"validation: top-1 {tested['top1']:.2f} top-5 {tested['top5']:.2f}" in text

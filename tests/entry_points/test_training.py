@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import engine.build
+import engine.checkpoint_file
+import engine.distributed
+import engine.feature_cache
+import engine.rng
 from scripts import export
-from tests.helpers.cli_harness import command, content, evaluated, metrics, settings, train, training_refusal
+from tests.helpers.cli_harness import command, content, evaluated, metrics, script, settings, train, training_refusal
 
 MODELS = ("td4v_side", "td4v_finetune", "aim")
 
@@ -63,6 +70,64 @@ def test_a_dry_run_reports_and_writes_nothing(tiny: Path, tmp_path: Path):
         r"dry run: [\d.]+ s a step, .* a checkpoint, peak memory [\d.]+ GiB; the whole run takes 0:00:", text
     )
     assert not (tmp_path / "exp").exists()
+
+
+def test_the_last_line_is_the_command_that_tests_the_run(tiny: Path, tmp_path: Path):
+    chosen = settings(("solver.epochs=1",))
+    folder = tmp_path / "my run"
+    done = script(sys.executable, "train_vision.py", "--config", tiny, "--output", folder, "--device", "cpu", *chosen)
+    assert done.returncode == 0, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line == (folder / "log.txt").read_text().splitlines()[-1]
+    python, *words = shlex.split(line.split(" test it with: ")[1])
+    assert python == "python"
+    tested = script(sys.executable, *words)
+    assert tested.returncode == 0 and (folder / "model_best_1crops_1clips.json").exists(), tested.stderr
+
+
+def test_seeds_come_after_wrapping_and_after_cached_features(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run draws the same numbers, however its features and its model were made."""
+    calls: list[str] = []
+
+    def watch(module: object, name: str, label: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*arguments: object, **options: object) -> object:
+            calls.append(label)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(engine.feature_cache.FeatureCache, "loader", "features")
+    watch(engine.distributed, "wrap", "wrap")
+    watch(engine.rng, "seed_everything", "seed")
+    watch(engine.build, "build_training_state", "state")
+    chosen = ("network.model=linear_probe", "network.cache_features=all", "data.augment=false", "data.flip=null")
+    chosen += ("data.crop_scale=[0.08,1.0]", "solver.epochs=1", f"logging.output_dir={tmp_path}")
+    train(tiny, tmp_path / "run", *chosen)
+    assert calls == ["features", "features", "wrap", "seed", "state"]
+
+
+def test_a_checkpoint_is_read_once_a_start(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = train(tiny, tmp_path / "run", "solver.epochs=1")
+    read, load = [], engine.checkpoint_file.load
+    for module in (engine.checkpoint_file,):
+        monkeypatch.setattr(module, "load", lambda path: read.append(Path(path).name) or load(path))
+    opened, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    train(tiny, folder, "solver.epochs=2")
+    assert read == ["last_model.pt", "model_best.pt"] and [n for n in opened if n.endswith(".pt")] == read
+
+
+@pytest.mark.parametrize("name", ["train_vision.py", "test_vision.py"])
+def test_help_is_quick(name: str):
+    """torch takes seconds to import; --help does without it."""
+    code = f"import runpy, sys; sys.argv = [{name!r}, '--help']; import atexit; "
+    code += "atexit.register(lambda: print('torch' in sys.modules)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = script(sys.executable, "-c", code)
+    assert done.returncode == 0 and "--set" in done.stdout and done.stdout.endswith("False\n"), done.stdout
 
 
 @pytest.mark.parametrize(
