@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share: the fault tests' bench and reference runs, the tiny data and runs."""
+"""Fixtures that several test modules share."""
 
 import gc
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.cli_harness import tiny, tiny_data, trained, varied
-from tests.helpers.fault_harness import bench, reference
+from tests.helpers.fault_harness import harness, reference
 
-__all__ = ["bench", "reference", "tiny", "tiny_data", "trained", "varied"]
+__all__ = ["harness", "reference", "tiny", "tiny_data", "trained", "varied"]
 
 
 @pytest.fixture
 def quick_collection() -> Iterator[None]:
-    """Measuring collects garbage often, which all the modules of a test session make slow: they are left out."""
+    """Garbage collection without the objects that exist already: measuring collects often, and they make it slow."""
     gc.freeze()
     yield
     gc.unfreeze()

@@ -24,7 +24,7 @@ WITH_BATCHNORM = ("td4v_side", "td4v_finetune")
 
 
 def make(method: str) -> nn.Module:
-    """Two blocks, four patches a frame, in float64, with every tuned parameter away from 0."""
+    """Two blocks, four patches a frame, in float64, with every trainable parameter away from 0."""
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
     options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0.0}}.get(method, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}

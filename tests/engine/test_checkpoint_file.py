@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, harmless to read, checked to the bit, and a row of them to fall back on."""
+"""Checkpoint files: complete or absent, harmless to read, checked to the bit, and older ones to fall back on."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _fails(monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) -> 
 @both_formats
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), Power()])
-def test_a_save_that_is_interrupted_keeps_the_former(
+def test_a_save_that_is_interrupted_keeps_the_previous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, write: Callable, step: str, error: BaseException
 ):
     write(tmp_path / name, content(1))
@@ -105,7 +105,7 @@ def test_a_save_that_is_interrupted_keeps_the_former(
 
 @both_formats
 @pytest.mark.parametrize("size", [10, 1_000_000])
-def test_a_full_disk_keeps_the_former(tmp_path: Path, name: str, write: Callable, size: int):
+def test_a_full_disk_keeps_the_previous(tmp_path: Path, name: str, write: Callable, size: int):
     write(tmp_path / name, content(1))
     os.symlink("/dev/full", tmp_path / f".{name}.partial")  # every byte written there gets ENOSPC
     with pytest.raises(CheckpointError, match=rf"{name}: cannot write .*No space left on device"):
@@ -114,15 +114,15 @@ def test_a_full_disk_keeps_the_former(tmp_path: Path, name: str, write: Callable
 
 
 @both_formats
-def test_a_quota_that_is_reached_in_the_middle_keeps_the_former(tmp_path: Path, name: str, write: Callable):
+def test_a_quota_that_is_reached_in_the_middle_keeps_the_previous(tmp_path: Path, name: str, write: Callable):
     write(tmp_path / name, content(1))
-    former, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match=f"{name}: cannot write"):
             write(tmp_path / name, {"model_state_dict": {"a": torch.ones(100_000)}})
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert os.listdir(tmp_path) == [name] and same(checkpoint_file.load(tmp_path / name).content, content(1))
 
@@ -212,8 +212,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path: Path, fo
                 torch.save(whole, path, _use_new_zipfile_serialization=form == "zip")
             with pytest.raises(CheckpointError) as caught:
                 checkpoint_file.load(path)
-            told = re.escape(f"{path}: holds pickled code besides tensors and plain values")
-            assert re.fullmatch(rf"{told}( \([\w.]+\))?, refused", str(caught.value)), str(caught.value)
+            sentence = re.escape(f"{path}: holds pickled code besides tensors and plain values")
+            assert re.fullmatch(rf"{sentence}( \([\w.]+\))?, refused", str(caught.value)), str(caught.value)
             assert not trace.exists(), number
     for raw in (pickle.dumps({"a": evil}, 2), b"cposix\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR."):
         for suffix in (".safetensors", ".pth"):
@@ -283,10 +283,10 @@ def test_torchs_older_format_is_read(tmp_path: Path):
 
 
 def _row(folder: Path, keep: int, steps: int) -> list[str]:
-    former = None
+    previous = None
     for step in range(1, steps + 1):
-        checkpoint_file.save_last(folder, content(step), keep, former)
-        former = step
+        checkpoint_file.save_last(folder, content(step), keep, previous)
+        previous = step
     return sorted(os.listdir(folder))
 
 
@@ -324,7 +324,7 @@ def test_where_a_file_has_one_name_it_is_copied(tmp_path: Path, monkeypatch: pyt
 def test_a_row_survives_a_power_cut_at_any_operation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, operation: str
 ):
-    """The newest whole one is that of before or of now, never none; and the next save puts the row in order."""
+    """The newest valid one is the previous or the new one, never none; the next save removes what is left over."""
     for cut in range(12):
         folder = tmp_path / str(cut)
         folder.mkdir()
@@ -365,7 +365,7 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-700])
 
 
-def test_going_back_to_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_going_back_to_the_newest_valid_one(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     _row(tmp_path, 4, 4)
     _cut(tmp_path / "last_model.pt")
     (tmp_path / "step_00000003.pt").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""A run into plain values and back: all of it, exactly, or a sentence why not."""
+"""A run into a checkpoint and back: all of it, exactly, or a sentence why not."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ TRAINED = Progress(
 METER = {"clips": 24, "epoch": {"loss": 3.0}}
 
 
-class Tuned(nn.Module):
-    """A frozen layer, a buffer nobody trains, and a tuned rest with BatchNorm's buffers."""
+class PartlyFrozen(nn.Module):
+    """A frozen layer, an untrained buffer, and a trainable rest with BatchNorm's buffers."""
 
     def __init__(self, width: int = 3) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Tuned(nn.Module):
 def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: int = 0) -> TrainingState:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Tuned(width)
+        model = PartlyFrozen(width)
         torch.manual_seed(seed)
         for module in (model.body[0], model.head):
             module.reset_parameters()
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"name": "all", "params": tuned, "lr": 0.1}])
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"name": "all", "params": trainable, "lr": 0.1}])
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=8.0)
     average = ModelEma(model, ema) if ema is not None else None
     return TrainingState(
@@ -82,19 +82,21 @@ def collected(trained: TrainingState, full: bool = False, process: Process = Pro
 
 
 def leaves(value: object, name: str = "") -> dict[str, object]:
-    """Every leaf of nested dicts and lists by its place, tensors as lists of their exact values."""
+    """Every leaf of nested dicts and lists by its path, tensors as lists of their exact values."""
     if isinstance(value, torch.Tensor):
         return {name: (str(value.dtype), value.tolist())}
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {place: leaf for key, inner in pairs for place, leaf in leaves(inner, f"{name}/{key}").items()}
+        return {path: leaf for key, inner in pairs for path, leaf in leaves(inner, f"{name}/{key}").items()}
     return {name: value}
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("ema", [None, 0.5])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, full: bool, ema: float | None, scaled: bool):
+def test_a_restored_run_continues_as_if_nothing_had_happened(
+    tmp_path: Path, full: bool, ema: float | None, scaled: bool
+):
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     trained, path = parts(ema=ema, scaled=scaled), tmp_path / "last_model.pt"
     for _ in range(TRAINED.step):  # an odd number of Gaussians leaves half a pair in Python's and NumPy's generators
@@ -123,7 +125,7 @@ def test_a_run_is_what_it_saves():
 
 @pytest.mark.parametrize("ahead", [-2, 1])
 def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead: int):
-    """Whatever the scheduler of an older file counted: not the steps that were left out, or one too many."""
+    """Whatever the scheduler in the file counted: without the skipped steps, or one too many."""
     trained = parts()
     for _ in range(TRAINED.step):
         step(trained)
@@ -212,11 +214,11 @@ def test_another_model_is_refused():
     without = {name: value for name, value in values.items() if name != "head.bias"} | {"extra": torch.ones(1)}
     message = refused(content | {"model_state_dict": without}, parts(seed=1))
     assert "1 weights missing (head.bias" in message and "1 unexpected (extra" in message
-    # Only what is frozen may be left out, and only of a file that says so.
+    # Only frozen weights may be missing, and only in a file that says so.
     assert "2 weights missing (tower.weight" in refused(content | {"full": True}, parts(seed=1))
 
 
-def test_what_cannot_go_on_exactly_is_refused():
+def test_what_cannot_be_resumed_exactly_is_refused():
     content = collected(parts())
     assert "written by 1 processes and cannot be resumed with 2" in refused(content, parts(), Process(world_size=2))
     assert "another precision" in refused(content, parts(scaled=True))
@@ -234,7 +236,7 @@ def test_another_optimizer_is_refused():
         checkpointer.restore_run(Checkpoint(A, collected(parts())), replace(target, optimizer=split), Process())
 
 
-def test_a_run_of_other_kernels_goes_on_with_those_of_this_one():
+def test_a_run_of_other_kernels_continues_with_those_of_this_one():
     """Checkpoints keep which of torch's kernels an optimizer took; a fused one must stay fused, whoever wrote them."""
     trained, target = parts(), parts(seed=1)
     step(trained)

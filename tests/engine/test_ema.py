@@ -1,4 +1,4 @@
-"""The average of the tuned weights: its arithmetic, what it leaves alone, and that a visit in the model costs nothing."""
+"""The average of the trainable weights: its arithmetic, what it does not touch, and that applying it copies nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Tower(nn.Linear):
 
 
 class Net(nn.Module):
-    """Two names for one tuned layer, a BatchNorm (two float buffers and a counter), and a frozen tower."""
+    """Two names for one trainable layer, a BatchNorm (two float buffers and a counter), and a frozen tower."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ def make(seed: int = 0) -> Net:
     return Net()
 
 
-def tuned(model: nn.Module) -> dict[str, Tensor]:
+def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("tower.")}
 
 
 def train(model: nn.Module, steps: int, ema: ModelEma | None = None, rank: int = 0):
-    """SGD on noise; yields what is tuned after each step."""
+    """SGD on noise; yields the trainable weights after each step."""
     generator = torch.Generator().manual_seed(7 + rank)
     groups = [{"name": "all", "params": [p for p in model.parameters() if p.requires_grad], "lr": 0.1}]
     optimizer = build_optimizer(groups, "sgd", weight_decay=0.0)
@@ -63,7 +63,7 @@ def train(model: nn.Module, steps: int, ema: ModelEma | None = None, rank: int =
         optimizer.step()
         if ema is not None:
             ema.update()
-        yield tuned(unwrap(model))
+        yield trainable(unwrap(model))
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -72,9 +72,9 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_average_by_hand() -> None:
     model = make()
-    expected = {name: value.double() for name, value in tuned(model).items()}
+    expected = {name: value.double() for name, value in trainable(model).items()}
     ema = ModelEma(model, decay=0.8)
-    assert equal(ema.state_dict(), tuned(model)), "averages start as the weights"
+    assert equal(ema.state_dict(), trainable(model)), "averages start as the weights"
     for number, now in enumerate(train(model, 6, ema), start=1):
         for name, value in now.items():
             counts = name.endswith("num_batches_tracked")
@@ -120,16 +120,16 @@ def test_applied_and_taken_out_again_exactly() -> None:
     model = make()
     ema = ModelEma(model, 0.5)
     list(train(model, 3, ema))
-    before, averages, video = tuned(model), {k: v.clone() for k, v in ema.state_dict().items()}, torch.randn(4, 6)
+    before, averages, video = trainable(model), {k: v.clone() for k, v in ema.state_dict().items()}, torch.randn(4, 6)
     places = [value.data_ptr() for value in model.state_dict().values()]
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.eval()
     own = model(video)
     with ema.applied(model):
-        assert equal(tuned(model), averages) and equal(ema.state_dict(), averages)
+        assert equal(trainable(model), averages) and equal(ema.state_dict(), averages)
         with torch.inference_mode():
             averaged = model(video)
-    assert equal(tuned(model), before) and places == [value.data_ptr() for value in model.state_dict().values()]
+    assert equal(trainable(model), before) and places == [value.data_ptr() for value in model.state_dict().values()]
     assert all(parameter.grad is grads[name] for name, parameter in model.named_parameters())
     assert torch.equal(model(video), own) and not torch.equal(averaged, own)
     other = make(seed=1).eval()
@@ -142,10 +142,10 @@ def test_taken_out_again_after_an_exception() -> None:
     model = make()
     ema = ModelEma(model, 0.5)
     list(train(model, 2, ema))
-    before = tuned(model)
+    before = trainable(model)
     with pytest.raises(KeyboardInterrupt), ema.applied(model):
         raise KeyboardInterrupt
-    assert equal(tuned(model), before)
+    assert equal(trainable(model), before)
 
 
 def test_a_visit_changes_nothing_of_what_follows() -> None:
@@ -171,7 +171,7 @@ def test_saved_and_continued_bit_for_bit(tmp_path: Path) -> None:
     again.load_state_dict(content["ema_state_dict"])
     assert equal(again.state_dict(), content["ema_state_dict"])
     list(train(resumed, 3, again, rank=1))
-    assert equal(tuned(resumed), tuned(straight)) and equal(again.state_dict(), ema.state_dict())
+    assert equal(trainable(resumed), trainable(straight)) and equal(again.state_dict(), ema.state_dict())
 
 
 def test_averages_of_something_else_are_refused_and_nothing_is_taken() -> None:
@@ -185,10 +185,10 @@ def test_averages_of_something_else_are_refused_and_nothing_is_taken() -> None:
         ema.load_state_dict({**values, "head.bias": torch.zeros(4)})
     other = make()
     other.head = nn.Linear(5, 4)
-    kept = tuned(other)
+    kept = trainable(other)
     with pytest.raises(EmaError, match=r"head\..* has shape"), ema.applied(other):
         raise AssertionError("applied to another model")
-    assert equal(tuned(other), kept) and equal(ema.state_dict(), before)
+    assert equal(trainable(other), kept) and equal(ema.state_dict(), before)
     with pytest.raises(EmaError, match="nothing to average"):
         ModelEma(model.requires_grad_(False), 0.9)
 
@@ -199,18 +199,18 @@ def _two_processes(rank: int, folder: str) -> None:
         model = wrap(make(), process, sync_bn)
         ema = ModelEma(model, 0.7)
         list(train(model, 3, ema, rank))
-        assert ema.state_dict().keys() == tuned(unwrap(model)).keys()
+        assert ema.state_dict().keys() == trainable(unwrap(model)).keys()
         before = {name: value.clone() for name, value in ema.state_dict().items()}
         one, other = gather(before)
         drifted = {name for name in one if not torch.equal(one[name], other[name])}
         assert drifted == (set() if sync_bn else {"norm.running_mean", "norm.running_var"})
         ema.broadcast()
         assert all(equal(values, one) for values in gather(ema.state_dict()))
-        own = tuned(unwrap(model))
+        own = trainable(unwrap(model))
         with ema.applied(model):
-            assert equal(tuned(unwrap(model)), one)
-        assert equal(tuned(unwrap(model)), own)
-        for values in train(model, 1, ema, rank):  # DistributedDataParallel goes on with it
+            assert equal(trainable(unwrap(model)), one)
+        assert equal(trainable(unwrap(model)), own)
+        for values in train(model, 1, ema, rank):  # DistributedDataParallel still works with it
             assert not equal(values, own)
     if process.is_main:
         torch.save(one, Path(folder) / "averages.pt")

@@ -1,4 +1,4 @@
-"""Sums over an epoch: what they give, and that they go on from a checkpoint with the same digits."""
+"""Sums over an epoch: their averages, and that they continue from a checkpoint with the same digits."""
 
 from __future__ import annotations
 
@@ -38,9 +38,11 @@ def test_nothing_but_skipped_steps() -> None:
 
 
 def test_a_checkpoint_in_the_middle_changes_no_digit() -> None:
-    whole, half = _filled(STEPS), _filled(STEPS[:1])
+    straight, half = _filled(STEPS), _filled(STEPS[:1])
     before = json.loads(json.dumps(half.state()))
     resumed = _filled(STEPS[1:], Meter.from_state(before))
-    assert resumed.epoch == whole.epoch and resumed.since_log == whole.since_log and resumed.clips == whole.clips
+    assert (
+        resumed.epoch == straight.epoch and resumed.since_log == straight.since_log and resumed.clips == straight.clips
+    )
     assert resumed.state()["seconds"] > before["seconds"] > 0
     assert resumed.clips_per_second() > 0 and resumed._clips_before == 4  # the rate is of this process's own steps

@@ -119,7 +119,7 @@ def test_nothing_but_the_settings_differs_from_torchs_own_optimizer(optim: str, 
 
 
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])
-def test_a_step_that_the_device_leaves_out_leaves_no_trace(optim: str) -> None:
+def test_a_step_that_the_device_skips_leaves_no_trace(optim: str) -> None:
     """The first of all steps and a later one, in weights and in the optimizer's state."""
     results = []
     for bad in ((), (0, 3)):

@@ -33,7 +33,7 @@ def test_a_new_folder_where_there_is_no_run(tmp_path: Path):
     assert chosen(tmp_path, tmp_path / "mine") == (tmp_path / "mine", False)
 
 
-def test_the_newest_unfinished_run_of_the_same_kind_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_newest_unfinished_run_of_the_same_kind_is_resumed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     made(tmp_path / "other", {"solver": {"lr": 1}}, age_s=10)
     made(tmp_path / "done", age_s=20, finished=True)
     made(tmp_path / "newer", age_s=30)
@@ -43,7 +43,7 @@ def test_the_newest_unfinished_run_of_the_same_kind_goes_on(tmp_path: Path, capl
     assert f"resuming {tmp_path / 'newer'}" in caplog.text
     assert chosen(tmp_path, fresh=True) == (tmp_path / "new", False)
     assert chosen(tmp_path, tmp_path / "older") == (tmp_path / "older", True)
-    assert chosen(tmp_path, tmp_path / "done") == (tmp_path / "done", True)  # by its name, to be told that it is
+    assert chosen(tmp_path, tmp_path / "done") == (tmp_path / "done", True)  # by its name
     caplog.clear()
     assert chosen(tmp_path, differs=lambda config, start: "all differ") == (tmp_path / "new", False)
     assert f"{tmp_path / 'other'}: not finished, but another run: all differ; a new run starts" in caplog.text
@@ -73,19 +73,19 @@ def test_a_run_that_may_not_be_written_is_passed_over(
     assert f"{tmp_path / 'theirs'}: passed over" in caplog.text
 
 
-def test_what_makes_another_run_is_asked_of_the_newest_start(tmp_path: Path):
+def test_the_newest_start_decides_what_is_another_run(tmp_path: Path):
     made(tmp_path / "run")
     begin(tmp_path / "run", resume=True, meta=META | {"seed": 6}).close()
-    asked = []
-    chosen(tmp_path, tmp_path / "run", differs=lambda *what: asked.append(what))
-    assert asked == [(CONFIG, META | {"seed": 6})]
+    seen = []
+    chosen(tmp_path, tmp_path / "run", differs=lambda *what: seen.append(what))
+    assert seen == [(CONFIG, META | {"seed": 6})]
 
 
-def test_a_damaged_folder_is_passed_over_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    made(tmp_path / "whole", age_s=10)
+def test_a_damaged_folder_is_passed_over_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    made(tmp_path / "valid", age_s=10)
     for name, file, text in (("a", "run.json", ""), ("b", "config.yaml", "a: ["), ("c", "run.json", "[{")):
         (made(tmp_path / name) / file).write_text(text)
-    assert chosen(tmp_path) == (tmp_path / "whole", True)
+    assert chosen(tmp_path) == (tmp_path / "valid", True)
     for name in "abc":
         assert f"{tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
     with pytest.raises(RunDirError, match="a: .*cannot be read"):

@@ -98,31 +98,31 @@ def test_two_processes_cannot_have_one_folder(
             assert chosen(tmp_path) == (tmp_path / "new", False)
         assert f"{path}: in use by process {child}" in caplog.text
         assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-    # It was killed with -9: the folder is free at once, and the run goes on.
+    # It was killed with -9: the folder is free at once, and the run resumes.
     assert chosen(tmp_path) == (path, True)
     begin(path, resume=True).close()
     assert len(json.loads((path / "run.json").read_text())) == 2
 
 
 def test_a_worker_that_outlives_a_killed_run_does_not_hold_its_folder(tmp_path: Path):
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
 
     def work() -> None:
         held.append(begin(tmp_path / "run"))
         if (worker := os.fork()) == 0:
             time.sleep(60)
             os._exit(0)
-        os.write(tell, f"{worker}\n".encode())
+        os.write(write_end, f"{worker}\n".encode())
 
     held: list[RunDir] = []
     with another_process(work):
-        worker = int(os.read(told, 100))
+        worker = int(os.read(read_end, 100))
     try:
         os.kill(worker, 0)
         begin(tmp_path / "run", resume=True).close()
     finally:
         os.kill(worker, signal.SIGKILL)
-        os.close(told), os.close(tell)
+        os.close(read_end), os.close(write_end)
 
 
 def test_a_closed_folder_is_free(tmp_path: Path):
@@ -140,7 +140,7 @@ def test_a_closed_folder_is_free(tmp_path: Path):
         pass
 
 
-def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     def refuse(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -217,8 +217,8 @@ def test_a_start_that_is_killed_at_any_operation_is_begun_again(tmp_path: Path, 
             if resume:
                 made(path)
             cut = killed_at(place, path, resume)
-            found, going_on = chosen(tmp_path / "none", path)
-            begin(found, resume=going_on).close()
+            found, in_place = chosen(tmp_path / "none", path)
+            begin(found, resume=in_place).close()
             assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
             assert json.loads((path / "run.json").read_text())[-1] == META
             if not cut:
@@ -232,7 +232,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path):
         begin(tmp_path / "run")
 
 
-def test_lines_curves_and_pictures(tmp_path: Path):
+def test_lines_curves_and_images(tmp_path: Path):
     mean, std = (0.5, 0.25, 0.0), (0.5, 0.5, 1.0)
     row = {"epoch": 0, "step": 4, "train_loss": 2.0, "top1": None}
     with closing(begin(tmp_path, normalizer=Normalizer(mean, std), clips=2)) as run:

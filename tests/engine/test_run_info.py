@@ -74,15 +74,15 @@ def test_the_machine_with_gpus_and_with_nothing_known(monkeypatch: pytest.Monkey
 def test_only_other_content_is_another_list(tmp_path: Path) -> None:
     for name, text in (("one.txt", "a 0\n"), ("moved.txt", "a 0\n"), ("other.txt", "a 0\nb 1\n")):
         (tmp_path / name).write_text(text)
-    former, moved, other, gone = (
+    original, moved, other, gone = (
         {"lists": {"train_list": describe_list(tmp_path / name)}}
         for name in ("one.txt", "moved.txt", "other.txt", "gone.txt")
     )
-    for accepted in ((former, moved), (former, gone), (gone, other), ({}, other), ({"lists": None}, other)):
+    for accepted in ((original, moved), (original, gone), (gone, other), ({}, other), ({"lists": None}, other)):
         check_same_lists(*accepted, path="run")
     with pytest.raises(DataChangedError) as caught:
-        check_same_lists(former, other, "exp/run")
+        check_same_lists(original, other, "exp/run")
     message = str(caught.value)
     assert message.startswith("exp/run: began with another train_list (") and "\n" not in message
-    for start, rows in ((former, "1 rows"), (other, "2 rows")):
+    for start, rows in ((original, "1 rows"), (other, "2 rows")):
         assert start["lists"]["train_list"]["sha256"][:12] in message and rows in message

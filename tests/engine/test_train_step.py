@@ -1,4 +1,4 @@
-"""A step on the device: the host waits for none, learns of each in time, and all processes take the same verdict."""
+"""A step on the device: the host waits for none and reads each result in time; all processes skip the same steps."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class Waiting(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-class Asking(TorchFunctionMode):
+class ReadsOfValues(TorchFunctionMode):
     """So are Python's ways to a tensor's value."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(function, "__name__", "")
-        asks = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
-        assert name not in asks, name
+        reads = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__")
+        assert name not in reads, name
         return function(*args, **(kwargs or {}))
 
 
@@ -104,7 +104,7 @@ def test_the_host_waits_for_no_step_before_the_next_is_issued(
     known, read = [], PendingStep.read
 
     def reading(issued: PendingStep) -> Any:
-        with torch._C.DisableTorchFunction():  # Asking is not asked
+        with torch._C.DisableTorchFunction():  # ReadsOfValues does not see it
             known.append(trainer.progress.step - 1)  # steps counted from 0, of which the last has just been issued
             return read(issued)
 
@@ -113,7 +113,7 @@ def test_the_host_waits_for_no_step_before_the_next_is_issued(
     training = _training(precision=resolve_precision("bf16", torch.device("cpu")), **changed)
     with _trainer(tmp_path, training, _batches(6), accumulation=2, clip_grad=0.1, print_freq=1) as trainer:
         for number, group in enumerate(trainer.step_batches(0)):
-            with Waiting(), Asking():
+            with Waiting(), ReadsOfValues():
                 trainer.step(group)
             assert known == list(range(number)), "the outcome of each step is read once, when the next is out"
         trainer.finish_pending_step()
@@ -122,9 +122,9 @@ def test_the_host_waits_for_no_step_before_the_next_is_issued(
 
 def test_the_guards_see_a_host_that_waits() -> None:
     value = torch.ones(())
-    for ask in (torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.nonzero):
-        with pytest.raises(AssertionError), Waiting(), Asking():
-            ask(value)
+    for read in (torch.Tensor.item, torch.Tensor.tolist, bool, float, torch.nonzero):
+        with pytest.raises(AssertionError), Waiting(), ReadsOfValues():
+            read(value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -143,7 +143,9 @@ def test_a_gpu_is_never_waited_for(tmp_path: Path) -> None:
         assert trainer.meter.epoch.steps + trainer.meter.left_out == 4
 
 
-def test_what_came_of_the_last_step_is_told_before_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_result_of_the_last_step_is_logged_before_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     batches = _batches(3, broken=(1,))
     batches[2]["error"] = "a.avi: cannot be decoded"
     with (
@@ -175,7 +177,7 @@ def test_a_run_ends_with_the_last_bad_step_that_it_may_make(tmp_path: Path, allo
 
 @pytest.mark.parametrize("bad", [1, 3])
 def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> None:
-    """And a run that failed goes on from there, in the next epoch where it was the last step of one."""
+    """And a failed run resumes from there, in the next epoch if it was the last step of one."""
     with _trainer(tmp_path / "whole", _training(), _batches(4, broken=(bad,)), save_steps=1, keep=9) as trainer:
         trainer.train_epoch()
         trainer.checkpointer.save(trainer.progress, trainer.meter)
@@ -198,7 +200,7 @@ def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> N
         )
 
 
-def test_an_optimizer_that_cannot_leave_out_a_step_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_that_cannot_skip_a_step_is_refused(tmp_path: Path) -> None:
     training = _training()
     plain = torch.optim.SGD(training.model.parameters(), lr=0.1)
     training = TrainingState(**{**vars(training), "optimizer": plain})

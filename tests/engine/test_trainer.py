@@ -43,7 +43,7 @@ def _quiet():
 
 
 class Clips(Dataset):
-    """(T, C, H, W) = (2, 3, 4, 4) clips with noise drawn anew each time; `views` > 0 gives (V, T, C, H, W), no noise."""
+    """(T, C, H, W) = (2, 3, 4, 4) clips with new noise each time; `views` > 0 gives (V, T, C, H, W), no noise."""
 
     def __init__(self, size: int, views: int = 0) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -405,7 +405,7 @@ def test_mixup_of_an_odd_batch_averages_over_the_clips_that_it_mixes(tmp_path: P
     assert results[0] == pytest.approx(results[1])
 
 
-def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_steps_with_overflowing_gradients_are_skipped_and_counted(tmp_path: Path) -> None:
     torch.manual_seed(4)
     model, data = Net(norm=False), _batches(4, 4, 4, 4)
     for batch in data:
@@ -430,7 +430,7 @@ def test_steps_with_overflowing_gradients_are_left_out_and_counted(tmp_path: Pat
     assert "the loss scale is now 1.47574e+20" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_loss_that_stands_out_is_told() -> None:
+def test_a_loss_that_stands_out_is_noticed() -> None:
     monitor = LossMonitor()
     generator = torch.Generator().manual_seed(0)
     losses = (2 + 0.1 * torch.randn(200, generator=generator)).tolist()
@@ -441,7 +441,7 @@ def test_a_loss_that_stands_out_is_told() -> None:
 
 
 class Idle(Net):
-    """A network with a tuned layer that takes no part."""
+    """A network with a trainable layer that takes no part."""
 
     def __init__(self) -> None:
         super().__init__(norm=False)
@@ -467,7 +467,7 @@ def test_a_parameter_without_gradient_is_named_at_the_first_step(
     run_in_two(_idle, str(tmp_path / "two"))
 
 
-def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
+def test_the_warm_up_pass_changes_nothing(tmp_path: Path) -> None:
     seed_everything(3, Process())
     training = _training(Net())
     with RunDir(tmp_path, {}, {}, Process()) as run:
@@ -578,7 +578,7 @@ def test_wrapping_one_process_leaves_the_model_alone() -> None:
     assert unwrap(wrap(model, Process())) is model
 
 
-def test_a_gpu_out_of_memory_is_told_with_its_numbers(tmp_path: Path) -> None:
+def test_a_gpu_out_of_memory_is_explained_with_its_numbers(tmp_path: Path) -> None:
     class Greedy(Net):
         def forward(self, video: torch.Tensor) -> torch.Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -1,8 +1,4 @@
-"""What users get wrong, from the command line: each ends in one sentence that names it, and nothing is left behind.
-
-Does not live here: every error of a configuration (test_schema.py), of a list (test_annotation.py), of a checkpoint
-(test_checkpoint.py).
-"""
+"""Wrong input on the command line: each ends in one sentence that names it, and nothing is left behind."""
 
 from __future__ import annotations
 

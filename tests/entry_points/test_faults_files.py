@@ -1,9 +1,4 @@
-"""What a run survives: damaged and malicious files, full disks, lost frames, poisoned batches, and any way to test it.
-
-As in test_faults.py, each docstring is a line of the table, and "ends equal" is meant as there.
-Lives here: what is wrong with files and data. Does not live here: kills and signals (test_faults.py), the harness
-(fault_bench.py).
-"""
+"""What a run survives: damaged files, lost data, full disks, batches of NaN and malicious pickles. See test_faults.py."""
 
 from __future__ import annotations
 
@@ -24,25 +19,25 @@ import torch
 from tests.helpers.fault_harness import (
     RICH,
     WORKERS,
-    Bench,
+    FaultHarness,
     children_of,
     content,
-    draws,
     each_round,
     files,
     finish,
     free_port,
     leaves,
     metrics,
+    seeded_random,
     wait_for,
 )
 
 
-def _begun(bench: Bench) -> Path:
+def _interrupted_run(harness: FaultHarness) -> Path:
     """A run killed in its second epoch, two steps after a save: with two checkpoints to go on from, and the best."""
-    folder = bench.path()
-    run = bench.train(folder, first={"kill_at_step": {"number": 14}})
-    assert run.wait() == -signal.SIGKILL, run.said
+    folder = harness.path()
+    run = harness.train(folder, first={"kill_at_step": {"number": 14}})
+    assert run.wait() == -signal.SIGKILL, run.printed
     assert len(files(folder)) == 3
     return folder
 
@@ -69,29 +64,29 @@ DAMAGES: dict[str, Callable] = {
 
 @each_round
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_last_model(bench: Bench, reference, damage: str, seed: int):
-    """last_model.pt truncated, a bit flipped, garbage, zeros, empty, deleted, weights only: goes back, says so, ends equal"""
-    folder = _begun(bench)
-    DAMAGES[damage](folder / "last_model.pt", draws(seed, damage))
-    run = finish(bench, folder, reference())
+def test_damaged_last_model(harness: FaultHarness, reference, damage: str, seed: int):
+    """last_model.pt truncated, a bit flipped, garbage, zeros, empty, deleted, weights only: goes back to the one before, logs that, ends equal"""
+    folder = _interrupted_run(harness)
+    DAMAGES[damage](folder / "last_model.pt", seeded_random(seed, damage))
+    run = finish(harness, folder, reference())
     if damage != "deleted":
-        assert f"WARNING {folder / 'last_model.pt'}: " in run.said and f"going back to {folder}/step_" in run.said
-    assert f"resumed from {folder}/step_" in run.said
+        assert f"WARNING {folder / 'last_model.pt'}: " in run.printed and f"going back to {folder}/step_" in run.printed
+    assert f"resumed from {folder}/step_" in run.printed
 
 
 @each_round
-def test_no_checkpoint_is_whole(bench: Bench, reference, seed: int):
+def test_no_checkpoint_is_whole(harness: FaultHarness, reference, seed: int):
     """All checkpoints of a run damaged: one sentence, status 1, nothing overwritten; one put back: ends equal"""
-    folder, rng = _begun(bench), draws(seed, "all")
+    folder, rng = _interrupted_run(harness), seeded_random(seed, "all")
     good = (folder / "last_model.pt").read_bytes()
     for path in (folder / "last_model.pt", *folder.glob("step_*.pt")):
         _bit(path, rng) if rng.random() < 0.5 else DAMAGES["truncated"](path, rng)
     before = files(folder)
-    sentence = bench.train(folder).refusal()
+    sentence = harness.train(folder).refusal()
     assert "none of its checkpoints is valid" in sentence and str(folder) in sentence
     assert files(folder) == before
     (folder / "last_model.pt").write_bytes(good)
-    finish(bench, folder, reference())
+    finish(harness, folder, reference())
 
 
 @each_round
@@ -99,7 +94,7 @@ def test_any_bit_and_any_length(reference, tmp_path: Path, seed: int, record_pro
     """A checkpoint with one bit flipped anywhere, or cut at any length: refused by name, or read with every value right"""
     from engine import checkpoint_file
 
-    rng, whole = draws(seed, "bits"), reference() / "last_model.pt"
+    rng, whole = seeded_random(seed, "bits"), reference() / "last_model.pt"
     data, right, path = whole.read_bytes(), dict(leaves(content(whole))), tmp_path / "x.pt"
     tries = 150
     record_property("tried", 2 * tries)
@@ -121,26 +116,26 @@ def test_any_bit_and_any_length(reference, tmp_path: Path, seed: int, record_pro
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "deleted"])
-def test_other_files_are_damaged(bench: Bench, reference, damage: str, record_property):
+def test_other_files_are_damaged(harness: FaultHarness, reference, damage: str, record_property):
     """Other files of a run garbage, empty or deleted: ends equal, or one sentence and nothing overwritten, or a warning"""
-    folder, rng = _begun(bench), draws(0, damage)
+    folder, rng = _interrupted_run(harness), seeded_random(0, damage)
     record_property("tried", 7)
     before = files(folder)
     for name in ("config.yaml", "run.json") if damage == "deleted" else ():  # then it might be a folder of anything
         good = (folder / name).read_bytes()
         DAMAGES[damage](folder / name, rng)
-        assert str(folder) in bench.train(folder).refusal() and files(folder) == before
+        assert str(folder) in harness.train(folder).refusal() and files(folder) == before
         (folder / name).write_bytes(good)
     names = ["metrics.jsonl", "log.txt", ".lock"] + ([] if damage == "deleted" else ["config.yaml", "run.json"])
     for path in (*(folder / name for name in names), *folder.glob("step_*.pt")):
         DAMAGES[damage](path, rng)
-    best = bench.path()
+    best = harness.path()
     shutil.copytree(folder, best)
-    finish(bench, folder, reference())
+    finish(harness, folder, reference())
     DAMAGES[damage](best / "model_best.pt", rng)
-    run = bench.train(best)
-    assert run.wait() == 0 and f"WARNING {best / 'model_best.pt'}: " in run.said, run.said
-    assert "only a better model replaces it" in run.said
+    run = harness.train(best)
+    assert run.wait() == 0 and f"WARNING {best / 'model_best.pt'}: " in run.printed, run.printed
+    assert "only a better model replaces it" in run.printed
 
 
 @pytest.fixture
@@ -156,59 +151,59 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @each_round
-def test_the_disk_is_full(bench: Bench, reference, small_disk: Path, seed: int):
-    """No space left on a small tmpfs in the middle of a save: one sentence, status 1, former checkpoint whole, ends equal"""
-    rng, folder, ballast = draws(seed, "disk"), small_disk / "run", small_disk / "ballast"
-    run = bench.train(folder, first={"slow_steps": {"seconds": 0.02}})
+def test_the_disk_is_full(harness: FaultHarness, reference, small_disk: Path, seed: int):
+    """No space left on a small tmpfs in the middle of a save: one sentence, status 1, previous checkpoint valid, ends equal"""
+    rng, folder, ballast = seeded_random(seed, "disk"), small_disk / "run", small_disk / "ballast"
+    run = harness.train(folder, first={"slow_steps": {"seconds": 0.02}})
     wait_for(folder, rng.randint(5, 20), run)
     free = os.statvfs(small_disk)
     ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - rng.randrange(150_000))))
     sentence = run.refusal()
     assert "No space left on device" in sentence and str(folder) in sentence, sentence
     step = content(folder / "last_model.pt")["step"]
-    again = bench.train(folder)
-    assert again.wait() in (1, 0) and len(again.errors) <= 1 and "Traceback" not in again.said, again.said
+    again = harness.train(folder)
+    assert again.wait() in (1, 0) and len(again.errors) <= 1 and "Traceback" not in again.printed, again.printed
     assert content(folder / "last_model.pt")["step"] >= step
     ballast.unlink()
-    finish(bench, folder, reference())
+    finish(harness, folder, reference())
 
 
 @each_round
-def test_a_file_cannot_grow(bench: Bench, reference, seed: int):
-    """A save that fails in the middle (RLIMIT_FSIZE): one sentence, status 1, former checkpoint whole, ends equal"""
-    folder = _begun(bench)
+def test_a_file_cannot_grow(harness: FaultHarness, reference, seed: int):
+    """A save that fails in the middle (RLIMIT_FSIZE): one sentence, status 1, previous checkpoint valid, ends equal"""
+    folder = _interrupted_run(harness)
     before = content(folder / "last_model.pt")["step"]
-    largest = draws(seed, "grow").randrange(20_000, (folder / "last_model.pt").stat().st_size)
-    sentence = bench.train(folder, first={"no_space": {"largest_file": largest}}).refusal()
+    largest = seeded_random(seed, "grow").randrange(20_000, (folder / "last_model.pt").stat().st_size)
+    sentence = harness.train(folder, first={"no_space": {"largest_file": largest}}).refusal()
     assert sentence.startswith(f"{folder}/last_model.pt: cannot write") and "too large" in sentence
     assert content(folder / "last_model.pt")["step"] == before
-    finish(bench, folder, reference())
+    finish(harness, folder, reference())
 
 
 @pytest.mark.parametrize("damage", ["deleted", "truncated"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_frame_is_lost(bench: Bench, reference, damage: str, workers: int):
+def test_a_frame_is_lost(harness: FaultHarness, reference, damage: str, workers: int):
     """A frame of a training video deleted or truncated: one sentence with the list's line; put back: ends equal"""
-    data, folder = bench.config.parent / "data", bench.path()
+    data, folder = harness.config.parent / "data", harness.path()
     image = data / "frames" / (data / "train.txt").read_text().splitlines()[18].split()[0] / "000003.jpg"
     good = image.read_bytes()
     image.unlink() if damage == "deleted" else image.write_bytes(good[:-200])
     try:
-        sentence = bench.train(folder, "data.random_shift=false", f"data.workers={workers}").refusal()
+        sentence = harness.train(folder, "data.random_shift=false", f"data.workers={workers}").refusal()
     finally:
         image.write_bytes(good)
     assert str(image.parent) in sentence and image.name in sentence and sentence.endswith(f"{data}/train.txt, line 19)")
     whole = reference("data.random_shift=false", f"data.workers={workers}")
-    finish(bench, folder, whole, "data.random_shift=false", f"data.workers={workers}")
+    finish(harness, folder, whole, "data.random_shift=false", f"data.workers={workers}")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_poisoned_batch(bench: Bench, workers: int):
+def test_a_poisoned_batch(harness: FaultHarness, workers: int):
     """One batch of NaN: its step is skipped and counted, all weights stay finite"""
-    folder = bench.path()
+    folder = harness.path()
     chosen = (*RICH, "solver.mixup=false", f"data.workers={workers}")
-    run = bench.train(folder, *chosen, first={"poison": {"first": 4, "last": 4}})
-    assert run.wait() == 0 and "step skipped (1 in a row, 1 in all)" in run.said, run.said
+    run = harness.train(folder, *chosen, first={"poison": {"first": 4, "last": 4}})
+    assert run.wait() == 0 and "step skipped (1 in a row, 1 in all)" in run.printed, run.printed
     assert [row["skipped_steps"] for row in metrics(folder)] == [0, 1, 0, 0]
     for name in ("last_model.pt", "model_best.pt"):
         saved = content(folder / name)
@@ -218,10 +213,10 @@ def test_a_poisoned_batch(bench: Bench, workers: int):
     assert content(folder / "last_model.pt")["step"] == 12
 
 
-def test_poison_without_end(bench: Bench, reference):
+def test_poison_without_end(harness: FaultHarness, reference):
     """Batches of NaN without end: stops with step, videos and failed_model.pt, whose weights are finite; cured: ends equal"""
-    folder = bench.path()
-    run = bench.train(folder, "solver.max_bad_steps=4", first={"poison": {"first": 10}})
+    folder = harness.path()
+    run = harness.train(folder, "solver.max_bad_steps=4", first={"poison": {"first": 10}})
     sentence = run.refusal()
     saved = content(folder / "failed_model.pt")
     assert saved["failed"]["videos"] and all(name in sentence for name in saved["failed"]["videos"])
@@ -229,11 +224,13 @@ def test_poison_without_end(bench: Bench, reference):
     assert (saved["failed"]["epoch"], saved["failed"]["step"]) == (1, 6)
     assert all(torch.isfinite(v).all() for v in saved["model_state_dict"].values())
     assert set(saved["failed"]["videos"]) <= {
-        row.split()[0] for row in (bench.config.parent / "data" / "train.txt").read_text().splitlines()
+        row.split()[0] for row in (harness.config.parent / "data" / "train.txt").read_text().splitlines()
     }
     for path in (folder / "last_model.pt", folder / "model_best.pt", *folder.glob("step_*.pt")):
         assert all(torch.isfinite(v).all() for v in content(path)["model_state_dict"].values())
-    finish(bench, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4")  # nothing was saved among them
+    finish(
+        harness, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4"
+    )  # nothing was saved among them
 
 
 class Evil:
@@ -260,33 +257,35 @@ def _bare(path: Path, evil: Evil) -> None:
 
 @pytest.mark.parametrize("write", [_zip, _legacy, _bare], ids=["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("place", ["last_model", "weights", "pretrain", "resume", "network.weights"])
-def test_malicious_pickles(bench: Bench, tmp_path: Path, place: str, write):
+def test_malicious_pickles(harness: FaultHarness, tmp_path: Path, place: str, write):
     """A pickle that runs a command, as last_model.pt, --weights, pretrain, resume, network.weights: refused, not run"""
     target, path = tmp_path / "owned", tmp_path / "evil.pt"
     write(path, Evil(target))
     if place == "last_model":
-        folder = _begun(bench)
-        for former in (folder / "last_model.pt", *folder.glob("step_*.pt")):
-            shutil.copy(path, former)
-        run = bench.train(folder)
+        folder = _interrupted_run(harness)
+        for previous in (folder / "last_model.pt", *folder.glob("step_*.pt")):
+            shutil.copy(path, previous)
+        run = harness.train(folder)
         sentence, named = run.refusal(), "last_model.pt"
-        assert f"{folder}/last_model.pt: holds pickled code" in run.said or "not a checkpoint" in run.said, run.said
+        assert f"{folder}/last_model.pt: holds pickled code" in run.printed or "not a checkpoint" in run.printed, (
+            run.printed
+        )
     elif place == "weights":
-        words = ("test_vision.py", "--config", bench.config, "--device", "cpu", "--weights", path)
-        sentence, named = bench.script(*words).refusal(), str(path)
+        words = ("test_vision.py", "--config", harness.config, "--device", "cpu", "--weights", path)
+        sentence, named = harness.script(*words).refusal(), str(path)
     else:
         more = ("network.init=true",) if place == "network.weights" else ()
-        sentence, named = bench.train(bench.path(), *more, f"{place}={path}").refusal(), str(path)
+        sentence, named = harness.train(harness.path(), *more, f"{place}={path}").refusal(), str(path)
     assert named in sentence and not target.exists(), sentence
 
 
-def test_malicious_scores_and_settings(bench: Bench, tmp_path: Path, record_property):
+def test_malicious_scores_and_settings(harness: FaultHarness, tmp_path: Path, record_property):
     """A pickle inside an .npz of scores, a YAML tag that runs a command: refused in one sentence, not run"""
     target, config = tmp_path / "owned", tmp_path / "evil.yaml"
     record_property("tried", 2)
-    config.write_text(bench.config.read_text() + f"\npretrain: !!python/object/apply:os.system ['touch {target}']\n")
+    config.write_text(harness.config.read_text() + f"\npretrain: !!python/object/apply:os.system ['touch {target}']\n")
     words = ("train_vision.py", "--config", config, "--device", "cpu", "--output", tmp_path / "run")
-    assert str(config) in bench.script(*words).refusal() and not target.exists()
+    assert str(config) in harness.script(*words).refusal() and not target.exists()
     ensemble = pytest.importorskip("scripts.ensemble")
     paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for path in paths:
@@ -299,18 +298,18 @@ def test_malicious_scores_and_settings(bench: Bench, tmp_path: Path, record_prop
     [{1: [1, 64], 2: [3], 3: [7]}, pytest.param({1: [1, 3, 7], 2: [1, 7, 64], 3: [1, 3, 64]}, marks=pytest.mark.slow)],
     ids=["some", "others"],
 )
-def test_evaluation_on_any_number(bench: Bench, reference, record_property, sizes: dict[int, list[int]]):
+def test_evaluation_on_any_number(harness: FaultHarness, reference, record_property, sizes: dict[int, list[int]]):
     """Tested by 1, 2 and 3 processes in batches of 1, 3, 7 and 64: the same numbers, the same predictions"""
     weights, found = reference(*RICH) / "model_best.pt", {}
     record_property("tried", sum(map(len, sizes.values())))
     for processes, several in sizes.items():
         for size in several:
-            target = bench.path("test").with_suffix(".json")
+            target = harness.path("test").with_suffix(".json")
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
             words = (
                 "test_vision.py",
                 "--config",
-                bench.config,
+                harness.config,
                 "--device",
                 "cpu",
                 "--weights",
@@ -320,8 +319,8 @@ def test_evaluation_on_any_number(bench: Bench, reference, record_property, size
             )
             words += ("--test_crops", "3", "--set", f"data.batch_size={size}")
             places = [place | {"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)]
-            ranks = [bench.script(*words, **variables) for variables in places]
-            assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].said
+            ranks = [harness.script(*words, **variables) for variables in places]
+            assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].printed
             result = json.loads(target.read_text())
             scores = np.load(target.with_suffix(".npz"), allow_pickle=False)
             found[processes, size] = (
@@ -336,12 +335,12 @@ def test_evaluation_on_any_number(bench: Bench, reference, record_property, size
 
 @pytest.mark.slow
 @each_round
-def test_a_data_worker_is_killed(bench: Bench, reference, seed: int):
+def test_a_data_worker_is_killed(harness: FaultHarness, reference, seed: int):
     """kill -9 of a worker of the data loader: one sentence, status 1, ends equal"""
-    folder = bench.path()
-    run = bench.train(folder, *WORKERS, first={"slow_steps": {"seconds": 0.03}})
-    wait_for(folder, draws(seed, "worker").randint(1, 8), run)
-    os.kill(draws(seed, "which").choice(children_of(run.pid)), signal.SIGKILL)
-    assert run.wait() == 1 and len(run.errors) == 1, run.said  # torch's handler may say something of its own
+    folder = harness.path()
+    run = harness.train(folder, *WORKERS, first={"slow_steps": {"seconds": 0.03}})
+    wait_for(folder, seeded_random(seed, "worker").randint(1, 8), run)
+    os.kill(seeded_random(seed, "which").choice(children_of(run.pid)), signal.SIGKILL)
+    assert run.wait() == 1 and len(run.errors) == 1, run.printed  # torch's handler may say something of its own
     assert "a worker of the loader was killed" in run.errors[0]
-    finish(bench, folder, reference(*WORKERS), *WORKERS)
+    finish(harness, folder, reference(*WORKERS), *WORKERS)

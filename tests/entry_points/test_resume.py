@@ -1,7 +1,4 @@
-"""Which run a command goes on with, and that it ends as if nothing had happened, on made data and a tiny model.
-
-Does not live here: processes that are killed (test_faults.py), the rules room by room (test_run_folder.py, test_state.py).
-"""
+"""Which run a command resumes, and that it ends as if nothing had happened, on synthetic data and a tiny model."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ def test_interrupted_and_resumed_is_as_one_go(tiny: Path, tmp_path: Path, monkey
         status, text = command("train_vision.py", "--config", tiny, "--output", parts, *settings(chosen))
     assert status == 130 and "interrupted: last_model.pt" in text and "Traceback" not in text
     assert content(parts / "last_model.pt")["epoch"] == 1
-    train(tiny, parts, *chosen)  # the same command
+    train(tiny, parts, *chosen)  # rerun
     for name in ("last_model.pt", "model_best.pt"):
         one, other = content(whole / name), content(parts / name)
         untimed = one.keys() - {"meta", "meters", "history"}
@@ -80,9 +77,9 @@ def test_a_failing_evaluation_does_not_cost_the_epoch(tiny: Path, trained: Path,
     status, text = command("train_vision.py", "--config", tiny, *settings((resume, "solver.epochs=1")))
     assert status == 0, text
     assert [line["top1"] for line in metrics(folder)] == [line["top1"] for line in metrics(trained)]
-    ours, theirs = (content(place / "last_model.pt") for place in (folder, trained))
+    one, other = (content(path / "last_model.pt") for path in (folder, trained))
     for key in ("model_state_dict", "optimizer_state_dict", "rng", "best", "unevaluated_epoch"):
-        assert_same(ours[key], theirs[key])
+        assert_same(one[key], other[key])
 
 
 def test_a_folder_of_another_run_is_left_alone(tiny: Path, trained: Path):
@@ -94,7 +91,7 @@ def test_a_folder_of_another_run_is_left_alone(tiny: Path, trained: Path):
     assert files(trained) == before
 
 
-def test_the_same_command_finds_its_run(tiny: Path, tmp_path: Path):
+def test_rerunning_a_command_resumes_its_run(tiny: Path, tmp_path: Path):
     """Without a folder: an unfinished run of the same settings, data and processes is the one."""
     chosen = settings((f"logging.output_dir={tmp_path}", "solver.epochs=1"))
     home = tmp_path / "frame_order" / "custom"
@@ -130,7 +127,7 @@ def test_a_changed_list_is_another_run(tiny: Path, tiny_data: Path, trained: Pat
     assert "began with another train_list" in sentence and "32 rows" in sentence
 
 
-def test_a_restart_goes_on_with_a_fresh_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_restart_resumes_a_fresh_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = train(tiny, tmp_path / "run", "solver.epochs=1")
     call = ("train_vision.py", "--config", tiny, "--output", folder, "--fresh", *settings(("solver.epochs=1",)))
     assert "--fresh does not resume" in refusal(*call)
@@ -150,7 +147,7 @@ def test_more_and_fewer_epochs(tiny: Path, tmp_path: Path):
     assert "2 epochs were trained already" in training_refusal(tiny, folder, "solver.epochs=1", *chosen)
 
 
-def test_other_code_is_told_when_a_run_goes_on(tiny: Path, trained: Path, tmp_path: Path):
+def test_other_code_is_logged_when_a_run_is_resumed(tiny: Path, trained: Path, tmp_path: Path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     saved = content(folder / "last_model.pt")
@@ -161,7 +158,7 @@ def test_other_code_is_told_when_a_run_goes_on(tiny: Path, trained: Path, tmp_pa
 
 
 def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained: Path, tmp_path: Path, monkeypatch):
-    """The folder of somebody's weights is not a run folder of ours: nothing in it may change."""
+    """The folder of somebody's weights is not a run folder: nothing in it may change."""
     theirs = tmp_path / "theirs" / "last_model.pt"
     theirs.parent.mkdir()
     saved, output = content(trained / "last_model.pt"), f"logging.output_dir={tmp_path / 'exp'}"
@@ -177,14 +174,14 @@ def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained:
     assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
 
 
-def test_going_on_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trained: Path, tmp_path: Path):
+def test_resuming_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trained: Path, tmp_path: Path):
     before, older = files(trained), trained / "step_00000008.pt"
     assert content(older)["unevaluated_epoch"]["epoch"] == 0  # trained, not validated
     said = training_refusal(tiny, trained, f"resume={older}")
     assert "already holds another run: resume was None" in said and files(trained) == before
     folder = train(tiny, tmp_path / "run", f"resume={older}")
     assert files(trained) == before and content(folder / "last_model.pt")["epoch"] == 2
-    assert train(tiny, folder, f"resume={older}") == folder  # the same command: it is finished
+    assert train(tiny, folder, f"resume={older}") == folder  # rerun: it is finished
     assert len(json.loads((folder / "run.json").read_text())) == 2
 
 

@@ -1,7 +1,4 @@
-"""Testing a checkpoint from the command line: views, processes, layouts, and the same numbers as validation in training.
-
-Does not live here: what is counted (test_metrics.py) and the files beside the results (test_report.py).
-"""
+"""test_vision.py: configuration, views, processes and layouts, and the same numbers as the validation of training."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ from tests.helpers.cli_harness import (
     script,
     settings,
 )
-from tests.helpers.fault_harness import Bench, free_port
+from tests.helpers.fault_harness import FaultHarness, free_port
 
 
 def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
@@ -136,7 +133,7 @@ def test_weights_in_the_authors_layout(tiny: Path, tmp_path: Path):
     assert {label for _, label in result["predicted"]} == {2}
 
 
-def test_two_processes_test_every_video_once(tiny: Path, varied: Path, tmp_path: Path, bench: Bench):
+def test_two_processes_test_every_video_once(tiny: Path, varied: Path, tmp_path: Path, harness: FaultHarness):
     folder = tmp_path / "run"
     words = ("--output", folder, "--device", "cpu", *settings(("solver.epochs=1", "network.sync_bn=true")))
     done = script("bash", "scripts/run_train_vision.sh", tiny, *words, processes=2)
@@ -151,12 +148,12 @@ def test_two_processes_test_every_video_once(tiny: Path, varied: Path, tmp_path:
     results, place = tmp_path / "two.json", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     call = ("test_vision.py", "--config", tiny, "--weights", varied, "--device", "cpu", "--json", results)
     ranks = [
-        bench.script(
+        harness.script(
             *call, "--test_crops", "3", "--test_clips", "2", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **place
         )
         for rank in "01"
     ]
-    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].said
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].printed
     two, one = json.loads(results.read_text()), evaluated(tiny, varied, tmp_path / "one.json", views=(3, 2))
     assert two["meta"]["world_size"] == 2 and one["meta"]["world_size"] == 1
     for name in ("top1", "top5", "mean_class", "videos", "confusion", "predicted"):

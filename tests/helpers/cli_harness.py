@@ -1,9 +1,4 @@
-"""The harness of the tests from the command line: made data, a tiny configuration, and starting the two scripts.
-
-Lives here: the fixtures that tests/conftest.py shares, `command`, which runs a script in this process,
-`if __name__ == "__main__"` included, for starting one takes seconds, and looking into what it leaves. Does not live
-here: any test (test_entry_*.py), processes of their own that are killed (fault_bench.py).
-"""
+"""For tests from the command line: synthetic data, a tiny configuration, and the two scripts run in this process."""
 
 from __future__ import annotations
 

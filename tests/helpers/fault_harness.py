@@ -1,10 +1,5 @@
-"""The harness of the fault tests: starts real training processes, watches and kills them, and compares what they leave.
-
-Lives here: a made dataset and a tiny configuration of runs that take a second, starting them (alone, as ranks, under
-the launcher), waiting for a moment of a run, and the differences between two run folders.
-Does not live here: the faults (test_faults.py, test_faults_files.py), what a process does to itself (nursery.py), and
-counting (faults.py).
-"""
+"""For the fault tests: starts real training runs of a second, waits for a moment of them, kills them, and compares what
+they leave in their folders."""
 
 from __future__ import annotations
 
@@ -32,14 +27,14 @@ from tensorboard.compat.proto.event_pb2 import Event
 from datasets.prepare.synthetic import make
 
 ROOT = Path(__file__).parents[2]
-VIDEOS = 11  # to validate on: not a multiple of two or three processes
-TIMINGS = ("clips_per_s", "data_wait", "seconds", "waited")  # what may differ between two equal runs
+VIDEOS = 11  # of validation: not a multiple of two or three processes
+TIMINGS = ("clips_per_s", "data_wait", "seconds")  # may differ between two equal runs
 LONGEST = 120.0  # seconds that anything here may take
 
 # Overrides of the tiny configuration.
 PLAIN = ()
 UNSAVED = ("checkpoint.every_steps=",)
-RICH = (  # everything that draws, remembers or averages; three batches a step leave a short one at the end
+RICH = (  # everything that seeded_random, remembers or averages; three batches a step leave a short one at the end
     "solver.mixup=true", "network.drop_fc=0.3", "solver.grad_accumulation_steps=3", "solver.ema_decay=0.9",
     "data.num_sample=2", "data.rand_aug=true", "data.rand_erase=true", "data.flip=true", "solver.epochs=4",
     "checkpoint.every_steps=2",
@@ -66,12 +61,12 @@ SHARED = ("data.batch_size=2", "network.drop_fc=0.3", "solver.mixup=true")  # fo
 SHARED_RICH = (*SHARED, "solver.ema_decay=0.9", "solver.grad_accumulation_steps=2", "network.sync_bn=true",
                "data.workers=1", "data.num_sample=2")  # fmt: skip
 _FIRST = 1000 * int(os.environ.get("FAULT_SEED", 0))
-ROUNDS = range(_FIRST, _FIRST + int(os.environ.get("FAULT_ROUNDS", 1)))  # seeds; see faults.py
+ROUNDS = range(_FIRST, _FIRST + int(os.environ.get("FAULT_ROUNDS", 1)))  # seeds; see fault_runs.py
 each_round = pytest.mark.parametrize("seed", ROUNDS)
 
 
 def make_config(folder: Path) -> Path:
-    """The made dataset and a tiny configuration of three epochs of eight steps, saved each third step."""
+    """A synthetic dataset, and a configuration of three epochs of eight steps that saves each third step."""
     data = folder / "data"
     make(data, train=32, val=12, seed=3, size=32)
     rows = (data / "val.txt").read_text().splitlines()[:VIDEOS]
@@ -103,37 +98,36 @@ def settings(overrides: tuple[str, ...]) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process of its own: nothing of torchrun's, one thread."""
-    own = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PORT")
-    }
-    return own | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | more
+    """The variables of a new process: one thread, and nothing of torchrun's."""
+    of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in of_torchrun}
+    return inherited | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | more
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """A port of this machine that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-class Started:
-    """A process of ours. `output` is the file of all that it says; `poll` gives its status, None while it runs."""
+class ChildProcess:
+    """A started script. `output` is the file that it prints into; `poll` returns its status, None while it runs."""
 
     def __init__(self, pid: int, output: Path, poll: Callable[[], int | None]) -> None:
         self.pid, self.output, self.poll = pid, output, poll
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     @property
     def errors(self) -> list[str]:
-        """The sentences of its errors."""
-        return [line.split(" ERROR ", 1)[1] for line in self.said.splitlines() if " ERROR " in line]
+        """Its error messages."""
+        return [line.split(" ERROR ", 1)[1] for line in self.printed.splitlines() if " ERROR " in line]
 
     def kill(self, number: int = signal.SIGKILL, group: bool = False) -> None:
-        """Send it, or all of its process group, a signal; unless it has ended."""
+        """Send it, or its whole process group, a signal, unless it has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(self.pid, number)
@@ -144,45 +138,47 @@ class Started:
         while (status := self.poll()) is None:
             if time.monotonic() > until:
                 os.kill(self.pid, signal.SIGKILL)
-                raise AssertionError(f"did not end in {LONGEST:g} s:\n{self.said}")
+                raise AssertionError(f"did not end in {LONGEST:g} s:\n{self.printed}")
             time.sleep(0.002)
         return status
 
     def refusal(self) -> str:
-        """The one sentence with which it ended, status 1, and no traceback beside it."""
+        """The one error message with which it ended, with status 1 and without a traceback."""
         status = self.wait()
-        assert status == 1 and len(self.errors) == 1 and "Traceback" not in self.said, self.said
+        assert status == 1 and len(self.errors) == 1 and "Traceback" not in self.printed, self.printed
         return self.errors[0]
 
 
-class Bench:
-    """Starts processes that share one configuration.
+class FaultHarness:
+    """Starts scripts that share one configuration.
 
     Args:
-        folder: for all that the runs leave.
+        folder: for everything that the runs write.
         config: see make_config.
     """
 
     def __init__(self, folder: Path, config: Path) -> None:
         self.folder, self.config, self.count = folder, config, 0
-        self._nursery = subprocess.Popen(
+        self._fork_server = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.fork_server"],
             **{"cwd": ROOT, "env": environment(), "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
         )
-        assert json.loads(self._nursery.stdout.readline()) == {"threads": 1}
+        assert json.loads(self._fork_server.stdout.readline()) == {"threads": 1}
 
     def close(self) -> None:
-        """End everything that is left."""
-        self._nursery.stdin.close()
-        self._nursery.wait(LONGEST)
+        """End the fork server."""
+        self._fork_server.stdin.close()
+        self._fork_server.wait(LONGEST)
 
     def path(self, name: str = "run") -> Path:
         """A new name in the folder."""
         self.count += 1
         return self.folder / f"{name}{self.count:03d}"
 
-    def script(self, *words: str | Path, first: dict[str, dict[str, Any]] | None = None, **variables: str) -> Started:
-        """Start `words` (a script of ours and its arguments), after the functions `first` of nursery.py."""
+    def script(
+        self, *words: str | Path, first: dict[str, dict[str, Any]] | None = None, **variables: str
+    ) -> ChildProcess:
+        """Start `words` (a script and its arguments) after calling the functions `first` of fork_server.py."""
         output = self.path("output")
         request = {"words": [*map(str, words)], "environment": variables, "output": str(output), "first": first or {}}
         pid = self._ask(request)
@@ -193,13 +189,15 @@ class Bench:
                 status.append(found)
             return status[0] if status else None
 
-        return Started(pid, output, poll)
+        return ChildProcess(pid, output, poll)
 
-    def train(self, folder: Path | None, *overrides: str, first: dict[str, dict[str, Any]] | None = None) -> Started:
+    def train(
+        self, folder: Path | None, *overrides: str, first: dict[str, dict[str, Any]] | None = None
+    ) -> ChildProcess:
         """Start a training run; without a folder it finds its own."""
         return self.script(*self.words(folder, *overrides), first=first)
 
-    def ranks(self, world_size: int, folder: Path, *overrides: str) -> list[Started]:
+    def ranks(self, world_size: int, folder: Path, *overrides: str) -> list[ChildProcess]:
         """Start one training run of several processes, without a launcher."""
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         words = self.words(folder, *overrides)
@@ -210,7 +208,7 @@ class Bench:
         target = [] if folder is None else ["--output", str(folder)]
         return ["train_vision.py", "--config", str(self.config), "--device", "cpu", *target, *settings(overrides)]
 
-    def launch(self, processes: int, folder: Path, *overrides: str, **variables: str) -> Started:
+    def launch(self, processes: int, folder: Path, *overrides: str, **variables: str) -> ChildProcess:
         """Start a training run as people do, by scripts/run_train_vision.sh, in a process group of its own."""
         output = self.path("output")
         script, config, *words = "scripts/run_train_vision.sh", str(self.config), *self.words(folder, *overrides)[3:]
@@ -220,12 +218,12 @@ class Bench:
                 **{"cwd": ROOT, "env": environment(NPROC=str(processes), **variables), "stdin": subprocess.DEVNULL},
                 **{"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True},
             )
-        return Started(process.pid, output, process.poll)
+        return ChildProcess(process.pid, output, process.poll)
 
     def _ask(self, request: dict[str, Any]) -> Any:
-        self._nursery.stdin.write(json.dumps(request) + "\n")
-        self._nursery.stdin.flush()
-        return json.loads(self._nursery.stdout.readline())
+        self._fork_server.stdin.write(json.dumps(request) + "\n")
+        self._fork_server.stdin.flush()
+        return json.loads(self._fork_server.stdout.readline())
 
 
 def children_of(pid: int) -> list[int]:
@@ -238,7 +236,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def workers_of(launcher: Started) -> list[int]:
+def workers_of(launcher: ChildProcess) -> list[int]:
     """The training processes that a launcher has started, by rank; they must be there soon."""
 
     def ranks() -> dict[int, int]:
@@ -249,34 +247,34 @@ def workers_of(launcher: Started) -> list[int]:
                 found |= {int(value[5:]): pid for value in variables if value.startswith(b"RANK=")}
         return found
 
-    await_(lambda: ranks() or launcher.poll() is not None)
-    assert launcher.poll() is None, launcher.said
+    wait_until(lambda: ranks() or launcher.poll() is not None)
+    assert launcher.poll() is None, launcher.printed
     return [pid for _, pid in sorted(ranks().items())]
 
 
 def step_of(folder: Path) -> int:
-    """Lines of progress and of evaluations in a run's log: how far it has come, counting what was done twice."""
+    """How far a run is: its log lines of progress and evaluation, with those that were made twice."""
     try:
         return len(re.findall(r" step +\d+/\d+ loss | evaluating: batch ", (folder / "log.txt").read_text()))
     except OSError:
         return 0
 
 
-def wait_for(folder: Path, moment: int, *processes: Started, since: int = 0) -> bool:
+def wait_for(folder: Path, moment: int, *processes: ChildProcess, since: int = 0) -> bool:
     """Wait for the `moment`-th line (see step_of) after the first `since`; False if the processes ended before it."""
 
     def ended() -> bool:
         return all(process.poll() is not None for process in processes)
 
-    await_(lambda: step_of(folder) >= since + moment or ended())
+    wait_until(lambda: step_of(folder) >= since + moment or ended())
     return step_of(folder) >= since + moment
 
 
-def await_(condition: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     """Wait until it is true; AssertionError if that takes too long."""
     until = time.monotonic() + LONGEST
     while not condition():
-        assert time.monotonic() < until, "what is waited for does not come"
+        assert time.monotonic() < until, "waited for too long"
         time.sleep(0.001)
 
 
@@ -296,7 +294,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dicts and lists with its place, but for timings and what tells one start from another."""
+    """Every value of nested dicts and lists with its path, except timings and what differs between two starts."""
     if isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if key not in TIMINGS and (name or key != "meta"):
@@ -306,7 +304,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, Any]]]:
-    """Each tag's (step, value) in the order of TensorBoard's own records, none left out; no values of timings."""
+    """(step, value) of every record of each tag, in the order of the files; without the values of timings."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for file in sorted(folder.glob("events.out.tfevents.*"), key=lambda path: (path.stat().st_mtime, path.name)):
         for record in RawEventFileLoader(str(file)).Load():
@@ -318,7 +316,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, Any]]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """In what two finished runs differ: checkpoints bit for bit, metrics and curves but for timings."""
+    """What differs between two finished runs: in checkpoints bit for bit, in metrics and curves except timings."""
     found = []
     for name in ("last_model.pt", "model_best.pt"):
         first, second = (dict(leaves(content(folder / name))) for folder in (one, other))
@@ -344,39 +342,41 @@ def _same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and (one == other or (isinstance(one, float) and math.isnan(one + other)))
 
 
-def draws(seed: int, what: str) -> random.Random:
-    """The generator of one test in one round."""
+def seeded_random(seed: int, what: str) -> random.Random:
+    """The random generator of one test in one round."""
     return random.Random(f"{what} {seed}")
 
 
-def finish(bench: Bench, folder: Path, reference: Path, *overrides: str) -> Started:
-    """The same command once more must end the run, equal to the reference."""
-    run = bench.train(folder, *overrides)
-    assert run.wait() == 0, run.said
+def finish(harness: FaultHarness, folder: Path, reference: Path, *overrides: str) -> ChildProcess:
+    """Rerun the command: it must finish the run, equal to the reference."""
+    run = harness.train(folder, *overrides)
+    assert run.wait() == 0, run.printed
     assert not (found := differences(reference, folder)), found
     return run
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultHarness]:
     """One for all tests."""
     folder = tmp_path_factory.mktemp("faults")
-    bench = Bench(folder, make_config(folder))
-    yield bench
-    bench.close()
+    harness = FaultHarness(folder, make_config(folder))
+    yield harness
+    harness.close()
 
 
 @pytest.fixture(scope="session")
-def reference(bench: Bench) -> Callable[..., Path]:
-    """The finished run of some settings to which nothing happened, on so many processes; made once each."""
+def reference(harness: FaultHarness) -> Callable[..., Path]:
+    """A run that was not disturbed, by its settings and number of processes; each is made once."""
     made: dict[tuple, Path] = {}
 
     def get(*overrides: str, processes: int = 1) -> Path:
         key = (processes, *overrides)
         if key not in made:
-            folder = bench.path("reference")
-            run = [bench.train(folder, *overrides)] if processes == 1 else bench.ranks(processes, folder, *overrides)
-            assert [process.wait() for process in run] == [0] * processes, run[0].said
+            folder = harness.path("reference")
+            run = (
+                [harness.train(folder, *overrides)] if processes == 1 else harness.ranks(processes, folder, *overrides)
+            )
+            assert [process.wait() for process in run] == [0] * processes, run[0].printed
             made[key] = folder
         return made[key]
 

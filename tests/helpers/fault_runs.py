@@ -1,9 +1,6 @@
 """Runs all fault tests, the random ones in several rounds, and prints what was tried and what survived.
 
-    python -m tests.helpers.fault_runs [--rounds 5] [--seed 0] [-- PYTEST ARGUMENTS]
-
-Lives here: counting. Does not live here: the faults (test_faults.py, test_faults_files.py) and their harness
-(fault_bench.py).
+python -m tests.helpers.fault_runs [--rounds 5] [--seed 0] [-- PYTEST ARGUMENTS]
 """
 
 from __future__ import annotations
@@ -18,8 +15,10 @@ import pytest
 
 
 class Counts:
-    """A plugin of pytest that counts for each test how often its fault was tried (its property `tried`, else once a
-    case) and survived (`survived`, else all of it or nothing)."""
+    """A pytest plugin that counts how often the fault of each test was tried and survived.
+
+    These are the test's properties `tried` and `survived`; by default one a case, and all or none of it.
+    """
 
     def __init__(self) -> None:
         self.title: dict[str, str] = {}
@@ -27,7 +26,7 @@ class Counts:
         self.skipped: dict[str, str] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Take the titles; a docstring in parentheses is not of a fault."""
+        """Collect the titles; a docstring in parentheses does not describe a fault."""
         for item in items:
             self.title[item.nodeid] = " ".join((item.function.__doc__ or item.name).split()).rstrip(".")
 
@@ -59,11 +58,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("words", nargs="*", metavar="PYTEST", help="after --: arguments for pytest, e.g. -k tmpfs")
     options = parser.parse_args(arguments)
     os.environ |= {"FAULT_ROUNDS": str(options.rounds), "FAULT_SEED": str(options.seed)}
-    counts, here = (
-        Counts(),
-        [str(path) for path in sorted((Path(__file__).parents[1] / "entry_points").glob("test_faults*.py"))],
-    )
-    status = pytest.main(["-q", "-p", "no:cacheprovider", *here, *options.words], plugins=[counts])
+    counts, tests = Counts(), sorted(Path(__file__).parents[1].glob("entry_points/test_faults*.py"))
+    status = pytest.main(["-q", "-p", "no:cacheprovider", *map(str, tests), *options.words], plugins=[counts])
     print(f"\nSeed {options.seed}, {options.rounds} rounds.\n\n{counts.table()}")
     return int(status)
 

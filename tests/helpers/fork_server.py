@@ -1,9 +1,7 @@
-"""A process that has imported everything and forks: each start of one of our scripts costs no seconds of imports.
+"""A process that has imported everything and forks, so that starting a script costs no imports.
 
-Lives here: that process, and what its children do to themselves before they run a script: die at a given operation on
-a file, find no space, get poisoned batches. Does not live here: who starts and kills them (faults.py).
-
-It reads requests and writes answers, one JSON a line; a child is a process of its own that runs the script as __main__.
+It reads requests and writes answers, one JSON a line. Each child runs a script as __main__, after calling the functions
+here that the request names: to die at an operation on a file, find no space, or get batches of NaN.
 """
 
 from __future__ import annotations

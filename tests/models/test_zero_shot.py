@@ -93,7 +93,9 @@ def test_a_folder_for_the_results_is_made_with_them(zero: Path, tmp_path: Path) 
 
 def test_an_empty_name_of_weights_tests_nothing(zero: Path) -> None:
     done = script("bash", "scripts/run_test_vision.sh", zero, "")
-    assert done.returncode == 2 and done.stderr.startswith("run_test_vision.sh: WEIGHTS is empty: name a run or a checkpoint")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "run_test_vision.sh: WEIGHTS is empty: name a run or a checkpoint"
+    )
 
 
 @pytest.mark.parametrize(("tuned", "more"), [
