@@ -61,7 +61,7 @@ from engine.run_dir import RunDir
 from engine.run_info import run_info
 from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
 from models.loading import load_weights
-from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
+from models.parameters import ParameterReport, check_trainable, frozen_identity, parameter_groups, parameter_report
 from models.registry import build_model, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
@@ -86,15 +86,17 @@ def main(arguments: argparse.Namespace) -> None:
     if not trains:
         logger.info("%s", report)
     if config.solver.evaluate:
-        return evaluate_only(config, model, loaders, process, precision)
+        evaluate_only(config, model, loaders, process, precision)
+        return
     backbone = plan.checkpoint.backbone if plan.resumes and plan.brings_backbone else frozen_identity(model)
     model = wrap(model, process, config.network.sync_bn, config.solver.compile)
-    seed_everything(config.seed, process)  # after all that may draw, so that a run draws the same however it is built
+    seed_everything(config.seed, process)  # after all that may draw, such as computing cached features
     steps = steps_per_epoch(len(loaders["train_loader"]), config.solver.grad_accumulation_steps)
     state = build_training_state(config, model, parameter_groups, precision, process, steps, backbone)
     settings = TrainerSettings.from_config(config, full=plan.brings_backbone)
     if arguments.dry_run:
-        return dry_run(state, **loaders, process=process, settings=settings)
+        dry_run(state, **loaders, process=process, settings=settings)
+        return
     run_dir = build_run_dir(config, plan, meta, process, state.normalizer)
     trainer = Trainer(state, **loaders, process=process, settings=settings, run=run_dir)
     if plan.resumes:
@@ -204,7 +206,7 @@ def build_run_dir(
     )
 
 
-def log_start(config: Config, report: Any, loaders: dict[str, Any], process: Process, folder: Path) -> None:
+def log_start(config: Config, report: ParameterReport, loaders: dict[str, Any], process: Process, folder: Path) -> None:
     """What is trained, on what, and where it goes."""
     data, videos = config.data, len(loaders["train_loader"].dataset)
     logger.info("%s", report)
