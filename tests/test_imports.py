@@ -1,4 +1,4 @@
-"""Imports point downward only: the rooms of the project and what each may know."""
+"""Imports point downward only: which package may import which."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (
+PACKAGES = (
     "clip",
     "common",
     "configs",
@@ -45,7 +45,7 @@ ALLOWED = {
     "train_vision": ("models", "engine", "datasets.build", "configs.schema"),
     "test_vision": ("models", "engine", "datasets.build", "configs.schema"),
 }
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS]
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES]
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 
 
@@ -78,17 +78,17 @@ def test_arrows(path):
         assert name in ("configs",), f"{name} has no rule"
         return
     for line, imported in imports(path):
-        if imported.split(".")[0] in ROOMS:
+        if imported.split(".")[0] in PACKAGES:
             assert any(within(imported, prefix) for prefix in ALLOWED[rule]), (
                 f"{path}:{line}: {name} must not import {imported}"
             )
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_house_rules(path):
-    """A first screen that says what lives here, open_clip imported where its models are built and read, no star imports, no globals."""
+def test_module_rules(path):
+    """A module docstring, open_clip imported only where its models are built and read, no star imports, no globals."""
     tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree) or not path.read_text().strip(), f"{path} does not say what lives here"
+    assert ast.get_docstring(tree) or not path.read_text().strip(), f"{path} has no docstring"
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)], path
     names = {imported.split(".")[0] for _, imported in imports(path)}
     if "open_clip" in names:
