@@ -60,7 +60,7 @@ from engine.rng import seed_everything
 from engine.run_dir import RunDir
 from engine.run_info import run_info
 from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
-from models.loading import load_weights
+from models.loading import load_run_weights, load_weights
 from models.parameters import ParameterReport, check_trainable, frozen_identity, parameter_groups, parameter_report
 from models.registry import build_model, with_pixel_statistics
 
@@ -88,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
     if config.solver.evaluate:
         evaluate_only(config, model, loaders, process, precision)
         return
-    backbone = plan.checkpoint.backbone if plan.resumes and plan.brings_backbone else frozen_identity(model)
+    backbone = plan.checkpoint.backbone if plan.resumes else frozen_identity(model)
     model = wrap(model, process, config.network.sync_bn, config.solver.compile)
     seed_everything(config.seed, process)  # after all that may draw, such as computing cached features
     steps = steps_per_epoch(len(loaders["train_loader"]), config.solver.grad_accumulation_steps)
@@ -100,7 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
     run_dir = build_run_dir(config, plan, meta, process, state.normalizer)
     trainer = Trainer(state, **loaders, process=process, settings=settings, run=run_dir)
     if plan.resumes:
-        trainer.restore(plan.checkpoint)  # may refuse, so it comes before anything is written
+        trainer.restore(plan.checkpoint, load_run_weights)  # may refuse, so it comes before anything is written
     with run_dir:
         log_start(config, report, loaders, process, run_dir.path)
         progress = trainer.fit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from engine.run_dir import RunDir
 from engine.train_step import TrainingState
 
 logger = logging.getLogger("td4v")
+
+# (model, state dict, name of the file, identity of the frozen weights that it does not hold or None): loads the state
+# dict into the model, or raises a ValueError of one sentence and leaves the model as it was.
+LoadWeights = Callable[[nn.Module, dict[str, Tensor], str, dict[str, str] | None], None]
 
 
 @dataclass
@@ -105,17 +110,20 @@ class Checkpointer:
         barrier()
         return path
 
-    def restore(self, checkpoint: Checkpoint, steps_per_epoch: int, epochs: int) -> tuple[Progress, Meter]:
+    def restore(
+        self, checkpoint: Checkpoint, load_weights: LoadWeights, steps_per_epoch: int, epochs: int
+    ) -> tuple[Progress, Meter]:
         """Restore the training state from a checkpoint, whose content is emptied. Nothing is written.
 
         Args:
+            load_weights: see LoadWeights.
             steps_per_epoch, epochs: of this run.
 
         Raises:
             CheckpointError: it does not fit this run.
         """
         path = checkpoint.path
-        progress, meter = restore_run(checkpoint, self.state, self.process)
+        progress, meter = restore_run(checkpoint, load_weights, self.state, self.process)
         checkpoint.content.clear()  # the tensors were copied
         if progress.step != progress.epoch * steps_per_epoch + progress.step_in_epoch:
             raise CheckpointError(
@@ -183,14 +191,17 @@ def run_content(
     }
 
 
-def restore_run(checkpoint: Checkpoint, state: TrainingState, process: Process) -> tuple[Progress, dict[str, Any]]:
+def restore_run(
+    checkpoint: Checkpoint, load_weights: LoadWeights, state: TrainingState, process: Process
+) -> tuple[Progress, dict[str, Any]]:
     """Restore `state` and this process's random generators as `run_content` found them.
 
     Returns:
         how far training was, and the state of this process's Meter.
 
     Raises:
-        CheckpointError: weights only, another model or optimizer, or another number of processes.
+        CheckpointError: weights only, another optimizer, or another number of processes.
+        ValueError: of `load_weights`.
     """
     path, content = checkpoint.path, checkpoint.content
     if not checkpoint.is_run:
@@ -203,7 +214,8 @@ def restore_run(checkpoint: Checkpoint, state: TrainingState, process: Process) 
         raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
     if (content["ema_state_dict"] is None) != (state.ema is None):
         raise CheckpointError(f"{path}: was written with another solver.ema_decay, and cannot be resumed with this one")
-    load_saved_weights(state.model, checkpoint, state.backbone)
+    backbone = None if checkpoint.has_backbone else checkpoint.backbone
+    load_weights(unwrap(state.model), content["model_state_dict"], str(path), backbone)
     part = "optimizer"
     try:
         state.optimizer.load_state_dict(_with_kernels_of(state.optimizer, content["optimizer_state_dict"]))
@@ -226,40 +238,6 @@ def restore_run(checkpoint: Checkpoint, state: TrainingState, process: Process) 
         for group, base_lr, factor in rates:
             group["lr"] = base_lr * factor(progress.step)
     return progress, content["meters"][process.rank]
-
-
-def load_saved_weights(model: nn.Module, checkpoint: Checkpoint, backbone: dict[str, str] | None) -> None:
-    """Load the weights of a checkpoint of a run; the frozen ones may be missing if they are the same here.
-
-    Args:
-        backbone: the identity of the model's frozen weights.
-
-    Raises:
-        CheckpointError: names, shapes or the frozen weights differ.
-    """
-    path, target, saved = checkpoint.path, unwrap(model), checkpoint.content["model_state_dict"]
-    expected = target.state_dict()
-    may_be_missing: set[str] = set()
-    if not checkpoint.has_backbone:
-        may_be_missing = expected.keys() - weights_to_save(target, full=False).keys()
-        needed, present = checkpoint.backbone, backbone or {}
-        if needed["sha256"] != present.get("sha256"):
-            raise CheckpointError(
-                f"{path}: was trained on the frozen weights {needed['name']}, {needed['weights']} "
-                f"({needed['sha256'][:12]}), and here are {present.get('name')}, {present.get('weights')} "
-                f"({str(present.get('sha256'))[:12]})"
-            )
-    missing = [name for name in expected if name not in saved and name not in may_be_missing]
-    unexpected = [name for name in saved if name not in expected]
-    unlike = [name for name in expected if name in saved and expected[name].shape != saved[name].shape]
-    faults = [f"{len(missing)} weights missing ({missing[0]}, ...)"] if missing else []
-    faults += [f"{len(unexpected)} unexpected ({unexpected[0]}, ...)"] if unexpected else []
-    faults += [
-        f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(expected[name].shape)}" for name in unlike[:1]
-    ]
-    if faults:
-        raise CheckpointError(f"{path}: does not fit this model: {'; '.join(faults)}")
-    target.load_state_dict(saved, strict=not may_be_missing)
 
 
 def _with_kernels_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from configs.schema import Config
 from engine.checkpoint_file import Checkpoint
-from engine.checkpointer import Checkpointer, Progress
+from engine.checkpointer import Checkpointer, LoadWeights, Progress
 from engine.distributed import Process, all_reduce_max, barrier, cpu_group, gather, sync_buffers, unwrap
 from engine.errors import EngineError, RunContext, explain_errors
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
@@ -154,15 +154,20 @@ class Trainer:
             world_size=process.world_size,
         )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: Checkpoint, load_weights: LoadWeights) -> None:
         """Continue from a checkpoint of a run with the same settings and number of processes; its content is emptied.
 
         Nothing is written, so a refusal leaves the run folder as it was.
 
+        Args:
+            load_weights: see checkpointer.LoadWeights.
+
         Raises:
             CheckpointError: it does not fit.
         """
-        self.progress, self.meter = self.checkpointer.restore(checkpoint, self.steps, self.settings.epochs)
+        self.progress, self.meter = self.checkpointer.restore(
+            checkpoint, load_weights, self.steps, self.settings.epochs
+        )
         self.resumed_from = checkpoint.path
 
     def fit(self) -> Progress:

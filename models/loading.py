@@ -28,7 +28,7 @@ def load_weights(
     drop_head: bool = False,
     backbone: Mapping[str, str] | None = None,
 ) -> None:
-    """Load a state dict strictly: to start from it, to test it, or to resume.
+    """Load a state dict strictly, to start from it or to test it.
 
     A text head keeps the class names it was built with.
 
@@ -48,7 +48,36 @@ def load_weights(
     own = model.state_dict()
     _keep_class_names(model, saved, own, source)
     if drop_head:
-        saved, own = ({key: each[key] for key in each if not _of_head(key)} for each in (saved, own))
+        saved = {key: value for key, value in saved.items() if not _of_head(key)}
+        own = {key: value for key, value in own.items() if not _of_head(key)}
+    _load(model, saved, own, source, backbone, name_in_file)
+
+
+def load_run_weights(
+    model: nn.Module, state_dict: Mapping[str, Tensor], source: str, backbone: Mapping[str, str] | None = None
+) -> None:
+    """Load the weights of a run that continues, exactly as the run saved them. See `load_weights`."""
+    _load(model, state_dict, model.state_dict(), source, backbone)
+
+
+def check_untrained(model: nn.Module) -> None:
+    """Raise ConfigError unless a model with a text head consists of CLIP's weights alone, so that it can be tested."""
+    model.head.require_filled()
+    if parts := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
+        raise ConfigError(
+            f"network.model: needs a checkpoint (--weights), for it has parts that CLIP does not have: {', '.join(parts)}"
+        )
+
+
+def _load(
+    model: nn.Module,
+    saved: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: str,
+    backbone: Mapping[str, str] | None,
+    name_in_file: Callable[[str], str] = str,
+) -> None:
+    """Load `saved` if it fits `own`, the part of the model's state dict that it shall replace."""
     misfit = getattr(model, "misfit", lambda values: None)
     comparison = _Comparison(
         saved=saved,
@@ -59,18 +88,9 @@ def load_weights(
     )
     if reason := misfit(saved) or comparison.misfit() or _other_backbone(model, backbone):
         raise WeightsError(f"{source}: {reason}")
-    model.load_state_dict(saved, strict=backbone is None and not drop_head)
+    model.load_state_dict(saved, strict=False)  # all that may be missing is known by now
     if backbone is None:
         model.origin = model.origin._replace(weights=f"those in {source}")
-
-
-def check_untrained(model: nn.Module) -> None:
-    """Raise ConfigError unless a model with a text head consists of CLIP's weights alone, so that it can be tested."""
-    model.head.require_filled()
-    if parts := sorted({key.split(".")[0] for key in model.state_dict()} - {"tower", "head"}):
-        raise ConfigError(
-            f"network.model: needs a checkpoint (--weights), for it has parts that CLIP does not have: {', '.join(parts)}"
-        )
 
 
 def _with_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:

@@ -18,11 +18,10 @@ from clip.text_head import CHUNK, TextSizes, build_text_head, prompts, tokenize,
 from clip.towers.base import TowerError
 from clip.towers.openclip_vit import build_custom_tower
 from configs.schema import Config, ConfigError, load_config
-from engine.checkpoint_file import Checkpoint
-from engine.checkpointer import load_saved_weights, weights_to_save
+from engine.checkpointer import weights_to_save
 from engine.ema import ModelEma
 from engine.optim import check_groups
-from models.loading import WeightsError, check_untrained, load_weights
+from models.loading import WeightsError, check_untrained, load_run_weights, load_weights
 from models.parameters import check_trainable, frozen_identity, parameter_groups, parameter_report
 from models.registry import build_model
 from tests.clip.towers.test_openclip_vit import transformers_layout, write
@@ -342,10 +341,10 @@ def test_a_resumed_run_has_the_checkpoints_head(file: str, tuned: str) -> None:
     with torch.no_grad():
         for value in source.head.state_dict().values():
             value.add_(1)
-    content = {"model_state_dict": weights_to_save(source, full=False), "backbone": None}
+    saved = weights_to_save(source, full=False)
     for names in (NAMES, None):
         target = build(file, "full_finetune", tuned, names=names)
-        load_saved_weights(target, Checkpoint(Path("a.pt"), content), None)
+        load_run_weights(target, saved, "a.pt")
         own = target.state_dict()
         assert all(torch.equal(value, own[key]) for key, value in source.state_dict().items())
 

@@ -20,9 +20,10 @@ from engine.ema import ModelEma
 from engine.meter import LossMonitor
 from engine.optim import build_scheduler
 from engine.train_step import TrainingState
+from models.loading import WeightsError, load_run_weights
+from models.parameters import Origin, frozen_identity
 
 A = Path("a.pt")
-BACKBONE = {"name": "ViT-B/16", "weights": "openai", "sha256": "0123456789abcdef" * 4}
 TRAINED = Progress(
     epoch=1, step_in_epoch=1, step=5, best=12.5, evaluations_since_best=1, unevaluated_epoch={"epoch": 1, "top1": None}, history=[{"epoch": 0}],
     loss_monitor=LossMonitor(skipped_steps=3, skipped_in_a_row=1, spikes=2, mean=1.5, variance=0.25, seen=6),
@@ -35,6 +36,7 @@ class PartlyFrozen(nn.Module):
 
     def __init__(self, width: int = 3) -> None:
         super().__init__()
+        self.origin = Origin("ViT-B/16", "openai")
         self.tower = nn.Linear(2, 4).requires_grad_(False)
         self.register_buffer("scale", torch.tensor(2.0))
         self.body = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
@@ -61,7 +63,7 @@ def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: 
         build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 0.1, 4),
         scaler,
         average,
-        BACKBONE,
+        frozen_identity(model),
     )
 
 
@@ -108,7 +110,7 @@ def test_a_restored_run_continues_as_if_nothing_had_happened(
 
     random.seed(2), numpy.random.seed(2), torch.manual_seed(2)
     resumed = parts(ema=ema, scaled=scaled, seed=7)
-    found, meter = checkpointer.restore_run(checkpoint_file.load(path), resumed, Process())
+    found, meter = checkpointer.restore_run(checkpoint_file.load(path), load_run_weights, resumed, Process())
     assert asdict(found) == asdict(TRAINED) and meter == METER
     for _ in range(2):
         step(resumed)
@@ -133,7 +135,7 @@ def test_the_learning_rate_goes_by_the_position_in_the_run(tmp_path: Path, ahead
     content["scheduler"]["last_epoch"] += ahead
     content["optimizer_state_dict"]["param_groups"][0]["lr"] = 7.0
     resumed = parts()
-    checkpointer.restore_run(Checkpoint(tmp_path / "last_model.pt", content), resumed, Process())
+    checkpointer.restore_run(Checkpoint(tmp_path / "last_model.pt", content), load_run_weights, resumed, Process())
     assert resumed.scheduler.last_epoch == TRAINED.step and resumed.optimizer.param_groups[0]["lr"] == rate
     step(trained), step(resumed)
     assert resumed.optimizer.param_groups[0]["lr"] == trained.optimizer.param_groups[0]["lr"]
@@ -159,7 +161,10 @@ def test_each_process_gets_its_own_generators_back(monkeypatch: pytest.MonkeyPat
     content = collected(trained, process=Process(world_size=2))
     given = []
     monkeypatch.setattr(checkpointer, "set_rng_state", lambda rng, device: given.append(rng["torch"]))
-    found = [checkpointer.restore_run(Checkpoint(A, content), trained, Process(rank, 2))[1] for rank in (0, 1)]
+    found = [
+        checkpointer.restore_run(Checkpoint(A, content), load_run_weights, trained, Process(rank, 2))[1]
+        for rank in (0, 1)
+    ]
     assert found == [METER, {"clips": 1}] and given[1].tolist() == [7, 7, 7] and len(given[0]) > 3
 
 
@@ -169,7 +174,7 @@ def test_lean_and_full():
     assert full.keys() == model.state_dict().keys() and full.keys() - lean.keys() == {"tower.weight", "tower.bias"}
     assert {"scale", "body.1.running_mean", "body.1.num_batches_tracked"} <= lean.keys()
     content = collected(parts(ema=0.5))
-    assert content["backbone"] == BACKBONE and content["full"] is False
+    assert content["backbone"] == frozen_identity(parts().model) and content["full"] is False
     assert not Checkpoint(A, content).has_backbone
     assert Checkpoint(A, collected(parts(), full=True)).has_backbone
 
@@ -188,8 +193,8 @@ def test_the_weights_alone_are_the_averaged_ones():
 def refused(content: dict, target: TrainingState, process: Process = Process()) -> str:  # noqa: B008, frozen
     """Why `content` cannot be restored; `target`'s weights must be as before."""
     before = leaves(target.model.state_dict())
-    with pytest.raises(CheckpointError) as caught:
-        checkpointer.restore_run(Checkpoint(Path("run/last_model.pt"), content), target, process)
+    with pytest.raises((CheckpointError, WeightsError)) as caught:
+        checkpointer.restore_run(Checkpoint(Path("run/last_model.pt"), content), load_run_weights, target, process)
     assert leaves(target.model.state_dict()) == before
     message = str(caught.value)
     assert message.startswith("run/last_model.pt: ") and "\n" not in message
@@ -197,25 +202,39 @@ def refused(content: dict, target: TrainingState, process: Process = Process()) 
 
 
 def test_another_frozen_backbone_is_refused_with_both_names():
-    other = {"name": "ViT-L/14", "weights": "clip_pretrain/mine.pt", "sha256": "fedcba9876543210" * 4}
-    message = refused(collected(parts()), replace(parts(seed=1), backbone=other))
-    for part in ("ViT-B/16, openai (0123456789ab)", "ViT-L/14, clip_pretrain/mine.pt (fedcba987654)"):
+    content, other = collected(parts()), parts(seed=1)
+    with torch.no_grad():
+        other.model.tower.weight.add_(1)
+    other.model.origin = Origin("ViT-L/14", "clip_pretrain/mine.pt")
+    message = refused(content, other)
+    for part in (
+        f"ViT-B/16, openai (sha256 {content['backbone']['sha256'][:12]})",
+        f"ViT-L/14, clip_pretrain/mine.pt ({frozen_identity(other.model)['sha256'][:12]})",
+    ):
         assert part in message
-    assert "None" in refused(collected(parts()), replace(parts(seed=1), backbone=None))
-    moved = {**BACKBONE, "weights": "elsewhere/ViT-B-16.pt"}  # the same frozen weights from another place
-    checkpointer.restore_run(Checkpoint(A, collected(parts())), replace(parts(), backbone=moved), Process())
-    checkpointer.restore_run(Checkpoint(A, collected(parts(), full=True)), replace(parts(), backbone=other), Process())
+    thawed = parts(seed=1)
+    thawed.model.tower.requires_grad_(True)
+    full = collected(parts(), full=True)
+    assert "nothing is frozen in this model" in refused(full | {"full": False}, thawed)
+    moved = parts()  # the same frozen weights from another place
+    moved.model.origin = Origin("ViT-B/16", "elsewhere/ViT-B-16.pt")
+    checkpointer.restore_run(Checkpoint(A, content), load_run_weights, moved, Process())
+    checkpointer.restore_run(Checkpoint(A, full), load_run_weights, other, Process())
 
 
 def test_another_model_is_refused():
     content = collected(parts())
-    assert "body.0.weight has shape (3, 4) instead of (5, 4)" in refused(content, parts(width=5))
+    assert "(first body.0.weight, body.0.bias, body.1.weight): (3, 4) in the file, (5, 4) in the model" in refused(
+        content, parts(width=5)
+    )
     values = content["model_state_dict"]
     without = {name: value for name, value in values.items() if name != "head.bias"} | {"extra": torch.ones(1)}
     message = refused(content | {"model_state_dict": without}, parts(seed=1))
-    assert "1 weights missing (head.bias" in message and "1 unexpected (extra" in message
+    assert "1 keys missing (first head.bias), 1 unexpected (first extra)" in message
     # Only frozen weights may be missing, and only in a file that says so.
-    assert "2 weights missing (tower.weight" in refused(content | {"full": True}, parts(seed=1))
+    assert "lacks the frozen backbone (first tower.weight, tower.bias)" in refused(
+        content | {"full": True}, parts(seed=1)
+    )
 
 
 def test_what_cannot_be_resumed_exactly_is_refused():
@@ -233,7 +252,9 @@ def test_another_optimizer_is_refused():
     target = parts()
     split = torch.optim.AdamW([{"params": [p]} for p in target.model.parameters() if p.requires_grad])
     with pytest.raises(CheckpointError, match="does not fit this optimizer"):
-        checkpointer.restore_run(Checkpoint(A, collected(parts())), replace(target, optimizer=split), Process())
+        checkpointer.restore_run(
+            Checkpoint(A, collected(parts())), load_run_weights, replace(target, optimizer=split), Process()
+        )
 
 
 def test_a_run_of_other_kernels_continues_with_those_of_this_one():
@@ -244,7 +265,7 @@ def test_a_run_of_other_kernels_continues_with_those_of_this_one():
     fused = torch.optim.AdamW(groups, fused=True)
     assert not trained.optimizer.param_groups[0]["fused"]
     content = collected(trained)
-    checkpointer.restore_run(Checkpoint(A, content), replace(target, optimizer=fused), Process())
+    checkpointer.restore_run(Checkpoint(A, content), load_run_weights, replace(target, optimizer=fused), Process())
     assert fused.param_groups[0]["fused"] is True and not content["optimizer_state_dict"]["param_groups"][0]["fused"]
     for one, other in zip(fused.state.values(), trained.optimizer.state.values(), strict=True):
         assert leaves(one) == leaves(other) and int(one["step"]) == 1
@@ -254,7 +275,7 @@ def test_averages_of_another_model_are_refused():
     content = collected(parts(ema=0.5))
     del content["ema_state_dict"]["head.bias"]
     with pytest.raises(CheckpointError, match=r"a\.pt: the averaged weights do not fit this model: head\.bias"):
-        checkpointer.restore_run(Checkpoint(A, content), parts(ema=0.5), Process())
+        checkpointer.restore_run(Checkpoint(A, content), load_run_weights, parts(ema=0.5), Process())
 
 
 def test_loss_spikes_stand_out_of_the_usual():

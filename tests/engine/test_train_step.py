@@ -27,6 +27,8 @@ from engine.optim import ClipMixup, build_criterion, build_optimizer, resolve_pr
 from engine.run_dir import RunDir
 from engine.train_step import PendingStep, TrainingState
 from engine.trainer import Trainer, TrainerSettings
+from models.loading import load_run_weights
+from models.parameters import Origin
 from tests.helpers.processes import run_in_two
 
 CLASSES = 4
@@ -44,6 +46,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.head, self.odd = nn.BatchNorm1d(3), nn.Linear(3, CLASSES), 0.0
+        self.origin = Origin("net", "random weights")
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(video.mean((1, 3, 4)))) + self.odd  # (B, K)
@@ -192,7 +195,7 @@ def test_every_file_has_the_scheduler_at_its_step(tmp_path: Path, bad: int) -> N
         name: content["scheduler"]["last_epoch"] for name, content in found.items()
     }
     with _trainer(tmp_path / "next", _training(), _batches(4)) as trainer:
-        trainer.restore(load(tmp_path / "failed/failed_model.pt"))
+        trainer.restore(load(tmp_path / "failed/failed_model.pt"), load_run_weights)
         trainer.train_epoch()
         assert trainer.progress.step == trainer.state.scheduler.last_epoch == 4 and trainer.progress.epoch == 1
         assert trainer.progress.unevaluated_epoch["skipped_steps"] == 1 and math.isfinite(

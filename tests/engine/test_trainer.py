@@ -30,6 +30,8 @@ from engine.rng import rng_state, seed_everything
 from engine.run_dir import RunDir
 from engine.train_step import TrainingState
 from engine.trainer import Trainer, TrainerSettings, TrainingError, steps_per_epoch
+from models.loading import load_run_weights
+from models.parameters import Origin
 from tests.helpers.processes import run_in_two
 
 CPU = torch.device("cpu")
@@ -80,6 +82,7 @@ class Net(nn.Module):
 
     def __init__(self, norm: bool = True, frozen: bool = False) -> None:
         super().__init__()
+        self.origin = Origin("net", "random weights")
         self.frozen = frozen
         self.body = nn.Conv3d(3, 6, 1).requires_grad_(not frozen)
         self.norm = nn.BatchNorm3d(6) if norm else nn.Identity()
@@ -160,7 +163,7 @@ def _run(
         loaders = _loader(data, 4, sampler), _loader(val, 2, val_sampler), len(val)
         trainer = Trainer(training, *loaders, process, TrainerSettings(epochs=4, print_freq=3), run)
         if resume:
-            trainer.restore(load(folder / "last_model.pt"))
+            trainer.restore(load(folder / "last_model.pt"), load_run_weights)
         progress = trainer.fit()
     return progress, unwrap(training.model)
 
@@ -487,7 +490,7 @@ def test_early_stop_ends_after_validations_without_a_better_one(tmp_path: Path) 
     assert state.epoch == 4 and state.evaluations_since_best == 3 and len(state.history) == 4
     with RunDir(tmp_path, {}, {}, Process(), resume=True) as run:  # it stays ended
         trainer = _trainer(training, _loader(Clips(8), 4), run, settings)
-        trainer.restore(load(tmp_path / "last_model.pt"))
+        trainer.restore(load(tmp_path / "last_model.pt"), load_run_weights)
         again = trainer.fit()
     assert again.epoch == 4
 
@@ -532,7 +535,7 @@ def test_a_run_is_not_resumed_with_another_batch_size(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match=r"made 16 steps in 4 epochs and 0 steps, but an epoch now has 8"),
     ):
         _trainer(training, _loader(Clips(16), 2), run, TrainerSettings(epochs=8)).restore(
-            load(tmp_path / "last_model.pt")
+            load(tmp_path / "last_model.pt"), load_run_weights
         )
 
 
