@@ -164,6 +164,8 @@ class _Comparison:
         in_file, in_model = (sorted({key.split(".")[0] for key in keys}) for keys in (self.saved, self.own))
         if not unexpected and set(self.frozen) == set(missing):
             return f"lacks the frozen backbone{self._first(missing)}, and does not say which it was"
+        if not in_file:
+            return f"holds no weights of this network: {len(missing)} keys missing{self._first(missing)}"
         if all(map(_of_head, [*missing, *unexpected])):
             if "head" not in in_file:
                 return "holds no classifier: name it in pretrain and set pretrain_head: drop"

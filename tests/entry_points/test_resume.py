@@ -196,7 +196,7 @@ def test_a_refused_resume_writes_nothing(tiny: Path, trained: Path, tmp_path: Pa
     broken = {
         "made 9 steps in 1 epochs and 0 steps": {"step": 9},
         "was written by 2 processes": {"rng": saved["rng"] * 2},
-        "does not fit this model": {"model_state_dict": {}},
+        "holds no weights of this network": {"model_state_dict": {}},
         "does not fit this optimizer": {"optimizer_state_dict": {"state": {}, "param_groups": []}},
     }
     for sentence, part in broken.items():
