@@ -45,12 +45,12 @@ def load_weights(
     """
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     saved, name_in_file = _with_our_names(state_dict, source)
-    own = model.state_dict()
-    _keep_class_names(model, saved, own, source)
+    current = model.state_dict()
+    _keep_class_names(model, saved, current, source)
     if drop_head:
         saved = {key: value for key, value in saved.items() if not _of_head(key)}
-        own = {key: value for key, value in own.items() if not _of_head(key)}
-    _load(model, saved, own, source, backbone, name_in_file)
+        current = {key: value for key, value in current.items() if not _of_head(key)}
+    _load(model, saved, current, source, backbone, name_in_file)
 
 
 def load_run_weights(
@@ -72,16 +72,16 @@ def check_untrained(model: nn.Module) -> None:
 def _load(
     model: nn.Module,
     saved: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
     source: str,
     backbone: Mapping[str, str] | None,
     name_in_file: Callable[[str], str] = str,
 ) -> None:
-    """Load `saved` if it fits `own`, the part of the model's state dict that it shall replace."""
+    """Load `saved` if it fits `current`, the part of the model's state dict that it shall replace."""
     misfit = getattr(model, "misfit", lambda values: None)
     comparison = _Comparison(
         saved=saved,
-        own=own,
+        current=current,
         frozen={name for name, parameter in model.named_parameters() if not parameter.requires_grad},
         may_lack_frozen=backbone is not None,
         name_in_file=name_in_file,
@@ -105,15 +105,15 @@ def _with_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, T
     return values, str
 
 
-def _keep_class_names(model: nn.Module, saved: dict[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+def _keep_class_names(model: nn.Module, saved: dict[str, Tensor], current: Mapping[str, Tensor], source: str) -> None:
     """Replace what a file's text head makes of its class names by the model's. Raises WeightsError for another CLIP."""
     kept = {f"head.{key}" for key in getattr(model.head, "of_names", set)()} & saved.keys()
     for key in kept:
-        if not torch.equal(saved[key], own[key]):
+        if not torch.equal(saved[key], current[key]):
             logger.info("%s: its %s is replaced by that of the names in data.label_list", source, key)
-        saved[key] = own[key]
+        saved[key] = current[key]
     projection = saved.get("head.projection")
-    if "head.classes" in kept and projection is not None and not torch.equal(projection, own["head.projection"]):
+    if "head.classes" in kept and projection is not None and not torch.equal(projection, current["head.projection"]):
         raise WeightsError(
             f"{source}: its text head is of another CLIP than {model.origin.name} by network.weights, which the classes "
             "in data.label_list are made of: give the same"
@@ -124,15 +124,15 @@ def _other_backbone(model: nn.Module, backbone: Mapping[str, str] | None) -> str
     """What differs between the frozen weights that a file was trained on and the model's."""
     if backbone is None:
         return None
-    own = frozen_identity(model)
-    if own is None:
+    present = frozen_identity(model)
+    if present is None:
         return f"was trained on the frozen weights {backbone['name']}, and nothing is frozen in this model"
-    if own["sha256"] == backbone["sha256"]:
+    if present["sha256"] == backbone["sha256"]:
         return None
     return (
         f"was trained on the frozen weights {backbone['name']}, {backbone['weights']} "
-        f"(sha256 {backbone['sha256'][:12]}), here are {own['name']}, {own['weights']} "
-        f"({own['sha256'][:12]}): give the same network.weights and seed"
+        f"(sha256 {backbone['sha256'][:12]}), here are {present['name']}, {present['weights']} "
+        f"({present['sha256'][:12]}): give the same network.weights and seed"
     )
 
 
@@ -141,17 +141,17 @@ class _Comparison:
     """The weights of a file beside those of a model, both under our names."""
 
     saved: Mapping[str, Tensor]
-    own: Mapping[str, Tensor]
+    current: Mapping[str, Tensor]
     frozen: Collection[str]  # names of the model's frozen parameters
     may_lack_frozen: bool  # the file says by their hash which they were
     name_in_file: Callable[[str], str]
 
     def misfit(self) -> str | None:
         """Why the file's weights cannot replace the model's; None if they can."""
-        missing = [key for key in self.own if key not in self.saved and not self._may_lack(key)]
-        unexpected = [key for key in self.saved if key not in self.own]
-        shared = [key for key in self.saved if key in self.own]
-        reshaped = [key for key in shared if self.saved[key].shape != self.own[key].shape]
+        missing = [key for key in self.current if key not in self.saved and not self._may_lack(key)]
+        unexpected = [key for key in self.saved if key not in self.current]
+        shared = [key for key in self.saved if key in self.current]
+        reshaped = [key for key in shared if self.saved[key].shape != self.current[key].shape]
         if missing or unexpected:
             return self._explain_names(missing, unexpected)
         return self._explain_shapes(reshaped) if reshaped else None
@@ -161,7 +161,7 @@ class _Comparison:
 
     def _explain_names(self, missing: list[str], unexpected: list[str]) -> str:
         """What missing and unexpected names mean to the user."""
-        in_file, in_model = (sorted({key.split(".")[0] for key in keys}) for keys in (self.saved, self.own))
+        in_file, in_model = (sorted({key.split(".")[0] for key in keys}) for keys in (self.saved, self.current))
         if not unexpected and set(self.frozen) == set(missing):
             return f"lacks the frozen backbone{self._first(missing)}, and does not say which it was"
         if not in_file:
@@ -169,7 +169,7 @@ class _Comparison:
         if all(map(_of_head, [*missing, *unexpected])):
             if "head" not in in_file:
                 return "holds no classifier: name it in pretrain and set pretrain_head: drop"
-            if (kind := head_kind(self.saved)) != (wanted := head_kind(self.own)):
+            if (kind := head_kind(self.saved)) != (wanted := head_kind(self.current)):
                 return (
                     f"its classifier is {kind}, and the configuration asks for {wanted}; set that as it was, or, to "
                     "start a new classifier, name the file in pretrain and set pretrain_head: drop"
@@ -186,33 +186,33 @@ class _Comparison:
 
     def _explain_shapes(self, keys: list[str]) -> str:
         """What other shapes mean to the user."""
-        saved, own, key = self.saved, self.own, keys[0]
+        saved, current, key = self.saved, self.current, keys[0]
         embedding = next((each for each in keys if each.endswith("temporal_embedding")), None)
-        if embedding and saved[embedding].shape[0] != own[embedding].shape[0]:
+        if embedding and saved[embedding].shape[0] != current[embedding].shape[0]:
             T = saved[embedding].shape[0]
             return (
-                f"was made for T = {T} frames, data.num_segments is {own[embedding].shape[0]}; "
+                f"was made for T = {T} frames, data.num_segments is {current[embedding].shape[0]}; "
                 f"set data.num_segments to {T}"
             )
         if key in ("head.weight", "head.classes") and all(map(_of_head, keys)):
             return (
-                f"its classifier has {saved[key].shape[0]} classes, data.num_classes is {own[key].shape[0]}; "
+                f"its classifier has {saved[key].shape[0]} classes, data.num_classes is {current[key].shape[0]}; "
                 "to start a new classifier, name the file in pretrain and set pretrain_head: drop"
             )
         if embedding:
             return (
                 f"its network is {saved[embedding].shape[1]} wide at {self.name_in_file(embedding)}, and network.arch "
-                f"with network.pyramid make it {own[embedding].shape[1]} wide"
+                f"with network.pyramid make it {current[embedding].shape[1]} wide"
             )
         if key == "head.classes.tokens" and all(map(_of_head, keys)):
             return (
                 f"its text head reads {len(saved[key])} texts, and data.num_classes times network.text.templates are "
-                f"{len(own[key])}: set both as they were; to train on other classes or templates, name the file in "
-                "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's own text tower"
+                f"{len(current[key])}: set both as they were; to train on other classes or templates, name the file in "
+                "pretrain, with data.label_list, or with pretrain_head: drop for CLIP's current text tower"
             )
         return (
             f"{len(keys)} shapes differ{self._first(keys)}: {tuple(saved[key].shape)} in the file, "
-            f"{tuple(own[key].shape)} in the model"
+            f"{tuple(current[key].shape)} in the model"
         )
 
     def _first(self, keys: list[str]) -> str:

@@ -101,9 +101,9 @@ def test_the_formulas(adapters: int, feature: str, recompute: bool) -> None:
 
 def test_more_sequences_than_a_gpu_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(drop_path=0)
-    whole = model(clips())
+    expected = model(clips())
     monkeypatch.setattr("models.aim.MAX_SEQUENCES", 4)  # of 3 clips x 5 tokens
-    torch.testing.assert_close(model(clips()), whole)
+    torch.testing.assert_close(model(clips()), expected)
 
 
 @kinds
@@ -130,8 +130,8 @@ def test_what_options_are_by_default() -> None:
     """Those of Kinetics-400, and the same for who builds the module."""
     defaults = {"temporal_adapters": 1, "scale": 0.5, "drop_path": 0.2, "ratio": 0.25, "feature": "class_token"}
     assert vars(Options()) == defaults
-    own = {name: parameter.default for name, parameter in inspect.signature(AIM).parameters.items()}
-    assert {name: own[name] for name in defaults} == defaults and (own["dropout"], own["recompute"]) == (0, False)
+    given = {name: parameter.default for name, parameter in inspect.signature(AIM).parameters.items()}
+    assert {name: given[name] for name in defaults} == defaults and (given["dropout"], given["recompute"]) == (0, False)
     model = build_model(config())
     assert (model.scale, model.drop_path, model.feature, model.dropout.p) == (0.5, 0.2, "class_token", 0)
 
@@ -176,10 +176,10 @@ def test_what_is_trainable_and_how_fast() -> None:
     model = tiny(temporal_adapters=2)
     assert list(model.trainable_modules()) == ["adapters", "temporal_embedding", "final_norm", "head"]
     model(clips()).square().sum().backward()
-    own = ("adapters.", "temporal_embedding", "tower.visual.ln_post.", "head.")
+    trainable = ("adapters.", "temporal_embedding", "tower.visual.ln_post.", "head.")
     for name, parameter in model.named_parameters():
         moved = parameter.grad is not None and parameter.grad.abs().max() > 0
-        assert moved == parameter.requires_grad == name.startswith(own), name
+        assert moved == parameter.requires_grad == name.startswith(trainable), name
     assert not any(module.training for module in model.tower.modules())
     groups = parameter_groups(model, lr=0.1, weight_decay=0.05, layer_decay=0.5, decay_norms=False)
     rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}

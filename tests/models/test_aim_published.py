@@ -183,8 +183,8 @@ def test_the_text_head_in_place_of_a_published_classifier(made: Path, tmp_path: 
     path.write_text(yaml.safe_dump(values))
     chosen = (f"pretrain={weights}", "pretrain_head=drop")
     run = train(path, tmp_path / "run", *chosen)
-    trained, own = weights_of_run(run), load_config(path)
-    head = build_model(own, class_names=class_names(own.data)).head
+    trained, chosen_config = weights_of_run(run), load_config(path)
+    head = build_model(chosen_config, class_names=class_names(chosen_config.data)).head
     for name, value in head.state_dict().items():
         moved = 0.01 if tuned != "none" else 0  # in two steps
         torch.testing.assert_close(trained[f"head.{name}"], value, rtol=0, atol=moved)
@@ -199,8 +199,8 @@ def test_resuming_from_a_published_file_says_that_it_is_no_run(made: Path, tmp_p
     weights = file(tmp_path / "epoch_30.pth", published(classes=4))
     chosen = ("--output", tmp_path / "run", "--set", f"resume={weights}")
     status, text = command("train_vision.py", "--config", made / "aim.yaml", *chosen)
-    told = f"{weights}: holds weights but no run to resume: training starts at epoch 0 with them"
-    assert status == 0 and f" WARNING {told}\n" in text
+    warning = f"{weights}: holds weights but no run to resume: training starts at epoch 0 with them"
+    assert status == 0 and f" WARNING {warning}\n" in text
 
 
 def weights_of_run(folder: Path) -> dict[str, Tensor]:

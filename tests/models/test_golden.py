@@ -113,8 +113,8 @@ def check_side_network(case: dict, fill: ModuleType) -> None:
         ratio=parse_ratio(arguments["DA_ratio"]),
         mode=arguments["sample_mode"],
     )
-    own = model.state_dict()
-    extra = {key: own[key] for key in own if key.startswith(("head.", "tower.visual.ln_post."))}
+    initial = model.state_dict()
+    extra = {key: initial[key] for key in initial if key.startswith(("head.", "tower.visual.ln_post."))}
     model.load_state_dict({**extra, **weights(case, fill)})
     freeze_all_but_trainable(model).to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
     x = tensor(fill.inputs_of(case)["input"], case).unflatten(0, (-1, arguments["T"]))  # (B, T, 3, H, W)
@@ -148,8 +148,8 @@ def check_aim(case: dict, fill: ModuleType) -> None:
         drop_path=drop_path,
         ratio=arguments.get("mlp_ratio", 0.25),
     )
-    own = model.state_dict()
-    model.load_state_dict({**{key: own[key] for key in ("head.weight", "head.bias")}, **weights(case, fill)})
+    initial = model.state_dict()
+    model.load_state_dict({**{key: initial[key] for key in ("head.weight", "head.bias")}, **weights(case, fill)})
     freeze_all_but_trainable(model).to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
     for everything in (False, True):
         x = tensor(fill.inputs_of(case)["input"], case).requires_grad_()  # (B, 3, T, H, W)

@@ -124,10 +124,10 @@ def test_both_see_the_same_and_it_is_the_towers_output(feature: str) -> None:
 
 def test_the_probe_saves_nothing_of_the_tower_for_backward() -> None:
     model, saved = tiny("linear_probe").train(), []
-    own = {parameter.data_ptr() for parameter in model.parameters()}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         model(clips()).sum()
-    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own] == [(2, WIDTH)]
+    assert [tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in weights] == [(2, WIDTH)]
 
 
 @pytest.mark.parametrize("model_name", REFERENCES)
@@ -139,9 +139,9 @@ def test_weights_in_and_out(model_name: str) -> None:
         for parameter in source.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
-    lean = {n: v for n, v in source.state_dict().items() if source.get_parameter(n).requires_grad}
-    assert (lean.keys() == source.state_dict().keys()) == (model_name == "full_finetune")
-    load_weights(target, lean, "a.pt", backbone=identity)
+    trainable = {n: v for n, v in source.state_dict().items() if source.get_parameter(n).requires_grad}
+    assert (trainable.keys() == source.state_dict().keys()) == (model_name == "full_finetune")
+    load_weights(target, trainable, "a.pt", backbone=identity)
     assert all(map(torch.equal, source.state_dict().values(), target.state_dict().values()))
 
 

@@ -41,7 +41,7 @@ def clip(tiny: Path):
 
 @pytest.fixture(scope="module")
 def zero(tiny: Path, clip) -> Path:
-    """The tiny configuration with a whole CLIP and its text head."""
+    """The tiny configuration with a complete CLIP and its text head."""
     values = yaml.safe_load(tiny.read_text())
     weights = tiny.parent / "clip.pt"
     torch.save(clip.state_dict(), weights)
@@ -81,7 +81,7 @@ def test_clip_as_it_is(zero: Path, clip) -> None:
 
 
 def test_a_folder_for_the_results_is_made_with_them(zero: Path, tmp_path: Path) -> None:
-    """What cannot be made is found out before the test; a test that is refused makes none."""
+    """A folder that cannot be made is refused before the test, and a refused test makes none."""
     (tmp_path / "file").touch()
     where = f"logging.output_dir={tmp_path / 'file' / 'exp'}"
     sentence = f"{tmp_path / 'file'}: is a file, so no folder can be made in it for the results"
@@ -115,14 +115,14 @@ def test_training_from_there_and_testing_it(zero: Path, tmp_path: Path, tuned: s
         evaluated(zero, tmp_path / "out.safetensors", tmp_path / "again.json", *nameless)
         one, other = (load_scores(tmp_path / f"{name}.npz").table.score for name in ("best", "again"))
         assert torch.equal(one, other)
-    train(zero, run, "solver.epochs=2", *chosen)  # goes on
+    train(zero, run, "solver.epochs=2", *chosen)  # resumes
     assert [row["epoch"] for row in metrics(run)] == [0, 1]
     evaluate = (*nameless, "solver.evaluate=true", f"pretrain={run / 'model_best.pt'}")
     status, text = command("train_vision.py", "--config", zero, *settings(evaluate))
     assert status == 0 and f"validation: top-1 {max(row['top1'] for row in metrics(run)):.2f}" in text, text
 
 
-def test_a_run_that_goes_on_makes_no_classes_anew(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_makes_no_classes_again(zero: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it need the file with CLIP's text tower for them."""
     chosen = ("network.model=full_finetune", f"logging.output_dir={tmp_path}")
     run = train(zero, tmp_path / "run", "solver.epochs=1", *chosen)
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_makes_no_classes_anew(zero: Path, tmp_path: Path, mo
 
 
 def test_pretraining_on_other_names(zero: Path, tmp_path: Path) -> None:
-    """They and the templates are those given, the text tower is the checkpoint's; a resumed run is as one go."""
+    """Names and templates are the configuration's, the text tower is the checkpoint's; resuming changes no bit."""
     chosen = ("network.text.tuned=tower", "network.model=full_finetune", f"logging.output_dir={tmp_path}")
     first = train(zero, tmp_path / "first", "solver.epochs=1", *chosen) / "model_best.pt"
     names = ["wave", "clap", "jump over something high", "run"]
@@ -141,14 +141,14 @@ def test_pretraining_on_other_names(zero: Path, tmp_path: Path) -> None:
     labels.write_text("id,name\n" + "\n".join(f"{label},{name}" for label, name in enumerate(names)))
     chosen = (*chosen, f"data.label_list={labels}", "network.text.templates=['{}','a {}']", "network.recompute=true")
     run = train(zero, tmp_path / "run", "solver.epochs=1", "solver.lr=1e-9", *chosen, f"pretrain={first}")
-    former, after = (content(path)["model_state_dict"] for path in (first, run / "last_model.pt"))
+    before, after = (content(path)["model_state_dict"] for path in (first, run / "last_model.pt"))
     tokens = tokenize(names, ["{}", "a {}"], TextSizes()).int()
-    assert torch.equal(after["head.classes.tokens"], tokens) and len(former["head.classes.tokens"]) == 4
+    assert torch.equal(after["head.classes.tokens"], tokens) and len(before["head.classes.tokens"]) == 4
     key = "head.classes.tower.text_projection"
-    torch.testing.assert_close(after[key], former[key], rtol=0, atol=1e-6)
-    whole = train(zero, tmp_path / "whole", *chosen, f"pretrain={first}", "checkpoint.keep=9")
-    parts = train(zero, tmp_path / "parts", *chosen, f"resume={whole / 'step_00000008.pt'}")  # after the first epoch
-    one, other = (content(folder / "last_model.pt")["model_state_dict"] for folder in (whole, parts))
+    torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6)
+    complete = train(zero, tmp_path / "complete", *chosen, f"pretrain={first}", "checkpoint.keep=9")
+    parts = train(zero, tmp_path / "parts", *chosen, f"resume={complete / 'step_00000008.pt'}")  # after the first epoch
+    one, other = (content(folder / "last_model.pt")["model_state_dict"] for folder in (complete, parts))
     assert_same(one, other)
     assert not torch.equal(one[key], after[key])
 
