@@ -34,7 +34,7 @@ from tests.helpers.fault_harness import (
 
 
 def _interrupted_run(harness: FaultHarness) -> Path:
-    """A run killed in its second epoch, two steps after a save: with two checkpoints to go on from, and the best."""
+    """A run killed in its second epoch, two steps after a save: with two checkpoints to resume from, and the best."""
     folder = harness.path()
     run = harness.train(folder, first={"kill_at_step": {"number": 14}})
     assert run.wait() == -signal.SIGKILL, run.printed
@@ -43,7 +43,7 @@ def _interrupted_run(harness: FaultHarness) -> Path:
 
 
 def _bit(path: Path, rng) -> None:
-    """Inside a tensor, where nothing but the file's own sums can tell it."""
+    """Flip a bit inside a tensor, which only the file's checksums show."""
     with zipfile.ZipFile(path) as archive:
         tensor = archive.read(max(archive.infolist(), key=lambda part: part.file_size))
     data = bytearray(path.read_bytes())
@@ -75,7 +75,7 @@ def test_damaged_last_model(harness: FaultHarness, reference, damage: str, seed:
 
 
 @each_round
-def test_no_checkpoint_is_whole(harness: FaultHarness, reference, seed: int):
+def test_no_checkpoint_is_valid(harness: FaultHarness, reference, seed: int):
     """All checkpoints of a run damaged: one sentence, status 1, nothing overwritten; one put back: ends equal"""
     folder, rng = _interrupted_run(harness), seeded_random(seed, "all")
     good = (folder / "last_model.pt").read_bytes()
@@ -94,14 +94,14 @@ def test_any_bit_and_any_length(reference, tmp_path: Path, seed: int, record_pro
     """A checkpoint with one bit flipped anywhere, or cut at any length: refused by name, or read with every value right"""
     from engine import checkpoint_file
 
-    rng, whole = seeded_random(seed, "bits"), reference() / "last_model.pt"
-    data, right, path = whole.read_bytes(), dict(leaves(content(whole))), tmp_path / "x.pt"
+    rng, valid = seeded_random(seed, "bits"), reference() / "last_model.pt"
+    data, right, path = valid.read_bytes(), dict(leaves(content(valid))), tmp_path / "x.pt"
     tries = 150
     record_property("tried", 2 * tries)
     for _ in range(tries):
         flipped = bytearray(data)
-        place = rng.choice((rng.randrange(len(data)), rng.randrange(4096), len(data) - rng.randrange(1, 4096)))
-        flipped[place] ^= 1 << rng.randrange(8)
+        position = rng.choice((rng.randrange(len(data)), rng.randrange(4096), len(data) - rng.randrange(1, 4096)))
+        flipped[position] ^= 1 << rng.randrange(8)
         for damaged in (bytes(flipped), data[: rng.randrange(len(data))]):
             path.write_bytes(damaged)
             try:
@@ -112,7 +112,10 @@ def test_any_bit_and_any_length(reference, tmp_path: Path, seed: int, record_pro
             assert len(damaged) == len(data), "a file cut short was read"
             assert read.keys() == right.keys()
             for key, value in read.items():
-                assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], (place, key)
+                assert torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key], (
+                    position,
+                    key,
+                )
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "deleted"])
@@ -141,13 +144,13 @@ def test_other_files_are_damaged(harness: FaultHarness, reference, damage: str, 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root (test_a_file_cannot_grow tries the same with a limit)")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @each_round
@@ -193,8 +196,8 @@ def test_a_frame_is_lost(harness: FaultHarness, reference, damage: str, workers:
     finally:
         image.write_bytes(good)
     assert str(image.parent) in sentence and image.name in sentence and sentence.endswith(f"{data}/train.txt, line 19)")
-    whole = reference("data.random_shift=false", f"data.workers={workers}")
-    finish(harness, folder, whole, "data.random_shift=false", f"data.workers={workers}")
+    undisturbed = reference("data.random_shift=false", f"data.workers={workers}")
+    finish(harness, folder, undisturbed, "data.random_shift=false", f"data.workers={workers}")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -228,9 +231,8 @@ def test_poison_without_end(harness: FaultHarness, reference):
     }
     for path in (folder / "last_model.pt", folder / "model_best.pt", *folder.glob("step_*.pt")):
         assert all(torch.isfinite(v).all() for v in content(path)["model_state_dict"].values())
-    finish(
-        harness, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4"
-    )  # nothing was saved among them
+    # No checkpoint was written while steps were skipped, so resuming repeats them.
+    finish(harness, folder, reference("solver.max_bad_steps=4"), "solver.max_bad_steps=4")
 
 
 class Evil:
@@ -256,12 +258,12 @@ def _bare(path: Path, evil: Evil) -> None:
 
 
 @pytest.mark.parametrize("write", [_zip, _legacy, _bare], ids=["zip", "legacy", "pickle"])
-@pytest.mark.parametrize("place", ["last_model", "weights", "pretrain", "resume", "network.weights"])
-def test_malicious_pickles(harness: FaultHarness, tmp_path: Path, place: str, write):
+@pytest.mark.parametrize("used_as", ["last_model", "weights", "pretrain", "resume", "network.weights"])
+def test_malicious_pickles(harness: FaultHarness, tmp_path: Path, used_as: str, write):
     """A pickle that runs a command, as last_model.pt, --weights, pretrain, resume, network.weights: refused, not run"""
     target, path = tmp_path / "owned", tmp_path / "evil.pt"
     write(path, Evil(target))
-    if place == "last_model":
+    if used_as == "last_model":
         folder = _interrupted_run(harness)
         for previous in (folder / "last_model.pt", *folder.glob("step_*.pt")):
             shutil.copy(path, previous)
@@ -270,12 +272,12 @@ def test_malicious_pickles(harness: FaultHarness, tmp_path: Path, place: str, wr
         assert f"{folder}/last_model.pt: holds pickled code" in run.printed or "not a checkpoint" in run.printed, (
             run.printed
         )
-    elif place == "weights":
+    elif used_as == "weights":
         words = ("test_vision.py", "--config", harness.config, "--device", "cpu", "--weights", path)
         sentence, named = harness.script(*words).refusal(), str(path)
     else:
-        more = ("network.init=true",) if place == "network.weights" else ()
-        sentence, named = harness.train(harness.path(), *more, f"{place}={path}").refusal(), str(path)
+        more = ("network.init=true",) if used_as == "network.weights" else ()
+        sentence, named = harness.train(harness.path(), *more, f"{used_as}={path}").refusal(), str(path)
     assert named in sentence and not target.exists(), sentence
 
 
@@ -305,7 +307,7 @@ def test_evaluation_on_any_number(harness: FaultHarness, reference, record_prope
     for processes, several in sizes.items():
         for size in several:
             target = harness.path("test").with_suffix(".json")
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+            variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
             words = (
                 "test_vision.py",
                 "--config",
@@ -318,8 +320,10 @@ def test_evaluation_on_any_number(harness: FaultHarness, reference, record_prope
                 target,
             )
             words += ("--test_crops", "3", "--set", f"data.batch_size={size}")
-            places = [place | {"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)]
-            ranks = [harness.script(*words, **variables) for variables in places]
+            environments = [
+                variables | {"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {} for r in range(processes)
+            ]
+            ranks = [harness.script(*words, **environment) for environment in environments]
             assert [rank.wait() for rank in ranks] == [0] * processes, ranks[0].printed
             result = json.loads(target.read_text())
             scores = np.load(target.with_suffix(".npz"), allow_pickle=False)
@@ -328,9 +332,9 @@ def test_evaluation_on_any_number(harness: FaultHarness, reference, record_prope
                 scores["score"],
             )
     numbers, score = found[1, 1]
-    for place, (others, theirs) in found.items():
-        assert others == numbers, place
-        assert np.abs(theirs - score).max() < 1e-6, place
+    for case, (other_numbers, other_score) in found.items():
+        assert other_numbers == numbers, case
+        assert np.abs(other_score - score).max() < 1e-6, case
 
 
 @pytest.mark.slow
@@ -341,6 +345,6 @@ def test_a_data_worker_is_killed(harness: FaultHarness, reference, seed: int):
     run = harness.train(folder, *WORKERS, first={"slow_steps": {"seconds": 0.03}})
     wait_for(folder, seeded_random(seed, "worker").randint(1, 8), run)
     os.kill(seeded_random(seed, "which").choice(children_of(run.pid)), signal.SIGKILL)
-    assert run.wait() == 1 and len(run.errors) == 1, run.printed  # torch's handler may say something of its own
+    assert run.wait() == 1 and len(run.errors) == 1, run.printed  # torch's handler may print a line too
     assert "a worker of the loader was killed" in run.errors[0]
     finish(harness, folder, reference(*WORKERS), *WORKERS)

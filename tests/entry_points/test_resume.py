@@ -28,17 +28,17 @@ from tests.helpers.cli_harness import (
 MODELS = ("td4v_side", "td4v_finetune", "aim")
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_interrupted_and_resumed_is_as_one_go(tiny: Path, tmp_path: Path, monkeypatch, method: str):
-    # Mixup, dropout and the dropped paths of AIM draw from generators that go on from epoch to epoch; 8 batches in steps
+@pytest.mark.parametrize("model_name", MODELS)
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny: Path, tmp_path: Path, monkeypatch, model_name: str):
+    # Mixup, dropout and the dropped paths of AIM draw from generators that continue from epoch to epoch; 8 batches in steps
     # of 3 leave a short one.
     chosen = (
-        f"network.model={method}",
+        f"network.model={model_name}",
         "solver.mixup=true",
         "network.drop_fc=0.3",
         "solver.grad_accumulation_steps=3",
     )
-    whole = train(tiny, tmp_path / "whole", *chosen)
+    uninterrupted = train(tiny, tmp_path / "uninterrupted", *chosen)
     save = engine.checkpoint_file.save
 
     def interrupted(path: Path, saved: dict) -> None:
@@ -54,11 +54,14 @@ def test_interrupted_and_resumed_is_as_one_go(tiny: Path, tmp_path: Path, monkey
     assert content(parts / "last_model.pt")["epoch"] == 1
     train(tiny, parts, *chosen)  # rerun
     for name in ("last_model.pt", "model_best.pt"):
-        one, other = content(whole / name), content(parts / name)
+        one, other = content(uninterrupted / name), content(parts / name)
         untimed = one.keys() - {"meta", "meters", "history"}
         assert_same({key: one[key] for key in untimed}, {key: other[key] for key in untimed})
     timed = ("clips_per_s", "data_wait")
-    rows = [[{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)] for folder in (whole, parts)]
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics(folder)]
+        for folder in (uninterrupted, parts)
+    ]
     assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [0, 1]
     assert len(json.loads((parts / "run.json").read_text())) == 2
 
@@ -92,7 +95,7 @@ def test_a_folder_of_another_run_is_left_alone(tiny: Path, trained: Path):
 
 
 def test_rerunning_a_command_resumes_its_run(tiny: Path, tmp_path: Path):
-    """Without a folder: an unfinished run of the same settings, data and processes is the one."""
+    """Without a folder: an unfinished run with the same settings, data and processes is resumed."""
     chosen = settings((f"logging.output_dir={tmp_path}", "solver.epochs=1"))
     home = tmp_path / "frame_order" / "custom"
 
@@ -159,26 +162,26 @@ def test_other_code_is_logged_when_a_run_is_resumed(tiny: Path, trained: Path, t
 
 def test_resuming_from_bare_weights_starts_a_run_of_its_own(tiny: Path, trained: Path, tmp_path: Path, monkeypatch):
     """The folder of somebody's weights is not a run folder: nothing in it may change."""
-    theirs = tmp_path / "theirs" / "last_model.pt"
-    theirs.parent.mkdir()
+    weights = tmp_path / "weights" / "last_model.pt"
+    weights.parent.mkdir()
     saved, output = content(trained / "last_model.pt"), f"logging.output_dir={tmp_path / 'exp'}"
-    torch.save({"model_state_dict": saved["model_state_dict"], "epoch": 7}, theirs)
-    sentence = refusal("train_vision.py", "--config", tiny, *settings((f"resume={theirs}", output)))
+    torch.save({"model_state_dict": saved["model_state_dict"], "epoch": 7}, weights)
+    sentence = refusal("train_vision.py", "--config", tiny, *settings((f"resume={weights}", output)))
     assert "lacks the frozen backbone" in sentence
-    torch.save({key: saved[key] for key in ("model_state_dict", "backbone", "epoch")}, theirs)
-    before = files(theirs.parent)
-    status, said = command(
-        "train_vision.py", "--config", tiny, *settings((f"resume={theirs}", output, "solver.epochs=1"))
+    torch.save({key: saved[key] for key in ("model_state_dict", "backbone", "epoch")}, weights)
+    before = files(weights.parent)
+    status, output_text = command(
+        "train_vision.py", "--config", tiny, *settings((f"resume={weights}", output, "solver.epochs=1"))
     )
-    assert status == 0 and "no run to resume" in said
-    assert files(theirs.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
+    assert status == 0 and "no run to resume" in output_text
+    assert files(weights.parent) == before and len(list((tmp_path / "exp").rglob("last_model.pt"))) == 1
 
 
 def test_resuming_from_an_older_checkpoint_leaves_its_run_alone(tiny: Path, trained: Path, tmp_path: Path):
     before, older = files(trained), trained / "step_00000008.pt"
     assert content(older)["unevaluated_epoch"]["epoch"] == 0  # trained, not validated
-    said = training_refusal(tiny, trained, f"resume={older}")
-    assert "already holds another run: resume was None" in said and files(trained) == before
+    output_text = training_refusal(tiny, trained, f"resume={older}")
+    assert "already holds another run: resume was None" in output_text and files(trained) == before
     folder = train(tiny, tmp_path / "run", f"resume={older}")
     assert files(trained) == before and content(folder / "last_model.pt")["epoch"] == 2
     assert train(tiny, folder, f"resume={older}") == folder  # rerun: it is finished
@@ -209,5 +212,5 @@ def test_a_refused_resume_writes_nothing(tiny: Path, trained: Path, tmp_path: Pa
 @pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])
 def test_another_run_is_not_resumed(tiny: Path, trained: Path, override: str):
     before = files(trained)
-    said = training_refusal(tiny, trained, f"resume={trained / 'last_model.pt'}", override)
-    assert f"{override.split('=')[0]} was" in said and files(trained) == before
+    output_text = training_refusal(tiny, trained, f"resume={trained / 'last_model.pt'}", override)
+    assert f"{override.split('=')[0]} was" in output_text and files(trained) == before

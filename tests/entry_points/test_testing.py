@@ -38,8 +38,8 @@ def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
     assert sorted(predicted) == list(range(VIDEOS)) and result["videos"] == VIDEOS and result["skipped"] == 0
     assert len(set(predicted.values())) > 2
     confusion = torch.zeros(4, 4, dtype=torch.int64)
-    for place, label in enumerate(labels):
-        confusion[label, predicted[place]] += 1
+    for index, label in enumerate(labels):
+        confusion[label, predicted[index]] += 1
     assert result["confusion"] == confusion.tolist() and confusion.sum() == VIDEOS
     assert result["top1"] == pytest.approx(100 * confusion.diagonal().sum().item() / VIDEOS)
     per_class = 100 * confusion.diagonal() / confusion.sum(1)
@@ -103,7 +103,7 @@ def test_one_view_gives_the_validation_of_training(tiny: Path, varied: Path, tmp
 def test_evaluate_only_evaluates(
     tiny: Path, varied: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ):
-    """The weights it is given, which score otherwise than those of the start, and changes nothing."""
+    """The weights it is given, which give other scores than those of the start, and changes nothing."""
     before = files(trained)
     chosen = settings(("solver.evaluate=true", f"{key}={varied}", "solver.epochs=1"))
     for name in ("engine.trainer.Trainer", "engine.run_dir.RunDir", "engine.build.build_optimizer"):
@@ -142,19 +142,19 @@ def test_two_processes_test_every_video_once(tiny: Path, varied: Path, tmp_path:
     assert (saved["step"], len(saved["rng"]), saved["meta"]["world_size"]) == (4, 2, 2)
     assert not any(name.startswith("module.") for name in saved["model_state_dict"])
     (row,) = metrics(folder)
-    ours = evaluated(tiny, folder / "last_model.pt", tmp_path / "ours.json")
-    assert [row[name] for name in ("top1", "top5", "mean_class")] == [ours[n] for n in ("top1", "top5", "mean_class")]
+    result = evaluated(tiny, folder / "last_model.pt", tmp_path / "results.json")
+    assert [row[name] for name in ("top1", "top5", "mean_class")] == [result[n] for n in ("top1", "top5", "mean_class")]
 
-    results, place = tmp_path / "two.json", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    call = ("test_vision.py", "--config", tiny, "--weights", varied, "--device", "cpu", "--json", results)
+    path, variables = tmp_path / "two.json", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    call = ("test_vision.py", "--config", tiny, "--weights", varied, "--device", "cpu", "--json", path)
     ranks = [
         harness.script(
-            *call, "--test_crops", "3", "--test_clips", "2", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **place
+            *call, "--test_crops", "3", "--test_clips", "2", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", **variables
         )
         for rank in "01"
     ]
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].printed
-    two, one = json.loads(results.read_text()), evaluated(tiny, varied, tmp_path / "one.json", views=(3, 2))
+    two, one = json.loads(path.read_text()), evaluated(tiny, varied, tmp_path / "one.json", views=(3, 2))
     assert two["meta"]["world_size"] == 2 and one["meta"]["world_size"] == 1
     for name in ("top1", "top5", "mean_class", "videos", "confusion", "predicted"):
         assert two[name] == one[name]

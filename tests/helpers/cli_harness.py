@@ -31,7 +31,7 @@ VIDEOS = 11  # to test on: not a multiple of two processes
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The made dataset, its validation list one video shorter."""
+    """The synthetic dataset, its validation list one video shorter."""
     folder = tmp_path_factory.mktemp("entry") / "data"
     make(folder, train=32, val=12, seed=3, size=32)
     rows = (folder / "val.txt").read_text().splitlines()[:VIDEOS]
@@ -70,8 +70,10 @@ def trained(tiny: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def varied(tiny: Path, trained: Path) -> Path:
-    """The checkpoint of `trained` with a classifier that tells the videos apart, if not rightly: so short a training
-    gives all of them one class, on which any number of views and processes would agree."""
+    """The checkpoint of `trained` with a classifier that gives different videos different classes.
+
+    After so short a training all get one class, and tests of views and processes would pass whatever they compute.
+    """
     chosen = load_config(tiny)
     saved = content(trained / "last_model.pt")
     model = build_model(chosen).eval()
@@ -128,7 +130,7 @@ def evaluated(config: Path, weights: Path, path: Path, *overrides: str, views: t
 
 
 def refusal(script: str, *arguments: str | Path) -> str:
-    """The one sentence with which a script refuses."""
+    """The one error message of a script that refuses."""
     status, text = command(script, *arguments)
     errors = [line for line in text.splitlines() if " ERROR " in line]
     assert status == 1 and len(errors) == 1 and "Traceback" not in text, text
@@ -153,7 +155,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def tensors(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf of nested dicts and lists with its place."""
+    """Every leaf of nested dicts and lists with its path."""
     if isinstance(value, (dict, list, tuple)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from tensors(inner, f"{name}/{key}")
@@ -181,6 +183,7 @@ def rewritten(source: Path, target: Path, line: int, old: str, new: str) -> Path
 
 def script(*words: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
     """A real start, with one thread a process."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PORT")}  # fmt: skip
+    of_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in of_torchrun}
     environment |= {"NPROC": str(processes), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

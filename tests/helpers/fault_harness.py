@@ -34,14 +34,14 @@ LONGEST = 120.0  # seconds that anything here may take
 # Overrides of the tiny configuration.
 PLAIN = ()
 UNSAVED = ("checkpoint.every_steps=",)
-RICH = (  # everything that seeded_random, remembers or averages; three batches a step leave a short one at the end
+RICH = (  # all that is random, kept over steps or averaged; with three batches a step the last step is short
     "solver.mixup=true", "network.drop_fc=0.3", "solver.grad_accumulation_steps=3", "solver.ema_decay=0.9",
     "data.num_sample=2", "data.rand_aug=true", "data.rand_erase=true", "data.flip=true", "solver.epochs=4",
     "checkpoint.every_steps=2",
 )  # fmt: skip
 WORKERS = (*RICH, "data.workers=2")
 CLOCK = ("checkpoint.every_steps=", "checkpoint.every_minutes=0.001", "checkpoint.keep=1")
-TUNED = (
+FINETUNE = (
     "network.model=td4v_finetune",
     "checkpoint.full=true",
     "checkpoint.keep=4",
@@ -55,7 +55,7 @@ KINDS = {
     "by the clock": CLOCK,
     "rich": RICH,
     "rich, workers": WORKERS,
-    "finetune": TUNED,
+    "finetune": FINETUNE,
 }
 SHARED = ("data.batch_size=2", "network.drop_fc=0.3", "solver.mixup=true")  # for several processes
 SHARED_RICH = (*SHARED, "solver.ema_decay=0.9", "solver.grad_accumulation_steps=2", "network.sync_bn=true",
@@ -127,7 +127,7 @@ class ChildProcess:
         return [line.split(" ERROR ", 1)[1] for line in self.printed.splitlines() if " ERROR " in line]
 
     def kill(self, number: int = signal.SIGKILL, group: bool = False) -> None:
-        """Send it, or its whole process group, a signal, unless it has ended."""
+        """Send it, or its process group, a signal, unless it has ended."""
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(self.pid, number)
@@ -199,9 +199,9 @@ class FaultHarness:
 
     def ranks(self, world_size: int, folder: Path, *overrides: str) -> list[ChildProcess]:
         """Start one training run of several processes, without a launcher."""
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         words = self.words(folder, *overrides)
-        return [self.script(*words, RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(world_size)]
+        return [self.script(*words, RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(world_size)]
 
     def words(self, folder: Path | None, *overrides: str) -> list[str]:
         """The command of a training run."""

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     """Run all fault tests and print the table; 0 if all were survived."""
     parser = argparse.ArgumentParser(prog="python -m tests.helpers.fault_runs", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often the random faults are tried (5)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments and positions (0)")
     parser.add_argument("words", nargs="*", metavar="PYTEST", help="after --: arguments for pytest, e.g. -k tmpfs")
     options = parser.parse_args(arguments)
     os.environ |= {"FAULT_ROUNDS": str(options.rounds), "FAULT_SEED": str(options.seed)}

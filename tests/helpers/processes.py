@@ -1,4 +1,4 @@
-"""Starts a function in two gloo processes on this machine, for the tests of the rooms that spread over processes.
+"""Starts a function in two gloo processes on this machine, for tests of distributed code.
 
 They are forked by a server that has imported everything once: a new interpreter would take seconds to do so.
 """
