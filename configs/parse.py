@@ -180,7 +180,10 @@ class Filler:
         if origin is Literal:
             return _choose(arguments, value, key)
         if origin is tuple and isinstance(value, (list, tuple, str, int, float)):
-            items = _as_list(value, arguments[0])
+            try:
+                items = _as_list(value, arguments[0])
+            except yaml.YAMLError:
+                raise ConfigError(f"{key}: {value!r} is not a list; write it as 1,2 or [1, 2]") from None
             kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
             if len(kinds) != len(items):
                 raise ConfigError(f"{key}: must hold {len(kinds)} values, not {len(items)}")

@@ -150,8 +150,10 @@ def load(path: str | Path) -> Checkpoint:
         CheckpointError: missing, truncated, damaged, holding code, or no checkpoint at all.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, such as {path / LAST}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
+        raise CheckpointError(f"{path}: there is no such checkpoint{_instead_of(path)}")
     data = b""
     try:
         if path.suffix == ".safetensors":
@@ -176,6 +178,12 @@ def load(path: str | Path) -> Checkpoint:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return Checkpoint(path, content)
+
+
+def _instead_of(path: Path) -> str:
+    """What to name instead of a run's best model, which there is none of before the first validation."""
+    last = path.with_name(LAST)
+    return f"; {last} is there: name it instead" if path.name == BEST and last.is_file() else ""
 
 
 def load_weights_file(path: str | Path) -> Checkpoint:

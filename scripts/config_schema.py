@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -25,7 +26,7 @@ from typing import Any, Literal
 from configs.parse import BASE, Ratio, has_default, inner_kind
 from configs.schema import ALIASES, IGNORED_KEYS, Config
 from models.registry import MODELS
-from scripts.cli import write_text
+from scripts.cli import run, write_text
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 SIMPLE = {
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if out is None:
         print(schema_text(), end="")
     else:
-        write_text(out, schema_text())
+        return run(functools.partial(write_text, out, schema_text()))
     return 0
 
 

@@ -334,6 +334,7 @@ def test_lists_without_brackets(write, override, read, wanted):
         ("solver.betas=0.9", "solver.betas: must hold 2 values, not 1"),
         ("logging.skip_epoch=1,x", r"logging.skip_epoch\[1\]: must be a whole number, not 'x'"),
         ("logging.skip_epoch={a: 1}", "logging.skip_epoch: must be a list of whole numbers, not"),
+        ("solver.betas=[0.9, 0.95", r"solver.betas: '\[0.9, 0.95' is not a list; write it as 1,2 or \[1, 2\]"),
     ],
 )
 def test_lists_that_do_not_fit(write, override, message):

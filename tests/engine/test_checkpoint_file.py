@@ -257,7 +257,7 @@ def _program(path: Path) -> None:
     ("name", "write", "message"),
     [
         ("a.pt", lambda path: None, "there is no such checkpoint"),
-        ("b.pt", lambda path: path.mkdir(), "there is no such checkpoint"),
+        ("b.pt", lambda path: path.mkdir(), "is a folder; name a checkpoint in it"),
         ("c.pt", lambda path: path.write_text("a recipe for soup\n"), "truncated, damaged or not a checkpoint"),
         ("d.pt", lambda path: path.write_bytes(b""), "truncated, damaged or not a checkpoint"),
         ("e.pt", lambda path: torch.save(torch.ones(2), path), "not a checkpoint but a Tensor"),
@@ -272,6 +272,15 @@ def test_unusable_files_are_refused_by_name(tmp_path: Path, name: str, write: Ca
     with pytest.raises(CheckpointError, match=f"{name}: .*{message}") as caught:
         checkpoint_file.load(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_best_model_names_the_last(tmp_path: Path):
+    last = tmp_path / "last_model.pt"
+    torch.save(content(), last)
+    with pytest.raises(CheckpointError, match="model_best.pt: there is no such checkpoint; .*last_model.pt is there"):
+        checkpoint_file.load_weights_file(tmp_path)
+    with pytest.raises(CheckpointError, match=f"is a folder; name a checkpoint in it, such as {last}"):
+        checkpoint_file.load(tmp_path)
 
 
 def test_torchs_older_format_is_read(tmp_path: Path):

@@ -52,6 +52,12 @@ def test_the_command_writes_or_prints_it(tmp_path, capsys):
     assert json.loads(schema_text())["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path, caplog):
+    assert main(["--out", str(tmp_path / "missing" / "schema.json")]) == 1
+    assert len(caplog.messages) == 1 and "missing" in caplog.text
+    assert not any(tmp_path.iterdir())
+
+
 def test_every_key_is_there_and_no_other_is_allowed():
     for key in all_keys(Config):
         assert properties_of(SCHEMA, key)
