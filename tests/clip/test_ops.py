@@ -151,10 +151,10 @@ def test_frozen_weights_follow_changes_and_evaluations():
     assert first.dtype == moved.dtype == torch.bfloat16
 
 
-def small(method, recompute=False, **options):
+def small(model_name, recompute=False, **options):
     torch.manual_seed(0)
     tower = build_custom_tower(32, 3, 2, 8, 16)
-    if method == "side":
+    if model_name == "side":
         model = TD4VSide(tower, num_classes=5, frames=4, widths=[16, 16, 32], recompute=recompute, **options)
     else:
         model = TD4VFinetune(
@@ -171,11 +171,11 @@ def small(method, recompute=False, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["side", "finetune"])
-def test_recomputation_changes_nothing_but_memory(method, dtype):
+@pytest.mark.parametrize("model_name", ["side", "finetune"])
+def test_recomputation_changes_nothing_but_memory(model_name, dtype):
     video, results, sizes = torch.randn(2, 4, 3, 16, 16), [], []
     for recompute in (False, True):
-        model = small(method, recompute)
+        model = small(model_name, recompute)
 
         def run(model=model):
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -198,11 +198,11 @@ def test_recomputation_changes_nothing_but_memory(method, dtype):
     assert sizes[1] < 0.5 * sizes[0], sizes
 
 
-@pytest.mark.parametrize("method", ["side", "finetune"])
-def test_low_precision_is_near_and_saves_half(method):
+@pytest.mark.parametrize("model_name", ["side", "finetune"])
+def test_low_precision_is_near_and_saves_half(model_name):
     video, sizes, logits = torch.randn(2, 4, 3, 16, 16), [], []
     for low in (False, True):
-        model = small(method)
+        model = small(model_name)
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             model(video)  # the frozen weights are cast once
             sizes.append(saved_bytes(lambda model=model: model(video), *model.parameters(), *model.buffers()))
@@ -239,11 +239,11 @@ def test_low_precision_gradient_through_batchnorm_is_as_near_as_the_plain_layers
     assert error["fused"] < 4 * error["plain"] + 1e-3, error
 
 
-@pytest.mark.parametrize("method", ["side", "finetune"])
-def test_recomputation_again_and_after_a_change_of_mode(method):
+@pytest.mark.parametrize("model_name", ["side", "finetune"])
+def test_recomputation_again_and_after_a_change_of_mode(model_name):
     video, gradients = torch.randn(2, 4, 3, 16, 16), []
     for recompute in (False, True):
-        model = small(method, recompute)
+        model = small(model_name, recompute)
         loss = model(video).square().sum()
         loss.backward(retain_graph=True)
         model.eval()

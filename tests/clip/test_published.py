@@ -97,7 +97,7 @@ def test_incomplete_or_unknown_state_dicts_are_refused():
 
 
 def test_models_are_asked_for_their_layout_until_one_knows_it(monkeypatch):
-    monkeypatch.setattr("models.aim.from_published", lambda _: pytest.fail("these are another method's"))
+    monkeypatch.setattr("models.aim.from_published", lambda _: pytest.fail("these are of another model"))
     load_weights(build_model(CONFIG), {key: torch.randn(shape) for key, shape in authors_shapes().items()}, "theirs.pt")
 
 

@@ -63,10 +63,10 @@ def file(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(
-    file: str | None, method: str = "linear_probe", tuned: str = "none", text: dict | None = None, classes: int = 3,
+    file: str | None, model_name: str = "linear_probe", tuned: str = "none", text: dict | None = None, classes: int = 3,
     **more,
 ) -> Config:  # fmt: skip
-    network = {"arch": "custom", "vision": VISION, "weights": file, "init": file is not None, "model": method}
+    network = {"arch": "custom", "vision": VISION, "weights": file, "init": file is not None, "model": model_name}
     network |= {"head": "text", "text": {"tuned": tuned, **(text or {})}, **more}
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": 4, "input_size": 32}
     return load_config({"data": data, "network": network})
@@ -124,11 +124,11 @@ def test_zero_shot_is_open_clips_from_every_layout(clip: open_clip.CLIP, tmp_pat
 
 
 @pytest.mark.parametrize("tuned", TUNED)
-@pytest.mark.parametrize("method", SPATIAL)
+@pytest.mark.parametrize("model_name", SPATIAL)
 def test_every_model_in_clips_space_starts_at_zero_shot(
-    clip: open_clip.CLIP, file: str, method: str, tuned: str
+    clip: open_clip.CLIP, file: str, model_name: str, tuned: str
 ) -> None:
-    model = build(file, method, tuned)
+    model = build(file, model_name, tuned)
     with torch.no_grad():
         torch.testing.assert_close(model(still()), of_open_clip(clip, still()), rtol=1e-5, atol=1e-5)
 
@@ -263,24 +263,26 @@ def test_without_names_a_head_waits_for_a_checkpoint(file: str) -> None:
         check_trainable(build(file))
     with pytest.raises(ConfigError, match="--weights.* parts that CLIP does not have: td4v, temporal_embedding"):
         check_untrained(build(file, "td4v_finetune"))
-    for method in ("linear_probe", "full_finetune"):
-        check_untrained(build(file, method))
+    for model_name in ("linear_probe", "full_finetune"):
+        check_untrained(build(file, model_name))
     check_trainable(build(file, "full_finetune"))
 
 
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
+@pytest.mark.parametrize("model_name", ["linear_probe", "full_finetune"])
 @pytest.mark.parametrize("tuned", TUNED)
-def test_a_checkpoint_needs_neither_names_nor_the_text_tower(file: str, method: str, tuned: str, full: bool) -> None:
-    source = build(file, method, tuned)
+def test_a_checkpoint_needs_neither_names_nor_the_text_tower(
+    file: str, model_name: str, tuned: str, full: bool
+) -> None:
+    source = build(file, model_name, tuned)
     with torch.no_grad():
         for parameter in source.parameters():
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     saved = weights_to_save(source, full)
-    assert any(name.startswith("tower.") for name in saved) == (full or method == "full_finetune")
-    identity = None if full or method == "full_finetune" else frozen_identity(source)
-    target = build_model(config(file, method, tuned), pretrained=identity is not None).eval()
+    assert any(name.startswith("tower.") for name in saved) == (full or model_name == "full_finetune")
+    identity = None if full or model_name == "full_finetune" else frozen_identity(source)
+    target = build_model(config(file, model_name, tuned), pretrained=identity is not None).eval()
     load_weights(target, saved, "a.pt", backbone=identity)
     with torch.no_grad():
         assert torch.equal(target(still()), source(still()))
@@ -379,11 +381,11 @@ def test_a_checkpoint_with_another_classifier_is_refused(file: str) -> None:
             load_weights(model, {**model.state_dict(), "head.classes": torch.ones(5, 48)}, "a.pt")
 
 
-@pytest.mark.parametrize("method", SPATIAL)
-def test_learning_rates_of_the_trainable_parts(file: str, method: str) -> None:
-    linear = parameter_report(build_model(config(file, method, head="linear")))
+@pytest.mark.parametrize("model_name", SPATIAL)
+def test_learning_rates_of_the_trainable_parts(file: str, model_name: str) -> None:
+    linear = parameter_report(build_model(config(file, model_name, head="linear")))
     for tuned in TUNED:
-        model = build(file, method, tuned)
+        model = build(file, model_name, tuned)
         report = parameter_report(model)
         texts = sum(p.numel() for p in model.head.classes.parameters()) if tuned == "tower" else 0
         head = {"none": 0, "classifier": 3 * 48 + 1, "tower": 1}[tuned]
@@ -410,9 +412,9 @@ def test_the_text_towers_layers_end_with_the_models(file: str) -> None:
 
 
 def test_gradients_reach_all_trainable_parameters_and_nothing_else(file: str) -> None:
-    for method in ("linear_probe", "full_finetune"):
+    for model_name in ("linear_probe", "full_finetune"):
         for tuned in TUNED[1:]:
-            model = build(file, method, tuned).train()
+            model = build(file, model_name, tuned).train()
             nn.functional.cross_entropy(model(still(3)), torch.arange(3)).backward()
             for name, parameter in model.named_parameters():
                 assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -459,12 +461,12 @@ def test_texts_are_cut_to_the_longest_after_loading_too(file: str) -> None:
         assert torch.equal(source(still()), target(still()))
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "full_finetune"])
-def test_recompute_reaches_the_text_tower(file: str, method: str) -> None:
+@pytest.mark.parametrize("model_name", ["linear_probe", "full_finetune"])
+def test_recompute_reaches_the_text_tower(file: str, model_name: str) -> None:
     """The same gradients, and a fraction of what is saved. A frozen text tower leaves nothing to compute again."""
     found = []
     for recompute in (False, True):
-        model = build(file, method, "tower", recompute=recompute).train()
+        model = build(file, model_name, "tower", recompute=recompute).train()
         own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
         def keep(value: Tensor, own: set[int] = own, kept: dict[int, Tensor] = kept) -> Tensor:

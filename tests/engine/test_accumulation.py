@@ -1,6 +1,6 @@
 """Small batches in turn, or on several processes, against the large batch: TD4V itself, and what its BatchNorm sees.
 
-The loop's own accumulation is tested in test_loop.py, on a network without BatchNorm.
+The loop's own accumulation is tested in test_trainer.py, on a network without BatchNorm.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FRAMES, PATCHES = 4, 4
 WITH_BATCHNORM = ("td4v_side", "td4v_finetune")
 
 
-def make(method: str) -> nn.Module:
+def make(model_name: str) -> nn.Module:
     """Two blocks, four patches a frame, in float64, with every trainable parameter away from 0."""
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
-    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0.0}}.get(method, {})
+    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0.0}}.get(model_name, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}
-    network |= {"model": method, "options": options}
+    network |= {"model": model_name, "options": options}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": FRAMES, "input_size": 16}
     torch.manual_seed(0)
     model = build_model(load_config({"data": data, "network": network})).double().train()
@@ -71,10 +71,10 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.allclose(one[name], other[name], rtol=1e-9, atol=1e-12) for name in one)
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 2), (2, 2, 2)])
-def test_with_running_statistics_accumulation_is_the_large_batch(method: str, sizes: tuple[int, ...]) -> None:
-    model = make(method)
+def test_with_running_statistics_accumulation_is_the_large_batch(model_name: str, sizes: tuple[int, ...]) -> None:
+    model = make(model_name)
     for module in norms(model):
         module.eval()
     video, label = clips(sum(sizes))
@@ -83,10 +83,10 @@ def test_with_running_statistics_accumulation_is_the_large_batch(method: str, si
     assert all(gradient.abs().max() > 1e-9 for gradient in large.values()), "a gradient of 0 would prove nothing"
 
 
-@pytest.mark.parametrize("method", WITH_BATCHNORM)
-def test_batchnorm_sees_one_forward_pass_and_so_half_of_the_accumulated_batch(method: str) -> None:
+@pytest.mark.parametrize("model_name", WITH_BATCHNORM)
+def test_batchnorm_sees_one_forward_pass_and_so_half_of_the_accumulated_batch(model_name: str) -> None:
     video, label = clips(4)
-    model, large = make(method), make(method)
+    model, large = make(model_name), make(model_name)
     before = norms(model)[0].running_mean.clone()
     rows: list[int] = []
     for module in seen_first(model):
@@ -107,29 +107,29 @@ def _two_processes(rank: int, folder: str) -> None:
     process = start("cpu")
     video, label = clips(8)
     ours = slice(4 * rank, 4 * rank + 4)
-    for method in WITH_BATCHNORM:
+    for model_name in WITH_BATCHNORM:
         for sync_bn in (True, False):
             for sizes in ((4,), (2, 2)):
-                model = wrap(make(method), process, sync_bn)
+                model = wrap(make(model_name), process, sync_bn)
                 gradients = accumulate(model, video[ours], label[ours], sizes)
                 sync_buffers(model)
                 state = {f"{i}.{k}": v for i, m in enumerate(norms(unwrap(model))) for k, v in m.state_dict().items()}
                 if process.is_main:
-                    torch.save((gradients, state), Path(folder) / f"{method}-{sync_bn}-{len(sizes)}.pt")
+                    torch.save((gradients, state), Path(folder) / f"{model_name}-{sync_bn}-{len(sizes)}.pt")
 
 
 def test_two_processes_are_the_large_batch_with_synchronised_batchnorm_only(tmp_path: Path) -> None:
     run_in_two(_two_processes, str(tmp_path))
     video, label = clips(8)
     mixed = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # the clips of one forward pass of both processes side by side
-    for method in WITH_BATCHNORM:
+    for model_name in WITH_BATCHNORM:
         for steps, order in ((1, slice(None)), (2, mixed)):
-            model = make(method)
+            model = make(model_name)
             expected = accumulate(model, video[order], label[order], [8 // steps] * steps)
-            gradients, state = torch.load(tmp_path / f"{method}-True-{steps}.pt")
-            assert close(gradients, expected), (method, steps)
+            gradients, state = torch.load(tmp_path / f"{model_name}-True-{steps}.pt")
+            assert close(gradients, expected), (model_name, steps)
             assert close(
                 state, {f"{i}.{k}": v for i, m in enumerate(norms(model)) for k, v in m.state_dict().items()}
-            ), (method, steps)
-            gradients, _ = torch.load(tmp_path / f"{method}-False-{steps}.pt")
-            assert not close(gradients, expected), (method, steps)
+            ), (model_name, steps)
+            gradients, _ = torch.load(tmp_path / f"{model_name}-False-{steps}.pt")
+            assert not close(gradients, expected), (model_name, steps)

@@ -138,14 +138,19 @@ def test_compiled_by_a_compiler() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "recompute"),
-    [(method, again) for method in MODELS for again in (False, True) if not again or method.startswith("td4v")],
+    ("model_name", "recompute"),
+    [
+        (model_name, again)
+        for model_name in MODELS
+        for again in (False, True)
+        if not again or model_name.startswith("td4v")
+    ],
 )
-def test_every_method_can_be_compiled(graphs: list[Any], method: str, recompute: bool) -> None:
+def test_every_model_can_be_compiled(graphs: list[Any], model_name: str, recompute: bool) -> None:
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
-    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0}}.get(method, {})
+    options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0}}.get(model_name, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}
-    network |= {"model": method, "options": options, "recompute": recompute}
+    network |= {"model": model_name, "options": options, "recompute": recompute}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 16}
     torch.manual_seed(0)
     plain = build_model(load_config({"data": data, "network": network}))

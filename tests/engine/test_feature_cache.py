@@ -355,7 +355,7 @@ def test_what_they_depend_on_and_what_not(config: Config, tmp_path: Path) -> Non
     assert usual == key(solver={"lr": 1.0, "epochs": 9, "precision": "amp"}, network={"drop_fc": 0.5})
 
 
-def test_methods_without_frozen_features_are_refused(config: Config) -> None:
+def test_models_without_frozen_features_are_refused(config: Config) -> None:
     for mode in ("val", "all"):
         network = replace(config.network, model="full_finetune", cache_features=mode)
         with pytest.raises(ConfigError, match="full_finetune has no frozen features .*linear_probe"):

@@ -177,11 +177,11 @@ def test_weights_in_and_out(conv: Path) -> None:
     load_weights(target, source.state_dict(), "a.pt")
     assert_same(source.state_dict(), target.state_dict())
     assert target.origin == Origin("small_conv", "those in a.pt")
-    lacking = {name: value for name, value in source.state_dict().items() if name != "stem.1.running_var"}
+    incomplete = {name: value for name, value in source.state_dict().items() if name != "stem.1.running_var"}
     backbone = {"name": "ViT-B/16", "weights": "openai", "sha256": "0" * 64}
     for values, options, message in (
-        (lacking, {}, r"does not fit this network: 1 keys missing \(first stem.1.running_var\), 0 unexpected"),
-        (lacking, {"backbone": backbone}, "does not fit this network: 1 keys missing"),
+        (incomplete, {}, r"does not fit this network: 1 keys missing \(first stem.1.running_var\), 0 unexpected"),
+        (incomplete, {"backbone": backbone}, "does not fit this network: 1 keys missing"),
         (
             source.state_dict(),
             {"backbone": backbone},

@@ -1,6 +1,6 @@
 """The comparison of models: tables and files, resuming, failing runs, what it says about the numbers.
 
-The two commands run in this process (entry_bench.command) but for the run that fails, which is a real one.
+The two commands run in this process (cli_harness.command) but for the run that fails, which is a real one.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ VALUES = {
 }  # fmt: skip
 
 
-def configuration(method: str = "td4v_side", **network: object) -> Config:
-    return load_config(VALUES | {"network": VALUES["network"] | {"model": method} | network})
+def configuration(model_name: str = "td4v_side", **network: object) -> Config:
+    return load_config(VALUES | {"network": VALUES["network"] | {"model": model_name} | network})
 
 
 def trained(config: Config, full: bool = False, ema: bool = False) -> tuple[torch.nn.Module, dict]:
@@ -113,13 +113,13 @@ def refusal(caplog: pytest.LogCaptureFixture, *arguments: str | Path) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("saved_full", [False, True])
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_both_kinds_in_both_formats_give_the_same_logits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, saved_full: bool, suffix: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_name: str, saved_full: bool, suffix: str
 ):
-    config = configuration(method)
+    config = configuration(model_name)
     model, content = trained(config, full=saved_full)
     source = written(tmp_path, content)
     lean = exported(source, tmp_path / f"lean{suffix}")

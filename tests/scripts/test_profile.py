@@ -341,9 +341,9 @@ def test_a_precision_is_said_once(command, caplog) -> None:
     cases._precision_name.cache_clear()
     with caplog.at_level("INFO", "td4v"):
         assert command("--set", "network.model=linear_probe", "--compare", "+data.num_segments=3", "--batch", "1") == 0
-    said = [record.getMessage() for record in caplog.records]
-    assert len([line for line in said if "precision amp" in line]) == 1 and not [
-        line for line in said if "1 clips" in line
+    messages = [record.getMessage() for record in caplog.records]
+    assert len([line for line in messages if "precision amp" in line]) == 1 and not [
+        line for line in messages if "1 clips" in line
     ]
 
 

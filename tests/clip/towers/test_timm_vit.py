@@ -69,11 +69,11 @@ def tower_of(name: str):
     return shake(build_timm_tower(name, KINDS[name][2])).to(exactness(name)[0])
 
 
-def config(arch: str, method: str = "linear_probe", init: bool = False, given=None, **network):
+def config(arch: str, model_name: str = "linear_probe", init: bool = False, given=None, **network):
     prefix, has_class, size = KINDS.get(arch, (1, True, 32))
     if not has_class and "options" not in network:
-        network["options"] = {"token" if method == "td4v_side" else "feature": "mean_tokens"}
-    network = {"arch": arch, "init": init, "model": method, "pyramid": {"n_embs": [16, 16]}, **network}
+        network["options"] = {"token" if model_name == "td4v_side" else "feature": "mean_tokens"}
+    network = {"arch": arch, "init": init, "model": model_name, "pyramid": {"n_embs": [16, 16]}, **network}
     data = {
         "dataset": "hmdb51",
         "num_classes": 3,
@@ -175,10 +175,10 @@ def test_registers_do_not_count_in_what_is_read():
     assert torch.equal(alone.without_registers(x[:, :8], "mean_tokens")[:, 1:], x[:, 4:8])
 
 
-@pytest.mark.parametrize("method", MODELS)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("arch", KINDS)
-def test_every_model_trains_on_every_tower(arch, method):
-    model = build_model(config(arch, method)).train()
+def test_every_model_trains_on_every_tower(arch, model_name):
+    model = build_model(config(arch, model_name)).train()
     clips = random_clips(arch)
     for parameter in model.parameters():  # nothing that starts at 0 hides what stands behind it
         if parameter.requires_grad and not parameter.detach().any():
@@ -194,7 +194,7 @@ def test_every_model_trains_on_every_tower(arch, method):
         id(p) for group in parameter_groups(model, lr=1.0, weight_decay=0.05, layer_decay=0.7) for p in group["params"]
     ]
     assert sorted(grouped) == sorted(tuned)
-    if method == "full_finetune":
+    if model_name == "full_finetune":
         assert tuned == {id(p) for p in model.parameters()}
     with torch.autocast("cpu", torch.bfloat16):
         low = model.eval()(clips)
@@ -205,11 +205,11 @@ def _parameters(part):
     return [part] if isinstance(part, nn.Parameter) else part.parameters()
 
 
-@pytest.mark.parametrize("method", ["td4v_finetune", "aim"])
+@pytest.mark.parametrize("model_name", ["td4v_finetune", "aim"])
 @pytest.mark.parametrize("arch", KINDS)
-def test_at_step_0_a_model_in_the_blocks_is_the_tower(arch, method):
+def test_at_step_0_a_model_in_the_blocks_is_the_tower(arch, model_name):
     dtype, most = exactness(arch)
-    model = build_model(config(arch, method)).to(dtype).eval()
+    model = build_model(config(arch, model_name)).to(dtype).eval()
     clips = random_clips(arch).to(dtype)
     tower = model.tower
     frames = tower.read(tower(clips.flatten(0, 1)), "class_token" if tower.has_class_token else "mean_tokens")
@@ -251,13 +251,13 @@ def test_a_checkpoint_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("wrapped", ["bare", "state_dict", "safetensors"])
 @pytest.mark.parametrize("arch", KINDS)
 def test_files_of_timm_and_open_clip_load(arch, wrapped, tmp_path, caplog):
-    trunk = timm_arguments(arch)
+    arguments = timm_arguments(arch)
     size = KINDS[arch][2]
-    if trunk is None:
+    if arguments is None:
         theirs = shake(timm.create_model(arch, num_classes=7, img_size=2 * size))  # a classifier, positions of 4 x 4
         values = theirs.state_dict()
     else:
-        theirs = shake(timm.create_model(trunk.pop("model_name"), **trunk, num_classes=0, img_size=2 * size))
+        theirs = shake(timm.create_model(arguments.pop("model_name"), **arguments, num_classes=0, img_size=2 * size))
         values = {f"visual.trunk.{key}": value for key, value in theirs.state_dict().items()}
         values |= {"logit_scale": torch.ones(()), "text.token_embedding.weight": torch.ones(3, 3)}
     if wrapped == "safetensors":
@@ -279,8 +279,10 @@ def test_files_of_timm_and_open_clip_load(arch, wrapped, tmp_path, caplog):
     assert len(warned) == other_pixels
     if other_pixels:  # one line, and nothing of the file is claimed
         assert "data.mean is (0.48" in warned[0] and "data.std (0.26" in warned[0]
-        told = f"timm's default for this name is mean {tower.mean}, std {tower.std}; check what your file was trained"
-        assert told in warned[0] and ("its tag into network.arch" in warned[0]) == (trunk is None)
+        sentence = (
+            f"timm's default for this name is mean {tower.mean}, std {tower.std}; check what your file was trained"
+        )
+        assert sentence in warned[0] and ("its tag into network.arch" in warned[0]) == (arguments is None)
 
 
 @pytest.mark.parametrize("arch", ["vit_base_patch16_224", "vit_medium_patch16_reg4_gap_256", "eva02_base_patch14_224"])
@@ -371,8 +373,8 @@ def test_wrong_files_are_named(tmp_path):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     values = timm.create_model("vit_base_patch16_224", img_size=32).state_dict()
-    lacking = {key: value for key, value in values.items() if key != "blocks.1.attn.qkv.bias"}
-    refused("vit_base_patch16_224", lacking, "1 keys differ, first blocks.1.attn.qkv.bias: nothing in the file")
+    incomplete = {key: value for key, value in values.items() if key != "blocks.1.attn.qkv.bias"}
+    refused("vit_base_patch16_224", incomplete, "1 keys differ, first blocks.1.attn.qkv.bias: nothing in the file")
     refused(
         "vit_base_patch16_224", {**values, "odd.weight": torch.ones(2)}, "first odd.weight: .* nothing in the model"
     )
@@ -472,8 +474,8 @@ def test_sizes_that_do_not_fit_and_missing_class_tokens_are_refused():
         TowerError, match="data.input_size: 225 is not divisible by the patch size 14 of vit_small_patch14_dinov2"
     ):
         build_timm_tower("vit_small_patch14_dinov2", 225)
-    for method, key in [("td4v_side", "token"), *[(name, "feature") for name in MODELS if name != "td4v_side"]]:
-        asked = config("ViT-B-16-SigLIP", method, options={key: "class_token"})
+    for model_name, key in [("td4v_side", "token"), *[(name, "feature") for name in MODELS if name != "td4v_side"]]:
+        asked = config("ViT-B-16-SigLIP", model_name, options={key: "class_token"})
         with pytest.raises(
             TowerError, match=f"ViT-B-16-SigLIP has no class token; set network.options.{key} to mean_tokens"
         ):
