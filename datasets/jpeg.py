@@ -13,6 +13,7 @@ import numpy as np
 import simplejpeg
 
 START = b"\xff\xd8"
+SCAN, APP1 = 0xDA, 0xE1  # markers: the pixels begin; EXIF or XMP
 LARGEST_REDUCTION = 8
 
 
@@ -23,6 +24,18 @@ class JpegError(ValueError):
 def is_jpeg(data: bytes) -> bool:
     """Whether the bytes begin as a JPEG file."""
     return data.startswith(START)
+
+
+def has_metadata(data: bytes) -> bool:
+    """Whether EXIF or XMP stands before the pixels."""
+    position = len(START)
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker in (SCAN, APP1):
+            return marker == APP1
+        length = data[position + 2] << 8 | data[position + 3]
+        position += 1 if marker == 0xFF else 2 + length  # 0xFF may be repeated before a marker
+    return False
 
 
 def size(data: bytes) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import lzma
 import os
 import shutil
 import sys
@@ -25,13 +26,15 @@ from typing import NamedTuple
 from common.files import try_lock, write_atomic
 from common.tables import format_bytes
 from common.workers import Workers, num_cores, progress
+from datasets.limits import SizeError, check_file_size
 
 SUFFIX = ".zip"
 IMAGE_TMPL = "{:06d}.jpg"
 _KILLED = "the process at work on it was killed; run the command again"
 HEADER_BYTES = 200  # of a frame in a zip, at most, for names of usual length
 SHOWN_PROBLEMS = 20
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError)  # what zipfile raises of damaged files
+# What zipfile raises of damaged files.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 logger = logging.getLogger("td4v")
 
@@ -73,11 +76,14 @@ class PackedVideo:
             PackError: the frame is not there, cannot be read or is damaged.
         """
         try:
+            check_file_size(f"{self.path}: {name}", self._zip.getinfo(name).file_size)
             return self._zip.read(name)
         except KeyError:
             raise PackError(f"{self.path}: {name} is missing; the zip holds {len(self)} frames") from None
+        except SizeError as error:
+            raise PackError(str(error)) from None
         except OSError as error:
-            raise PackError(f"{self.path}: {name} cannot be read ({error.strerror})") from None
+            raise PackError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from None
         except _DAMAGE as error:
             raise PackError(f"{self.path}: {name} is damaged ({error}); pack its frames again") from None
 

@@ -9,19 +9,17 @@ T frames of H x W pixels.
 
 from __future__ import annotations
 
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from datasets import jpeg
 from datasets.box import Box
 from datasets.decoders import DecodeError, Decoder, open_video
+from datasets.images import ImageError, JpegImage, PixelImage, open_image
+from datasets.limits import SizeError, check_file_size
 from datasets.packed_frames import PackedVideo, PackError, packed_path
 
 
@@ -143,11 +141,14 @@ class ImageClip(Clip):
 
     @abstractmethod
     def load(self, index: int) -> tuple[str, bytes]:
-        """The path of frame `index`, for messages, and the bytes of its file. Raises ReadError."""
+        """The path of frame `index`, for messages, and the bytes of its file. Raises ReadError, SizeError."""
 
     def fetch(self, indices: np.ndarray) -> Frames:
         wanted, order = np.unique(indices, return_inverse=True)
-        images = [_open_image(*self.load(index)) for index in wanted.tolist()]
+        try:
+            images = [open_image(*self.load(index)) for index in wanted.tolist()]
+        except (ImageError, SizeError) as error:
+            raise ReadError(str(error)) from error
         first = images[0]
         for image in images:
             if (image.height, image.width) != (first.height, first.width):
@@ -175,6 +176,7 @@ class _FrameFolder(ImageClip):
         path = os.path.join(self.path, name)
         try:
             with open(path, "rb", buffering=0) as file:
+                check_file_size(path, os.fstat(file.fileno()).st_size)
                 return path, file.read()
         except FileNotFoundError:
             raise self.missing(name) from None
@@ -206,67 +208,19 @@ class _PackedFrames(ImageClip):
             raise ReadError(str(error)) from None
 
 
-class _Jpeg:
-    """A JPEG that is not decoded yet, perhaps to be decoded at a fraction of its size."""
-
-    def __init__(self, path: str, data: bytes, factor: int = 1):
-        self.path, self.data, self.factor = path, data, factor
-        height, width = jpeg.size(data)
-        self.height, self.width = -(-height // factor), -(-width // factor)
-
-    def decode(self, box: Box, fast: bool) -> np.ndarray:
-        try:
-            pixels = jpeg.decode_reduced(self.data, self.factor) if self.factor > 1 else jpeg.decode(self.data, fast)
-        except jpeg.JpegError as error:
-            raise _not_readable(self.path, error) from error
-        return pixels[box.top : box.bottom, box.left : box.right]
-
-    def reduced(self, least_height: int, least_width: int) -> _Jpeg:
-        factor = jpeg.reduction(self.height, self.width, least_height, least_width)
-        return self if factor == 1 else _Jpeg(self.path, self.data, factor)
-
-
-class _Pixels:
-    """An image that is decoded already."""
-
-    def __init__(self, path: str, pixels: np.ndarray):
-        self.path, self.pixels = path, pixels  # (H, W, 3)
-        self.height, self.width, _ = pixels.shape
-
-    def decode(self, box: Box, fast: bool) -> np.ndarray:
-        return self.pixels[box.top : box.bottom, box.left : box.right]
-
-    def reduced(self, least_height: int, least_width: int) -> _Pixels:
-        return self
-
-
-def _open_image(path: str, data: bytes) -> _Jpeg | _Pixels:
-    """A JPEG is decoded later; whatever else Pillow reads is decoded at once. Raises ReadError."""
-    if jpeg.is_jpeg(data):
-        with suppress(jpeg.JpegError):  # an unusual one, which Pillow may know, or a damaged one
-            return _Jpeg(path, data)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _Pixels(path, np.asarray(image.convert("RGB")))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged images
-        raise _not_readable(path, error) from error
-
-
-def _not_readable(path: str, error: Exception) -> ReadError:
-    reason = str(error) if isinstance(error, jpeg.JpegError) else type(error).__name__
-    return ReadError(f"{path}: is not a readable image ({reason})")
-
-
 class _ImageFrames:
     """Images, each of which may be shown several times: frame t is images[order[t]]."""
 
-    def __init__(self, images: Sequence[_Jpeg | _Pixels], order: np.ndarray):
+    def __init__(self, images: Sequence[JpegImage | PixelImage], order: np.ndarray):
         self.images, self.order = images, order  # order: (T,)
         self.height, self.width = images[0].height, images[0].width
 
     def decode(self, box: Box | None = None, fast: bool = False) -> np.ndarray:
         box = box or Box(0, 0, self.height, self.width)
-        frames = np.stack([image.decode(box, fast) for image in self.images])  # (unique, h, w, 3)
+        try:
+            frames = np.stack([image.decode(box, fast) for image in self.images])  # (unique, h, w, 3)
+        except ImageError as error:
+            raise ReadError(str(error)) from error
         return frames if len(frames) == len(self.order) else frames[self.order]
 
     def reduced(self, least_height: int, least_width: int) -> Frames:

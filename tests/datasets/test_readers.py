@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets import jpeg
 from datasets.box import Box
+from datasets.limits import MAX_FILE_BYTES
 from datasets.packed_frames import pack
 from datasets.readers import FrameReader, ReadError, VideoReader
 from tests.helpers.video_files import cut_off, overwrite, write_video
@@ -89,6 +90,35 @@ def test_frames_of_different_sizes(folder):
     Image.new("RGB", (31, 20)).save(folder / "000003.jpg")
     message = failure(FrameReader("{:06d}.jpg"), folder, 10, [1, 2])
     assert "000003.jpg" in message and "31x20" in message and "30x20" in message
+
+
+def test_frames_that_are_upright_together_have_one_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 30)).save(tmp_path / "1.jpg")
+    Image.new("RGB", (30, 20)).save(tmp_path / "2.jpg", exif=exif)
+    assert FrameReader("{}.jpg").open(str(tmp_path), 2).read(np.arange(2)).shape == (2, 30, 20, 3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bomb", ["pixels", "bytes"])
+def test_bombs_are_refused_in_folders_and_zips(tmp_path, packed, bomb):
+    (tmp_path / "v").mkdir()
+    frame = tmp_path / "v/1.bmp"
+    Image.new("L", (4, 4)).save(frame)
+    with open(frame, "r+b") as file:
+        if bomb == "pixels":
+            file.seek(18)
+            file.write((20_000).to_bytes(4, "little"))  # the width
+        else:
+            file.truncate(MAX_FILE_BYTES + 1)  # zeros, which take no space
+    if packed:
+        with zipfile.ZipFile(tmp_path / "v.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("1.bmp", frame.read_bytes() if bomb == "pixels" else b"")
+            archive.infolist()[0].file_size = os.path.getsize(frame)
+        shutil.rmtree(tmp_path / "v")
+    message = failure(FrameReader("{}.bmp"), tmp_path / "v", 1)
+    assert "1.bmp: " in message and ("20000x4 pixels" if bomb == "pixels" else "MiB are read") in message
 
 
 def test_video_with_fewer_frames_than_declared(tmp_path):
