@@ -97,9 +97,8 @@ def test_install_fills_a_new_environment(checkout: Checkout, words: list[str], v
         done = checkout.run("run_tests.sh", *words, "-k", "one two", PYTHON=active, **variables)
         assert done.returncode == 0, done.stderr
     pip = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
-    tests = [
-        f".venv: -m {words}" for words in ("ruff check .", "ruff format --check .", "pytest -m not slow -k one two")
-    ]
+    pytest_words = "pytest -m not slow -n 2 --dist loadfile -k one two"
+    tests = [f".venv: -m {words}" for words in ("ruff check .", "ruff format --check .", pytest_words)]
     assert checkout.commands() == ["active: -m venv .venv", f".venv: {pip}", *tests, *tests]
     assert not active.with_name("complete").exists()
 
