@@ -81,6 +81,7 @@ class DataConfig:
     batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips
     workers: int = 4  # processes that load videos, in each training process
     image_tmpl: str = "{:06d}.jpg"  # RGB: the file name of a frame by its number
+    index_base: Literal[0, 1] = 1  # RGB: the number of a video's first frame
     train_root: Optional[str] = None  # folder of the training videos
     val_root: Optional[str] = None  # folder of the validation videos
     test_root: Optional[str] = None  # null: val_root

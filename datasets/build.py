@@ -186,7 +186,7 @@ def video_source(data: DataConfig, split: Literal["train", "val", "test"]) -> Vi
 
 def build_reader(data: DataConfig) -> Reader:
     if data.modality == "RGB":
-        return FrameReader(data.image_tmpl)
+        return FrameReader(data.image_tmpl, data.index_base)
     try:
         library(data.decoder)  # in a worker, a missing one would be pages of text
     except DecoderMissing as error:

@@ -1,6 +1,6 @@
 """Packed frames: one stored (uncompressed) zip a video, in place of a folder with one file a frame.
 
-    python -m datasets.packed_frames FRAMES OUT [--jobs N]
+    python -m datasets.packed_frames FRAMES OUT [--image-tmpl TEMPLATE] [--index-base 0] [--jobs N]
 
 packs every frame folder below FRAMES: the frames of FRAMES/a/video go to OUT/a/video.zip, byte for byte, under the
 names that they have in the folder. OUT may be FRAMES: a zip then stands beside its folder. Loaders read the zip where
@@ -26,10 +26,10 @@ from typing import NamedTuple
 from common.files import try_lock, write_atomic
 from common.tables import format_bytes
 from common.workers import Workers, num_cores, progress
+from datasets.frame_names import USUAL, FrameNames
 from datasets.limits import SizeError, check_file_size
 
 SUFFIX = ".zip"
-IMAGE_TMPL = "{:06d}.jpg"
 _KILLED = "the process at work on it was killed; run the command again"
 HEADER_BYTES = 200  # of a frame in a zip, at most, for names of usual length
 SHOWN_PROBLEMS = 20
@@ -110,14 +110,14 @@ def write_packed(path: Path, frames: Iterable[tuple[str, bytes]]) -> None:
     write_atomic(path, fill)
 
 
-def pack(frames: Path, out: Path, image_tmpl: str = IMAGE_TMPL, jobs: int = 1) -> None:
+def pack(frames: Path, out: Path, names: FrameNames = USUAL, jobs: int = 1) -> None:
     """Pack every frame folder below `frames` that is not packed in `out` yet.
 
     Raises:
-        PackError: a folder is empty, has a gap or another file than `image_tmpl` from 1 on; `out` lies inside `frames`,
+        PackError: a folder is empty, has a gap or another file than `names` has; `out` lies inside `frames`,
             holds another zip of a video, is in use or too full; a zip cannot be written. Finished zips are kept.
     """
-    _check_template(image_tmpl)
+    _check_template(names.image_tmpl)
     if not frames.is_dir():
         raise PackError(f"{frames}: there is no such folder")
     if frames.resolve() in out.resolve().parents:
@@ -126,7 +126,7 @@ def pack(frames: Path, out: Path, image_tmpl: str = IMAGE_TMPL, jobs: int = 1) -
     if not videos:
         raise PackError(f"{frames}: holds no frame folders")
     with Workers(jobs) as workers:
-        scans = workers.run(partial(_scan, image_tmpl), videos)
+        scans = workers.run(partial(_scan, names), videos)
         found = dict(progress(scans, len(videos), "looking at the frames"))
         _refuse([scan or _KILLED for scan in found.values() if not isinstance(scan, _Scan)])
         todo = [video for video in videos if not found[video].packed]
@@ -171,17 +171,19 @@ def _frame_files(folder: Path) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in wanted if entry.is_file()}
 
 
-def _scan(image_tmpl: str, video: tuple[Path, Path]) -> _Scan | str:
+def _scan(names: FrameNames, video: tuple[Path, Path]) -> _Scan | str:
     """Look at a frame folder and at its zip, if there is one; a string says what is wrong."""
     folder, target = video
     try:
         sizes = _frame_files(folder)
-        expected = [image_tmpl.format(number) for number in range(1, len(sizes) + 1)]
+        expected = [names.name(index) for index in range(len(sizes))]
         if not sizes:
             return f"{folder}: holds no frames"
         if other := sorted(sizes.keys() - expected):
             gap = next(name for name in expected if name not in sizes)
-            return f"{folder}: {gap} is missing, but {other[0]} is there; frames are named {image_tmpl!r} from 1 on"
+            rule = f"frames are named {names.image_tmpl!r} from {names.index_base} on"
+            advice = names.advice(sizes, "--image-tmpl ", "--index-base ")
+            return f"{folder}: {gap} is missing, but {other[0]} is there; {rule}{advice}"
         if target.exists() and PackedVideo(target).sizes() != sizes:
             return f"{target}: holds other frames than {folder}; delete it to pack them again"
     except (OSError, PackError) as error:
@@ -205,7 +207,9 @@ def _check_template(image_tmpl: str) -> None:
     except (IndexError, KeyError, ValueError) as error:
         raise PackError(f"--image-tmpl {image_tmpl!r}: does not format a frame number ({error})") from None
     if len(names) < 2 or "/" in image_tmpl or image_tmpl.startswith("."):
-        raise PackError(f"--image-tmpl {image_tmpl!r}: must be a file name with one frame number, e.g. {IMAGE_TMPL!r}")
+        raise PackError(
+            f"--image-tmpl {image_tmpl!r}: must be a file name with one frame number, e.g. {USUAL.image_tmpl!r}"
+        )
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -231,8 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("frames", type=Path, metavar="FRAMES", help="the folder of the frame folders")
     parser.add_argument("out", type=Path, metavar="OUT", help="where the zips go")
+    parser.add_argument("--image-tmpl", default=USUAL.image_tmpl, help="names of the frames (default: %(default)s)")
     parser.add_argument(
-        "--image-tmpl", default=IMAGE_TMPL, help="names of the frames, from 1 on (default: %(default)s)"
+        "--index-base", type=int, choices=(0, 1), default=1, help="number of the first frame (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=num_cores(), help="processes (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -240,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--jobs must be 1 or more")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        pack(arguments.frames, arguments.out, arguments.image_tmpl, arguments.jobs)
+        names = FrameNames(arguments.image_tmpl, arguments.index_base)
+        pack(arguments.frames, arguments.out, names, arguments.jobs)
     except (PackError, OSError) as error:
         logger.error("%s", error)
         return 1

@@ -18,6 +18,7 @@ import numpy as np
 
 from datasets.box import Box
 from datasets.decoders import DecodeError, Decoder, open_video
+from datasets.frame_names import FrameNames
 from datasets.images import ImageError, JpegImage, PixelImage, open_image
 from datasets.limits import SizeError, check_file_size
 from datasets.packed_frames import PackedVideo, PackError, packed_path
@@ -77,8 +78,7 @@ class FrameReader:
     """
 
     def __init__(self, image_tmpl: str, index_base: int = 1):
-        self.image_tmpl = image_tmpl
-        self.index_base = index_base
+        self.names = FrameNames(image_tmpl, index_base)
 
     def open(self, path: str, declared_frames: int | None) -> ImageClip:
         if declared_frames is None:
@@ -89,20 +89,20 @@ class FrameReader:
         elif os.path.isdir(path):
             clip = _FrameFolder(path, self, declared_frames)
         else:
-            raise ReadError(f"{path}: there is no such folder, and no {os.path.basename(packed)}")
-        last = self.name(declared_frames - 1)
-        if last not in clip:
-            raise clip.missing(last)
+            reason = f"there is no such folder, and no {os.path.basename(packed)}"
+            if os.path.isfile(path):
+                reason = "is a file; data.modality: video reads video files"
+            raise ReadError(f"{path}: {reason}")
+        for index in (declared_frames - 1, 0):  # the first, too: with another numbering it alone may be missing
+            name = self.names.name(index)
+            if name not in clip:
+                raise clip.missing(name)
         return clip
 
     def stored_at(self, path: str) -> str:
         """The video's zip, or its folder."""
         packed = packed_path(path)
         return packed if os.path.isfile(packed) else path
-
-    def name(self, index: int) -> str:
-        """The file name of frame `index`, from 0."""
-        return self.image_tmpl.format(index + self.index_base)
 
 
 class VideoReader:
@@ -136,8 +136,8 @@ class ImageClip(Clip):
         """Whether there is a frame of this name."""
 
     @abstractmethod
-    def __len__(self) -> int:
-        """Files that are there."""
+    def files(self) -> list[str]:
+        """The names of all that is there."""
 
     @abstractmethod
     def load(self, index: int) -> tuple[str, bytes]:
@@ -159,20 +159,24 @@ class ImageClip(Clip):
         return _ImageFrames(images, order)
 
     def missing(self, name: str) -> ReadError:
-        return ReadError(
-            f"{self.path}: {name} is missing; there are {len(self)} files, the list declares {self.num_frames} frames"
-        )
+        files = self.files()
+        counts = f"there are {len(files)} files, the list declares {self.num_frames} frames"
+        return ReadError(f"{self.path}: {name} is missing; {counts}{self.reader.names.advice(files)}")
 
 
 class _FrameFolder(ImageClip):
     def __contains__(self, name: str) -> bool:
         return os.path.isfile(os.path.join(self.path, name))
 
-    def __len__(self) -> int:
-        return len(os.listdir(self.path))
+    def files(self) -> list[str]:
+        inner = os.path.dirname(self.reader.names.image_tmpl)  # a template may name a folder too
+        try:
+            return [os.path.join(inner, file) for file in os.listdir(os.path.join(self.path, inner))]
+        except OSError:
+            return []
 
     def load(self, index: int) -> tuple[str, bytes]:
-        name = self.reader.name(index)
+        name = self.reader.names.name(index)
         path = os.path.join(self.path, name)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -195,11 +199,11 @@ class _PackedFrames(ImageClip):
     def __contains__(self, name: str) -> bool:
         return name in self._video
 
-    def __len__(self) -> int:
-        return len(self._video)
+    def files(self) -> list[str]:
+        return list(self._video.sizes())
 
     def load(self, index: int) -> tuple[str, bytes]:
-        name = self.reader.name(index)
+        name = self.reader.names.name(index)
         if name not in self:
             raise self.missing(name)
         try:

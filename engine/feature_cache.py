@@ -195,7 +195,16 @@ class FeatureCache:
             "tf32": self.config.solver.tf32,
             "device": self.process.device.type,
         }
-        for name in ("modality", "image_tmpl", "decoder", "num_segments", "dense", "input_size", "scale_size"):
+        for name in (
+            "modality",
+            "image_tmpl",
+            "index_base",
+            "decoder",
+            "num_segments",
+            "dense",
+            "input_size",
+            "scale_size",
+        ):
             identity[name] = getattr(data, name)
         identity |= {"mean": list(data.mean), "std": list(data.std)}
         if split == "train" and data.shot is not None:

@@ -66,13 +66,15 @@ class RowChecker:
 
     def _check_frames(self, record: VideoRecord, path: str, stored: str, reader: FrameReader) -> RowResult:
         def name(index: int) -> str:
-            return os.path.basename(reader.name(index))
+            return os.path.basename(reader.names.name(index))
 
         declared = record.num_frames or 0
         if stored != path:
             sizes = PackedVideo(stored).sizes()
         else:
-            sizes = _file_sizes(os.path.dirname(os.path.join(path, reader.name(0))))  # a template may name a folder too
+            sizes = _file_sizes(
+                os.path.dirname(os.path.join(path, reader.names.name(0)))
+            )  # a template may name a folder too
         names = [name(index) for index in range(declared)]
         missing = [name for name in names if name not in sizes]
         num_bytes = sum(sizes.get(name, 0) for name in names)
@@ -80,6 +82,7 @@ class RowChecker:
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             text = f"{path}: {len(missing)} of {declared} declared frames are missing ({shown})"
+            text += reader.names.advice(sizes)
             return replace(result, problems=(("frames missing", text),))
         if empty := [name for name in names if sizes[name] == 0]:
             text = f"{path}: {len(empty)} of {declared} frames are empty files, first {empty[0]}"

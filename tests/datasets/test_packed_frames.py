@@ -18,6 +18,7 @@ import pytest
 
 from common.files import try_lock
 from datasets import packed_frames
+from datasets.frame_names import FrameNames
 from datasets.packed_frames import PackedVideo, main, pack, write_packed
 from tests.helpers.packs import VIDEOS, assert_packed, content, failure, make_frames
 
@@ -144,16 +145,26 @@ def test_all_bad_folders_are_named(tmp_path, caplog):
 
 @pytest.mark.parametrize("template", ["frame.jpg", "img/{:05d}.jpg", ".{}", "{", "{:q}", "{a}", "{0}{1}"])
 def test_bad_templates(template, tmp_path):
-    assert "--image-tmpl" in failure(pack, tmp_path, tmp_path / "out", template)
+    assert "--image-tmpl" in failure(pack, tmp_path, tmp_path / "out", FrameNames(template))
 
 
 def test_frames_of_another_template(tmp_path):
     (tmp_path / "frames/v").mkdir(parents=True)
     for number in range(1, 12):
         (tmp_path / f"frames/v/img2_{number}.png").write_bytes(bytes([number]) * (number - 1))  # the first is empty
-    pack(tmp_path / "frames", tmp_path / "packed", "img2_{}.png")
+    pack(tmp_path / "frames", tmp_path / "packed", FrameNames("img2_{}.png"))
     video = PackedVideo(tmp_path / "packed/v.zip")
     assert [video.read(f"img2_{number}.png") for number in range(1, 12)] == [bytes([n]) * (n - 1) for n in range(1, 12)]
+
+
+def test_frames_that_are_numbered_from_0(tmp_path):
+    frames = make_frames(tmp_path / "frames", {"v": 3})
+    for number in range(3):
+        (frames / f"v/{number + 1:06d}.jpg").rename(frames / f"v/{number:06d}.jpg")
+    message = failure(pack, frames, tmp_path / "packed")
+    assert message.endswith("its files are 000000.jpg to 000002.jpg: set --index-base 0")
+    assert main([str(frames), str(tmp_path / "packed"), "--index-base", "0"]) == 0
+    assert list(PackedVideo(tmp_path / "packed/v.zip").sizes()) == ["000000.jpg", "000001.jpg", "000002.jpg"]
 
 
 def test_too_little_space_is_seen_before(frames, tmp_path, monkeypatch):

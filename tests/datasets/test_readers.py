@@ -74,6 +74,21 @@ def test_missing_frame_inside(folder):
     assert "000004.jpg is missing" in message and "9 files" in message and "declares 10" in message
 
 
+def test_frames_under_other_names_say_which_settings_read_them(folder, tmp_path):
+    reader = FrameReader("{:06d}.jpg", index_base=0)  # 000009.jpg is there, so the last frame alone would be read wrong
+    message = failure(reader, folder, 10)
+    assert "000000.jpg is missing" in message and message.endswith("000010.jpg: set data.index_base: 1")
+    message = failure(FrameReader("img_{:05d}.jpg"), folder, 10)
+    assert message.endswith("its files are 000001.jpg to 000010.jpg: set data.image_tmpl: '{:06d}.jpg'")
+    message = failure(FrameReader("rgb/{:06d}.jpg"), folder, 10)
+    assert "rgb/000010.jpg is missing; there are 0 files" in message
+
+
+def test_a_video_file_where_a_folder_should_be_names_the_setting(tmp_path):
+    (tmp_path / "x.mp4").touch()
+    assert "data.modality: video" in failure(FrameReader("{:06d}.jpg"), tmp_path / "x.mp4", 3)
+
+
 def test_missing_folder_and_unknown_length(folder):
     assert "there is no such folder" in failure(FrameReader("{:06d}.jpg"), folder / "nothing", 3)
     assert "how many frames" in failure(FrameReader("{:06d}.jpg"), folder, None)

@@ -117,7 +117,7 @@ class Reference(Dataset):
             ).asnumpy()
             return [Image.fromarray(frame) for frame in frames]
         wanted = self.dataset.frame_indices(record.num_frames, epoch, index)[0]
-        files = [os.path.join(path, self.data.image_tmpl.format(frame + 1)) for frame in wanted]
+        files = [os.path.join(path, self.data.image_tmpl.format(frame + self.data.index_base)) for frame in wanted]
         return [Image.open(file).convert("RGB") for file in files]
 
     def each_augmented(self, images: Sequence[Image.Image]) -> list[Image.Image]:
