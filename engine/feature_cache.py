@@ -1,8 +1,9 @@
 """Frozen features of a list, computed once and kept on disk, and loaders that give them in place of videos.
 
 OUTPUT_DIR/features/KEY holds the features of one list: part_N.bin, the rows that process N computed, and features.json:
-what they depend on, the videos of each part, a stamp of the video files, and which videos could not be read. The folder
-gets its name when all is on disk; until then it is .KEY.partial.
+what they depend on, the videos of each part with a checksum of each row, a stamp of the video files, which videos could
+not be read, and a checksum of itself. The folder gets its name when all is on disk; until then it is .KEY.partial. All
+rows are checked when a run opens the folder, and each row again when it is read.
 
 Letters: B clips, V views a video (1), F values of a feature.
 """
@@ -17,6 +18,7 @@ import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -36,9 +38,10 @@ from engine.optim import Precision
 
 logger = logging.getLogger("td4v")
 
-FORMAT = 2  # of the files; part of the key
+FORMAT = 3  # of the files; part of the key
 WAIT_S = 1.0  # between two tries to lock a folder
 _INDEX = "features.json"
+_CHECKSUM = "crc32"  # the key of the index that holds the checksum of its other keys
 
 
 class FeatureError(EngineError):
@@ -48,15 +51,17 @@ class FeatureError(EngineError):
 class Features:
     """The features of a list in a finished folder; values are read from disk when they are used.
 
-    Raises OSError, ValueError, KeyError: the folder is missing or damaged.
+    Raises OSError, ValueError, KeyError: the folder is missing, or damaged so that a look at its index and the sizes of
+    its files finds it.
     """
 
     def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = _read_index(folder / _INDEX)
+        self.folder, self.about = folder, index["about"]
         self.dtype: torch.dtype = getattr(torch, index["dtype"])
         self.stamp = index["stamp"]
         self.unreadable = {int(number): sentence for number, sentence in index["unreadable"].items()}
-        self.rows: dict[int, tuple[np.ndarray, int, str]] = {}  # by index in the list: bytes, label, name
+        self.rows: dict[int, tuple[np.ndarray, int, str, int]] = {}  # by index in the list: bytes, label, name, CRC-32
         row_bytes = index["width"] * self.dtype.itemsize
         for rank, videos in enumerate(index["parts"]):
             path = folder / _part_name(rank)
@@ -64,10 +69,24 @@ class Features:
                 raise ValueError(f"{path.name} holds {path.stat().st_size} bytes, not {len(videos) * row_bytes}")
             if videos:  # an empty file cannot be mapped
                 values = np.asarray(np.memmap(path, np.uint8, "r", shape=(len(videos), row_bytes)))
-                self.rows |= {number: (values[row], label, name) for row, (number, label, name) in enumerate(videos)}
+                self.rows |= {number: (values[row], *about) for row, (number, *about) in enumerate(videos)}
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.unreadable)
+
+    def damaged(self, process: Process) -> int:
+        """How many rows of a process's share differ from their checksums; reads them."""
+        share = itertools.islice(self.rows.values(), process.rank, None, process.world_size)
+        return sum(zlib.crc32(values) != checksum for values, _, _, checksum in share)
+
+    def row(self, number: int) -> np.ndarray:
+        """The bytes of a video's feature. Raises FeatureError where they differ from their checksum."""
+        values, _, name, checksum = self.rows[number]
+        if zlib.crc32(values) != checksum:
+            raise FeatureError(
+                f"{self.folder}: the features of {name} are damaged; start the run again, and they are computed again"
+            )
+        return values
 
     def batch(self, indices: Sequence[int], views: bool, skip_errors: bool) -> dict[str, Any]:
         """A loader's batch for these videos, with features (B, F), or (B, 1, F) with `views`, in place of pixels."""
@@ -76,7 +95,7 @@ class Features:
         good = [] if failed else [number for number in indices if number not in self.unreadable]
         video = None
         if good:
-            video = torch.from_numpy(np.stack([self.rows[number][0] for number in good])).view(self.dtype)  # (B, F)
+            video = torch.from_numpy(np.stack([self.row(number) for number in good])).view(self.dtype)  # (B, F)
             video = video[:, None] if views else video
         return {
             "video": video,
@@ -160,7 +179,7 @@ class FeatureCache:
         folder = self.home / key
         with self._locked(folder):
             stamp = listed.dataset.stamp() if self.process.is_main else ""
-            if self._on_main(lambda: _is_valid(folder, rows, stamp)):
+            if self._on_main(lambda: _is_valid(folder, rows, stamp, identity)) and self._is_undamaged(folder, rows):
                 logger.info("features of %d videos read from %s", rows, folder)
             else:
                 self._compute(folder, {"about": identity, "stamp": stamp}, split, listed)
@@ -237,16 +256,17 @@ class FeatureCache:
         }
 
         def finish() -> None:
-            write_atomic(partial / _INDEX, lambda file: file.write(json.dumps(index).encode()))
+            text = json.dumps({_CHECKSUM: zlib.crc32(json.dumps(index).encode()), **index})
+            write_atomic(partial / _INDEX, lambda file: file.write(text.encode()))
             shutil.rmtree(folder, ignore_errors=True)  # damaged or outdated
             os.replace(partial, folder)
 
         self._on_main(finish)
 
     @torch.inference_mode()
-    def _write_rows(self, file: IO[bytes], batches: Iterable[dict[str, Any]]) -> list[tuple[int, int, str]]:
-        """Write the features of batches (B, 1, T, C, H, W); returns (index, label, name) of each row."""
-        videos: list[tuple[int, int, str]] = []
+    def _write_rows(self, file: IO[bytes], batches: Iterable[dict[str, Any]]) -> list[tuple[int, int, str, int]]:
+        """Write the features of batches (B, 1, T, C, H, W); returns (index, label, name, CRC-32) of each row."""
+        videos: list[tuple[int, int, str, int]] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -257,8 +277,9 @@ class FeatureCache:
                         f"the features of {', '.join(names)} are not finite in precision {self.precision.name}; "
                         "choose bf16 or fp32"
                     )
-                file.write(features[:, 0].contiguous().cpu().view(torch.uint8).numpy())  # (n, F * bytes of a value)
-                videos += zip(index.tolist(), label.tolist(), names, strict=True)
+                values = features[:, 0].contiguous().cpu().view(torch.uint8).numpy()  # (n, F * bytes of a value)
+                file.write(values)
+                videos += zip(index.tolist(), label.tolist(), names, map(zlib.crc32, values), strict=True)
         finally:
             self.model.train(was_training)
         return videos
@@ -301,6 +322,13 @@ class FeatureCache:
             if lock is not None:
                 lock.close()
 
+    def _is_undamaged(self, folder: Path, rows: int) -> bool:
+        """Whether all rows equal their checksums."""
+        damaged = sum(gather(self._open(folder, rows).damaged(self.process)))
+        if damaged and self.process.is_main:
+            logger.warning("%s: %d of %d rows are damaged, so all videos are computed again", folder, damaged, rows)
+        return not damaged
+
     def _open(self, folder: Path, rows: int) -> Features:
         """The features on every process. Raises FeatureError on all of them if one cannot read them."""
         features = problem = None
@@ -339,18 +367,31 @@ def _open_lock(folder: Path) -> IO[str]:
     return open(folder.with_name(f".{folder.name}.lock"), "a+", encoding="utf-8")
 
 
-def _is_valid(folder: Path, rows: int, stamp: str) -> bool:
-    """Whether the folder is complete and of the video files as they are now."""
+def _read_index(path: Path) -> dict[str, Any]:
+    """The index of a folder. Raises OSError, ValueError, KeyError."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    checksum = index.pop(_CHECKSUM, None)
+    if zlib.crc32(json.dumps(index).encode()) != checksum:
+        raise ValueError(f"{path.name} differs from its checksum")
+    return index
+
+
+def _is_valid(folder: Path, rows: int, stamp: str, identity: Mapping[str, Any]) -> bool:
+    """Whether the folder is complete and of the video files as they are now; no row is read."""
     if not folder.is_dir():
         return False
     try:
         features = Features(folder)
+        if features.about != json.loads(json.dumps(identity)):
+            raise ValueError(f"{_INDEX} is of other features")
+        if len(features) != rows:
+            raise ValueError(f"it holds {len(features)} videos of {rows}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s: is damaged (%s), computed again", folder, error)
+        logger.warning("%s: is damaged (%s), so all videos are computed again", folder, error)
         return False
     if features.stamp != stamp:
         logger.warning("%s: videos or frames have changed since (size or time), computed again", folder)
-    return features.stamp == stamp and len(features) == rows
+    return features.stamp == stamp
 
 
 def _make_room(partial: Path, needed: int, each: str) -> None:

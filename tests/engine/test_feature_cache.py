@@ -228,6 +228,71 @@ def test_what_is_not_finished_is_not_taken(config: Config, monkeypatch) -> None:
         again()
 
 
+def _flip_row(folder: Path, _: Path) -> None:
+    values = bytearray((folder / "part_0.bin").read_bytes())
+    values[3 * 4 * WIDTH] ^= 0x20
+    (folder / "part_0.bin").write_bytes(values)
+
+
+def _change_label(folder: Path, _: Path) -> None:
+    index = json.loads((folder / "features.json").read_text())
+    index["parts"][0][0][1] += 1
+    (folder / "features.json").write_text(json.dumps(index))
+
+
+def _swap_rows(folder: Path, _: Path) -> None:
+    values = (folder / "part_0.bin").read_bytes()
+    (folder / "part_0.bin").write_bytes(values[-4 * WIDTH :] + values[4 * WIDTH : -4 * WIDTH] + values[: 4 * WIDTH])
+
+
+def _swap_parts(folder: Path, other: Path) -> None:
+    values = (other / "part_0.bin").read_bytes()
+    (folder / "part_0.bin").write_bytes(values[: VIDEOS * 4 * WIDTH])
+
+
+def _swap_folders(folder: Path, other: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(other, folder)
+
+
+def _lose_part(folder: Path, _: Path) -> None:
+    (folder / "part_0.bin").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_flip_row, f"1 of {VIDEOS} rows are damaged"),
+        (_change_label, "features.json differs from its checksum"),
+        (_swap_rows, f"2 of {VIDEOS} rows are damaged"),
+        (_swap_parts, f"{VIDEOS} of {VIDEOS} rows are damaged"),
+        (_swap_folders, "features.json is of other features"),
+        (_lose_part, "No such file"),
+    ],
+)
+def test_damaged_features_are_computed_again_with_a_warning(config: Config, caplog, damage, message: str) -> None:
+    cache = cache_of(config)
+    good = list(validation_of(config, cache))
+    (folder,) = folders(Path(config.logging.output_dir))
+    cache.loader("train", listed_loader(config.data, 5), train_loader(config.data, 5))
+    (other,) = set(folders(Path(config.logging.output_dir))) - {folder}
+    damage(folder, other)
+    assert_same(list(validation_of(config, cache)), good)
+    assert message in caplog.text and "so all videos are computed again" in caplog.text
+    caplog.clear()
+    assert_same(list(validation_of(config, cache)), good)
+    assert not caplog.text
+
+
+def test_a_row_that_is_damaged_after_the_start_ends_the_run(config: Config) -> None:
+    loader = validation_of(config, cache_of(config))
+    (folder,) = folders(Path(config.logging.output_dir))
+    with open(folder / "part_0.bin", "r+b") as file:
+        file.write(b"\x7f")
+    with pytest.raises(FeatureError, match=r"the features of .* are damaged; start the run again"):
+        list(loader)
+
+
 def test_videos_that_changed_are_computed_again(config: Config, path: Path, tmp_path: Path, caplog) -> None:
     root = tmp_path / "frames"
     shutil.copytree(path.parent / "data/frames", root)
