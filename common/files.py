@@ -8,8 +8,11 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
+from itertools import filterfalse
 from pathlib import Path
 from typing import IO, BinaryIO
+
+CLUTTER = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found"}
 
 logger = logging.getLogger("td4v")
 
@@ -56,20 +59,28 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
-def walk(root: Path, skip: Path | None = None) -> Iterator[tuple[Path, list[str]]]:
+def walk(root: Path, skip: Path | None = None, repeated: list[Path] | None = None) -> Iterator[tuple[Path, list[str]]]:
     """(folder, its files) for `root` and all below but `skip`, sorted, each once, without hidden ones.
 
-    Links are followed. Raises OSError where a folder cannot be listed.
+    Links are followed; folders that a link names once more go to `repeated`. What starts with a dot and what systems put
+    into folders by themselves (CLUTTER) counts as hidden. Raises OSError where a folder cannot be listed.
     """
-    seen = {_identity(skip)} if skip is not None and skip.is_dir() else set()
+    skipped = _identity(skip) if skip is not None and skip.is_dir() else None
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=_fail):
         identity = _identity(Path(folder))
-        if identity in seen:
+        if identity in seen and repeated is not None:
+            repeated.append(Path(folder))
+        if identity in seen or identity == skipped:
             folders.clear()
             continue
         seen.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+        folders[:] = sorted(filterfalse(_is_hidden, folders))
+        yield Path(folder), sorted(filterfalse(_is_hidden, names))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in CLUTTER
 
 
 def _fail(error: OSError) -> None:

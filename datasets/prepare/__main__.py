@@ -41,7 +41,8 @@ def make_parser() -> argparse.ArgumentParser:
     folder = datasets.add_parser(
         "folder",
         help="any videos in class folders",
-        description="Prepares any videos in class folders (CLASS/.../VIDEO), without annotation files.",
+        description="Prepares any videos, or folders of frames, in class folders (CLASS/.../VIDEO), without annotation "
+        "files. Folders train, val and test around the class folders are taken as the split.",
     )
     folder.add_argument("--annotations", type=Path, help=argparse.SUPPRESS)
     _add_common(folder)
@@ -72,6 +73,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 100 (default: 90)")
     parser.add_argument("--decoder", choices=PACKAGES, default="pyav", help="of the videos (default: pyav)")
     parser.add_argument("--jobs", type=int, default=num_cores(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--new-split", action="store_true", help="replace the lists of an earlier run with another split; frames stay"
+    )
     parser.add_argument(
         "--allow-missing",
         action="store_true",

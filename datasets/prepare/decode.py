@@ -201,15 +201,6 @@ def probe(source: Path, decoder: Decoder = "pyav") -> Outcome:
         return Outcome(error=_reason(error, source))
 
 
-def count_frames(folder: Path) -> Outcome:
-    """Look at a published frame folder, which must hold 00001.jpg, ... without a gap."""
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(".jpg")}
-    missing = next((name for name in map("{:05d}.jpg".format, range(1, len(sizes) + 1)) if not sizes.get(name)), None)
-    if missing or not sizes:
-        return Outcome(error=f"{missing or '00001.jpg'} is missing or empty, the folder holds {len(sizes)} .jpg files")
-    return Outcome(len(sizes), len(sizes), sum(sizes.values()))
-
-
 def sample(store: FrameStore, videos: Path, video: str) -> tuple[int, float] | None:
     """The frames a video declares and the mean bytes of its first JPEGs, which are not written; None if unreadable."""
     try:

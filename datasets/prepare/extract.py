@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from common.workers import Workers, progress
-from datasets.decoders import Decoder
-from datasets.prepare.decode import FileStamp, FrameStore, Outcome, count_frames, extract, probe, sample
-from datasets.prepare.output_dir import require_space
+from datasets.prepare.decode import FileStamp, FrameStore, Outcome, extract, sample
+from datasets.prepare.output_dir import ignores_case, require_space
 from datasets.prepare.plan import PrepareError
 
 CRASH = Outcome(error="the decoder crashes on it")
@@ -65,9 +64,10 @@ def extract_all(store: FrameStore, videos: Path, paths: Sequence[str], jobs: int
     return outcomes, num_before
 
 
-def inspect_all(videos: Path, paths: Sequence[str], decoder: Decoder | None, jobs: int) -> dict[str, Outcome]:
-    """Decode three frames of each video or, without a decoder, count the JPEGs of each frame folder."""
-    inspect: Callable[[Path], Outcome] = partial(probe, decoder=decoder) if decoder else count_frames
+def inspect_all(
+    videos: Path, paths: Sequence[str], inspect: Callable[[Path], Outcome], jobs: int
+) -> dict[str, Outcome]:
+    """`inspect` each of the videos, or folders of frames, at `paths` below `videos`."""
     files = {videos / path: path for path in paths}
     with Workers(jobs) as workers:
         results: Iterable[tuple[Path, Outcome | None]] = progress(workers.run(inspect, files), len(files), "opening")
@@ -78,14 +78,15 @@ def check_names(store: FrameStore, videos: Path, paths: Sequence[str]) -> None:
     """Raises PrepareError if two videos share a frame folder or zip, or one's folder would lie in another's."""
     packed = store.settings.storage == "zips"
     kind = "zip" if packed else "folder"
+    key = str.casefold if ignores_case(store.out) else str
     video_of: dict[str, str] = {}
     for path in paths:
-        other = video_of.setdefault(store.name_of(path), path)
+        other = video_of.setdefault(key(store.name_of(path)), path)
         if other != path:
             raise PrepareError(f"{videos}: {other} and {path} would share one {kind} of frames; rename one of them")
     for path in () if packed else paths:
         for parent in PurePosixPath(store.name_of(path)).parents:
-            if other := video_of.get(str(parent)):
+            if other := video_of.get(key(str(parent))):
                 raise PrepareError(
                     f"{videos}: the frames of {path} would lie inside the folder of those of {other}; rename one of them, "
                     "or use --pack or --videos-only"

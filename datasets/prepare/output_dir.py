@@ -1,6 +1,7 @@
 """The output folder: one run at a time, one dataset, one way to extract frames, complete lists, and enough free space.
 
-OUT/prepare.json   {"dataset", "split", "decoder", "frames": how frames were extracted, null: not at all}
+OUT/prepare.json   {"dataset", "split": how videos were divided, "decoder", "frames": how frames were extracted}; the split is
+                   null before there are lists, frames are null where none were extracted
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.files import try_lock, write_atomic
 from common.tables import format_bytes
@@ -25,6 +25,7 @@ SETTINGS = "prepare.json"
 LISTS = (*(f"{split}.txt" for split in SPLITS), "labels.csv", "config_snippet.yaml")
 FRAMES, UNPACKED = "frames", "unpacked"  # folders
 SPACE_MARGIN = 1.25  # warn if the free space is less than this many times the estimate
+NEW_SPLIT = "--new-split replaces the lists (frames stay), or choose another --out"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger("td4v")
@@ -35,60 +36,116 @@ class Settings:
     """What an output folder holds."""
 
     dataset: str
-    split: int | None  # number of the published split; None if there is only one
     decoder: str
     frames: dict[str, Any] | None  # how frames are extracted; None: the videos are used as they are
 
 
-@dataclass(frozen=True)
 class OutputDir:
-    """An output folder that this run has locked."""
+    """An output folder. It is not touched before `lock`, which a folder of an earlier run gets at once.
 
-    path: Path
-    settings: Settings
-    previous: dict[str, Any]  # what prepare.json says of the run before; {} if there was none
+    Args:
+        path: the folder; it need not exist.
+        settings: of this run.
 
-    def remove_lists(self) -> None:
+    Raises:
+        PrepareError: the folder is in use, or holds another dataset, other frames or other files.
+    """
+
+    def __init__(self, path: Path, settings: Settings):
+        self.path, self.settings = path, settings
+        self.previous = _read_previous(path, settings)  # what prepare.json says of the run before; {} if there was none
+        self._lock: IO[str] | None = None
+        if self.previous:
+            self.lock()
+
+    def __enter__(self) -> OutputDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def lock(self) -> None:
+        """Create the folder and hold its lock. Raises PrepareError if it cannot be written or another run holds it."""
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise PrepareError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+        if not try_lock(self._lock):
+            raise PrepareError(f"--out {self.path}: another run is writing there")
+        if not self.previous:
+            if (self.path / SETTINGS).exists():
+                raise PrepareError(f"--out {self.path}: another run has written there; run the same command again")
+            self._write_settings(split=None, frames=None)
+
+    def check_split(self, split: dict[str, object], labels: Mapping[str, tuple[str, int]]) -> None:
+        """Make sure that an earlier run divided the videos as this one.
+
+        Args:
+            split: the settings of this run's split.
+            labels: video, as a list may name it -> (split, label).
+
+        Raises:
+            PrepareError: the settings differ, a video would go to another split or class, or a list would go.
+        """
+        before = self.previous.get("split")
+        if isinstance(before, dict) and before != split:
+            changes = [
+                f"{key} {_text(before.get(key))}, now {_text(split.get(key))}"
+                for key in dict.fromkeys((*before, *split))
+                if before.get(key) != split.get(key)
+            ]
+            raise PrepareError(f"--out {self.path}: was prepared with {'; '.join(changes)}; {NEW_SPLIT}")
+        splits = {name for name, _ in labels.values()}
+        for name in SPLITS:
+            file = self.path / f"{name}.txt"
+            if not file.exists():
+                continue
+            if name not in splits:
+                raise PrepareError(f"{file}: this run has no video for this list; {NEW_SPLIT}")
+            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                video, _, label = line.rpartition(" ")
+                now = labels.get(video) or labels.get(video.rpartition(" ")[0])
+                if now and now != (name, int(label)):
+                    raise PrepareError(
+                        f"{file}, line {number}: {video} has label {label}, but would now be in {now[0]} with label {now[1]}, as "
+                        f"videos or classes have changed; {NEW_SPLIT}"
+                    )
+
+    def replace_lists(self, split: dict[str, object]) -> None:
         """Remove an earlier run's lists and record this run's settings. Call it once all options are checked."""
-        split = self.previous.get("split")
-        if split not in (None, self.settings.split) and any((self.path / name).exists() for name in LISTS):
-            logger.warning(
-                "--out %s: the lists of split %s are replaced by those of split %s",
-                self.path,
-                split,
-                self.settings.split,
-            )
         for name in LISTS:
             (self.path / name).unlink(missing_ok=True)
-        self.write_settings(self.settings.split, self.settings.frames or self.previous.get("frames"))
+        self._write_settings(split, self.settings.frames or self.previous.get("frames"))
 
-    def write_settings(self, split: int | None, frames: dict[str, Any] | None) -> None:
-        """Write prepare.json."""
+    def _write_settings(self, split: dict[str, object] | None, frames: dict[str, Any] | None) -> None:
         settings = {"dataset": self.settings.dataset, "split": split, "decoder": self.settings.decoder}
         write_text(self.path / SETTINGS, json.dumps(settings | {"frames": frames}) + "\n")
 
 
-@contextmanager
-def lock_output_dir(path: Path, settings: Settings) -> Iterator[OutputDir]:
-    """Create the folder `path` and hold its lock.
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
 
-    Raises:
-        PrepareError: the folder cannot be written, is in use, or holds another dataset, other frames or other files.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise PrepareError(f"--out {path}: cannot be written ({error.strerror})") from None
-    with lock:
-        if not try_lock(lock):
-            raise PrepareError(f"--out {path}: another run is writing there")
-        output_dir = OutputDir(path, settings, _read_previous(path, settings))
-        if not output_dir.previous:
-            output_dir.write_settings(split=None, frames=None)
-        yield output_dir
+
+def describe_split(split: Mapping[str, object]) -> str:
+    """The settings of a split in a line, e.g. `seed 0, classes 10`."""
+    return ", ".join(
+        f"{key} {_text(value)}" for key, value in split.items() if value is not None and value is not False
+    )
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether the file system of `folder`, which need not exist, takes `a` and `A` for one name."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    other = existing.with_name(existing.name.swapcase()) if existing.name else existing
+    return other.name != existing.name and other.exists() and other.samefile(existing)
 
 
 def _read_previous(path: Path, settings: Settings) -> dict[str, Any]:
@@ -120,8 +177,8 @@ def _read_previous(path: Path, settings: Settings) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8; the file is complete or absent. Raises OSError."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Write `text` as UTF-8, names in other encodings escaped; the file is complete or absent. Raises OSError."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:

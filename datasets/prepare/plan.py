@@ -22,6 +22,23 @@ class Entry:
     where: str  # file and line that name the video, for messages
     path: str | None = None  # below the videos' folder, if that folder itself is the annotation
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.path or self.names[0]
+
+
+@dataclass(frozen=True)
+class FrameNames:
+    """How the frames of a folder are named."""
+
+    template: str  # as `data.image_tmpl`
+    base: int  # number of the first frame, as `data.index_base`
+
+    def name(self, index: int) -> str:
+        """The file name of frame `index`, from 0."""
+        return self.template.format(index + self.base)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,7 +49,9 @@ class Plan:
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
     style: str | None = None  # `data.style`, for a dataset that the configuration does not know
-    published_frames: bool = False  # the videos are already folders of 00001.jpg, 00002.jpg, ...
+    frame_names: FrameNames | None = None  # the videos are already folders of frames with these names
+    split_folders: tuple[str, ...] = ()  # folders of the videos that give the split
+    notes: tuple[str, ...] = ()  # sentences on how classes, labels or splits were chosen
 
     @property
     def splits(self) -> tuple[str, ...]:

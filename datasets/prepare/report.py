@@ -17,9 +17,11 @@ import yaml
 
 from common.tables import format_bytes, markdown_table
 from datasets.prepare.decode import Outcome
-from datasets.prepare.output_dir import write_text
-from datasets.prepare.plan import SPLITS, Entry, Plan
+from datasets.prepare.output_dir import describe_split, write_text
+from datasets.prepare.plan import SPLITS, Entry, FrameNames, Plan
 
+EXTRACTED = FrameNames("{:06d}.jpg", 1)
+SHOWN_CLASSES = 5  # in the printed table
 COLUMNS = ("listed", "found", "missing", "unreadable", "frames", "bytes")
 
 
@@ -33,7 +35,6 @@ class Counts:
     unreadable: int = 0
     frames: int = 0
     bytes: int = 0
-    classes_without_video: int = 0
 
 
 @dataclass
@@ -41,14 +42,16 @@ class Report:
     """The result of a run; the lists are in the plan's order."""
 
     dataset: str
-    split: int | None  # number of the published split; None if there is only one
+    split: dict[str, object]  # how videos were divided
     classes: int
     splits: dict[str, Counts]
     missing: list[tuple[str, str]] = field(default_factory=list)  # video, split and class
     unreadable: list[tuple[str, str]] = field(default_factory=list)  # video, reason
     shorter_than_declared: list[tuple[str, int, int]] = field(default_factory=list)  # video, frames declared, decoded
-    identical_across_splits: list[tuple[str, str]] = field(default_factory=list)  # training video, validation video
-    classes_without_video: list[str] = field(default_factory=list)
+    identical_across_splits: list[tuple[str, str]] = field(default_factory=list)  # two videos, each with its split
+    classes_without_video: dict[str, list[str]] = field(default_factory=dict)  # split -> class names
+    notes: list[str] = field(default_factory=list)  # how classes, labels or splits were chosen, what was passed over
+    passed_over: list[str] = field(default_factory=list)  # files that are no videos
     extracted_before: int = 0  # videos that an earlier run had extracted
 
     def table(self) -> str:
@@ -58,21 +61,22 @@ class Report:
             values = asdict(counts) | {"bytes": format_bytes(counts.bytes)}
             rows.append([split, *(values[column] for column in COLUMNS)])
         lines = [markdown_table(["", *COLUMNS], rows, align="l" + "r" * len(COLUMNS)).rstrip()]
-        for split, counts in self.splits.items():
-            if counts.classes_without_video:
-                lines.append(f"{split}: {counts.classes_without_video} of {self.classes} classes have no video")
+        for split, names in self.classes_without_video.items():
+            if names:
+                shown = ", ".join(names[:SHOWN_CLASSES]) + (" ..." if len(names) > SHOWN_CLASSES else "")
+                lines.append(f"{split}: {len(names)} of {self.classes} classes have no video: {shown}")
         if self.shorter_than_declared:
             lines.append(f"{len(self.shorter_than_declared)} videos declare more frames than decode")
-        for train, val in self.identical_across_splits:
-            lines.append(f"{train} (train) and {val} (val) are byte-identical")
+        for one, other in self.identical_across_splits:
+            lines.append(f"{one} and {other} are byte-identical")
         return "\n".join(lines)
 
     def text(self) -> str:
         """The table and every list."""
-        split = f", split {self.split}" if self.split else ""
-        parts = [f"{self.dataset}{split}, {self.classes} classes", self.table()]
-        if self.classes_without_video:
-            parts.append("\n".join(["classes without any video:", *self.classes_without_video]))
+        parts = [f"{self.dataset}: {describe_split(self.split)}", *self.notes, self.table()]
+        for split, names in self.classes_without_video.items():
+            if names:
+                parts.append("\n".join([f"{split}, classes without a video:", *names]))
         for title, rows in (("missing", self.missing), ("unreadable", self.unreadable)):
             if rows:
                 parts.append("\n".join([f"{title}:", *(f"{name}: {why}" for name, why in rows)]))
@@ -82,6 +86,8 @@ class Report:
                 for name, declared, frames in self.shorter_than_declared
             )
             parts.append("\n".join(["declare more frames than decode:", *lines]))
+        if self.passed_over:
+            parts.append("\n".join(["files that were passed over:", *self.passed_over]))
         return "\n\n".join(parts) + "\n"
 
     def write(self, out: Path) -> None:
@@ -91,15 +97,19 @@ class Report:
 
 
 def make_report(
-    plan: Plan, split: int | None, found: Mapping[Entry, str], missing: Sequence[Entry], outcomes: Mapping[str, Outcome]
+    plan: Plan,
+    split: dict[str, object],
+    found: Mapping[Entry, str],
+    missing: Sequence[Entry],
+    outcomes: Mapping[str, Outcome],
 ) -> Report:
     """Count a plan's entries; videos without an outcome count as found only."""
-    report = Report(plan.title, split, len(plan.classes), {split: Counts() for split in plan.splits})
+    report = Report(plan.title, split, len(plan.classes), {name: Counts() for name in plan.splits})
     for entry in missing:
         counts = report.splits[entry.split]
         counts.listed += 1
         counts.missing += 1
-        report.missing.append((entry.names[0], f"{entry.split}, {plan.classes[entry.label]}"))
+        report.missing.append((entry.name, f"{entry.split}, {plan.classes[entry.label]}"))
     usable: set[tuple[str, int]] = set()  # (split, label)
     for entry, path in found.items():
         counts, outcome = report.splits[entry.split], outcomes.get(path, Outcome())
@@ -114,17 +124,16 @@ def make_report(
         counts.bytes += outcome.bytes
         if outcome.frames < outcome.declared:
             report.shorter_than_declared.append((path, outcome.declared, outcome.frames))
-    for name, counts in report.splits.items():
-        counts.classes_without_video = len(plan.classes) - sum(split == name for split, _ in usable)
-    with_video = {label for _, label in usable}
-    report.classes_without_video = [name for label, name in enumerate(plan.classes) if label not in with_video]
+    for split_name in plan.splits:
+        names = [name for label, name in enumerate(plan.classes) if (split_name, label) not in usable]
+        report.classes_without_video[split_name] = names
     return report
 
 
 def write_snippet(
     out: Path,
     plan: Plan,
-    split: int | None,
+    split: dict[str, object],
     listed_splits: Sequence[str],
     root: str,
     extracted: bool,
@@ -133,19 +142,21 @@ def write_snippet(
     """Write OUT/config_snippet.yaml and return it.
 
     Args:
-        split: number of the published split; None if there is only one.
+        split: how videos were divided.
         listed_splits: those that have a list.
         root: absolute path that the list rows are relative to.
         extracted: the rows name extracted frames; otherwise what was published.
         decoder: of videos.
     """
-    frames = extracted or plan.published_frames
+    frame_names = EXTRACTED if extracted else plan.frame_names
     data: dict[str, object] = {"dataset": plan.config_name}
     if plan.style:
         data["style"] = plan.style
-    data.update(modality="RGB" if frames else "video", num_classes=len(plan.classes))
-    if frames:
-        data["image_tmpl"] = "{:06d}.jpg" if extracted else "{:05d}.jpg"
+    data.update(modality="RGB" if frame_names else "video", num_classes=len(plan.classes))
+    if frame_names:
+        data["image_tmpl"] = frame_names.template
+        if frame_names.base != EXTRACTED.base:
+            data["index_base"] = frame_names.base
     else:
         data["decoder"] = decoder
     data.update({f"{name}_root": root if name in listed_splits else None for name in SPLITS})
@@ -153,7 +164,7 @@ def write_snippet(
         data[f"{name}_list"] = os.path.abspath(out / f"{name}.txt") if name in listed_splits else None
     data["label_list"] = os.path.abspath(out / "labels.csv")
     lines = [
-        f"# {plan.title}{f', split {split}' if split else ''}: replaces the same keys under `data:` of a configuration.",
+        f"# {plan.title}, {describe_split(split)}: replaces the same keys under `data:` of a configuration.",
         *(f"# There is no {name} list: it has no usable video." for name in plan.splits if name not in listed_splits),
     ]
     if plan.style:

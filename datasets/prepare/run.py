@@ -7,19 +7,21 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from datasets.decoders import PACKAGES, Decoder
 from datasets.prepare.annotation_files import AnnotationFileMissing, AnnotationFiles
 from datasets.prepare.archives import find_archives, unpack
 from datasets.prepare.catalogue import Catalogue, match, scan
-from datasets.prepare.decode import FrameSettings, FrameStore, Outcome
+from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, probe
 from datasets.prepare.extract import check_names, extract_all, inspect_all
 from datasets.prepare.formats import FORMATS
 from datasets.prepare.formats.folder import Grouping, identical_across_splits
 from datasets.prepare.formats.folder import read as read_folder
-from datasets.prepare.output_dir import UNPACKED, Settings, lock_output_dir, write_labels, write_rows
-from datasets.prepare.plan import Entry, Plan, PrepareError
+from datasets.prepare.frame_folders import count_frames
+from datasets.prepare.output_dir import UNPACKED, OutputDir, Settings, write_labels, write_rows
+from datasets.prepare.plan import SPLITS, Entry, Plan, PrepareError
 from datasets.prepare.report import Report, make_report, write_snippet
 
 ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
@@ -42,13 +44,17 @@ class Options:
     decoder: Decoder = "pyav"
     jobs: int = 2  # processes
     allow_missing: bool = False
+    new_split: bool = False  # the lists of an earlier run may be replaced by others
     grouping: Grouping = field(default_factory=Grouping)  # how `folder` splits the videos
 
     def check(self) -> None:
         """Raises PrepareError for a value that no run can use."""
         if self.jobs < 1:
             raise PrepareError(f"--jobs must be positive, not {self.jobs}")
-        if self.out.exists() and self.videos.exists() and self.out.samefile(self.videos):
+        for option, path in (("--videos", self.videos), ("--annotations", self.annotations)):
+            if path is not None and not path.exists():
+                raise PrepareError(f"{option} {path}: there is no such file or folder")
+        if self.out.exists() and self.out.samefile(self.videos):
             raise PrepareError(
                 f"--out must not be the videos' folder {self.videos}; a folder inside it or around it is fine"
             )
@@ -71,15 +77,19 @@ class Options:
         if self.annotations is None:
             raise PrepareError(f"{self.dataset} needs --annotations, the folder of {form.title}'s annotation files")
 
-    def numbered_split(self) -> int | None:
-        """The number of the published split; None if there is only one."""
-        form = FORMATS.get(self.dataset)
-        return self.split if form and form.num_splits > 1 else None
-
     def settings(self) -> Settings:
         """What the output folder must agree with."""
-        frames = asdict(self.frames) if self.frames else None
-        return Settings(self.dataset, self.numbered_split(), self.decoder, frames)
+        return Settings(self.dataset, self.decoder, asdict(self.frames) if self.frames else None)
+
+    def split_settings(self, plan: Plan) -> dict[str, object]:
+        """How the plan divides its videos, named as the options."""
+        if self.dataset != "folder":
+            settings = {"split": self.split} if FORMATS[self.dataset].num_splits > 1 else {}
+        elif plan.split_folders:
+            settings = {"split_folders": list(plan.split_folders)}
+        else:
+            settings = self.grouping.settings()
+        return settings | {"classes": len(plan.classes)}
 
 
 def prepare(options: Options) -> Report:
@@ -90,60 +100,106 @@ def prepare(options: Options) -> Report:
         OSError: the disk is full or fails.
     """
     options.check()
-    with lock_output_dir(options.out, options.settings()) as output_dir:
-        plan, catalogue = _survey(options)
-        plan.check()
+    with OutputDir(options.out, options.settings()) as output_dir:
+        plan, catalogue = _survey(options, output_dir)
         found, missing = match(plan, catalogue)
+        store = FrameStore(options.out, options.frames) if options.frames and not plan.frame_names else None
+        if store is not None:
+            check_names(store, catalogue.root, sorted(found.values()))
+        split = options.split_settings(plan)
+        if not options.new_split:
+            output_dir.check_split(split, _labels(found))
+        output_dir.lock()
+        notes, passed_over = _notes(options, plan, catalogue)
         if missing:
             _report_missing(options, plan, catalogue, found, missing)
-        paths = sorted(found.values())
-        store = FrameStore(options.out, options.frames) if options.frames and not plan.published_frames else None
-        num_before = 0
-        if store is not None:
-            check_names(store, catalogue.root, paths)
-        output_dir.remove_lists()
-        if store is not None:
-            outcomes, num_before = extract_all(store, catalogue.root, paths, options.jobs)
-        else:
-            decoder = None if plan.published_frames else options.decoder
-            outcomes = inspect_all(catalogue.root, paths, decoder, options.jobs)
-        report = make_report(plan, options.numbered_split(), found, missing, outcomes)
-        report.extracted_before = num_before
-        if options.dataset == "folder":
-            train, val = ([path for entry, path in found.items() if entry.split == split] for split in ("train", "val"))
-            report.identical_across_splits = identical_across_splits(catalogue.root, train, val)
+        output_dir.replace_lists(split)
+        outcomes, num_before = _read_videos(options, plan, catalogue.root, sorted(found.values()), store)
+        report = make_report(plan, split, found, missing, outcomes)
+        report.extracted_before, report.notes, report.passed_over = num_before, notes, passed_over
+        if options.dataset == "folder" and not plan.frame_names:
+            report.identical_across_splits = _identical_videos(catalogue.root, found, outcomes)
         report.write(options.out)
         logger.info("%s", report.table())
         _check_usable(report, options)
-        _write_lists(options, plan, catalogue.root, found, outcomes, store)
+        _write_lists(options, plan, catalogue.root, split, found=found, outcomes=outcomes, store=store)
     return report
 
 
-def _survey(options: Options) -> tuple[Plan, Catalogue]:
+def _labels(found: Mapping[Entry, str]) -> dict[str, tuple[str, int]]:
+    """Video, by its file and by its frames -> (split, label)."""
+    names = ((name, entry) for entry, path in found.items() for name in (path, os.path.splitext(path)[0]))
+    return {name: (entry.split, entry.label) for name, entry in names}
+
+
+def _read_videos(
+    options: Options, plan: Plan, videos: Path, paths: Sequence[str], store: FrameStore | None
+) -> tuple[dict[str, Outcome], int]:
+    """Extract, open or count all videos; outcomes, and the number of those that an earlier run had extracted."""
+    if store is not None:
+        return extract_all(store, videos, paths, options.jobs)
+    if plan.frame_names:
+        inspect = partial(count_frames, names=plan.frame_names)
+    else:
+        inspect = partial(probe, decoder=options.decoder)
+    return inspect_all(videos, paths, inspect, options.jobs), 0
+
+
+def _identical_videos(
+    videos: Path, found: Mapping[Entry, str], outcomes: Mapping[str, Outcome]
+) -> list[tuple[str, str]]:
+    paths: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for entry, path in found.items():
+        if not outcomes[path].error:
+            paths[entry.split].append(path)
+    return identical_across_splits(videos, paths)
+
+
+def _notes(options: Options, plan: Plan, catalogue: Catalogue) -> tuple[list[str], list[str]]:
+    """Say how classes and splits were chosen and, of class folders, what is not taken; these notes, and the files."""
+    notes, files = list(plan.notes), []
+    if options.dataset == "folder":
+        counts, files = catalogue.passed_over()
+        notes += [f"passed over: {counts}, such as {files[0]}"] if files else []
+    for note in notes:
+        logger.info("%s", note)
+    return notes, files
+
+
+def _survey(options: Options, output_dir: OutputDir) -> tuple[Plan, Catalogue]:
     """Read the annotations, before any archive of videos is unpacked, then list the videos."""
     if options.dataset == "folder":
         if options.annotations is not None:
             logger.warning("--annotations %s: folder reads none", options.annotations)
-        catalogue = _list_videos(options, None)
-        return read_folder(catalogue, options.grouping, options.out.absolute().name), catalogue
-    plan = _read_annotations(options)
-    if plan.published_frames and options.frames is None:
+        catalogue = _list_videos(options, output_dir, None)
+        plan = read_folder(catalogue, options.grouping, options.out.absolute().name)
+        _check_frames(options, plan)
+    else:
+        plan = _read_annotations(options, output_dir)
+        _check_frames(options, plan)
+        catalogue = _list_videos(options, output_dir, plan)
+    plan.check()
+    return plan, catalogue
+
+
+def _check_frames(options: Options, plan: Plan) -> None:
+    if plan.frame_names and options.frames is None:
         raise PrepareError(f"--videos-only: {plan.title} is published as frames, not as videos")
-    if plan.published_frames and options.frames.storage == "zips":
+    if plan.frame_names and options.frames.storage == "zips":
         raise PrepareError(
             f"--pack: {plan.title} is published as frames; `python -m datasets.packed_frames` packs them"
         )
-    return plan, _list_videos(options, plan)
 
 
-def _read_annotations(options: Options) -> Plan:
+def _read_annotations(options: Options, output_dir: OutputDir) -> Plan:
     """Read the plan. Archives are unpacked, the smallest first, until no annotation file is missing."""
     form, source = FORMATS[options.dataset], options.annotations
     unpacked = options.out / UNPACKED / "annotations"
-    archives = find_archives(source, skip=options.out) if source.exists() else []
+    archives = find_archives(source, skip=options.out)
     archives.sort(key=lambda archive: archive.size)
     for archive in archives if archives and source.is_file() else [None, *archives]:
         if archive is not None:
+            output_dir.lock()
             unpack([archive], unpacked, ANNOTATION_SUFFIXES)
         files = AnnotationFiles(source, form.title, unpacked=unpacked if archive else None)
         try:
@@ -153,33 +209,34 @@ def _read_annotations(options: Options) -> Plan:
     raise missing
 
 
-def _list_videos(options: Options, plan: Plan | None) -> Catalogue:
+def _list_videos(options: Options, output_dir: OutputDir, plan: Plan | None) -> Catalogue:
     """List the videos in --videos and, if one of the plan's is not among them, those in archives there.
 
     Without a plan (`folder`) archives count only if no video lies beside them. If both kinds are needed, what lies in
     --videos is linked to beside what was unpacked, so that one folder holds all videos of the lists.
     """
-    source, frame_folders = options.videos, plan is not None and plan.published_frames
-    archives = find_archives(source, skip=options.out) if source.exists() else []
+    source, takes_frames = options.videos, None if plan is None else plan.frame_names is not None
+    archives = find_archives(source, skip=options.out)
     if source.is_file() and not archives:
         raise PrepareError(f"--videos {source}: is neither a folder nor an archive of a known kind")
-    loose = None if source.is_file() else scan(source, frame_folders, skip=options.out)
+    loose = None if source.is_file() else scan(source, takes_frames, skip=options.out)
     if not archives or (loose and plan and not _missing(plan, loose)):
         return loose
-    if plan is None and loose and loose.by_name:
+    if plan is None and loose and loose.paths():
         logger.warning("--videos %s: %s is not unpacked, as videos lie beside it", source, archives[0])
         return loose
+    output_dir.lock()
     unpacked = options.out / UNPACKED / "videos"
     link = unpacked / LOOSE
     if link.is_symlink():
         link.unlink()
     unpack(archives, unpacked)
-    catalogue = scan(unpacked, frame_folders)
+    catalogue = scan(unpacked, takes_frames)
     if loose and plan and len(_missing(plan, catalogue)) == len(plan.entries):
         return loose  # the archives hold something else
     if loose and plan and any(loose.find(entry) for entry in _missing(plan, catalogue)):
         link.symlink_to(source.absolute(), target_is_directory=True)
-        return scan(unpacked, frame_folders, skip=options.out)
+        return scan(unpacked, takes_frames, skip=options.out)
     return catalogue
 
 
@@ -194,10 +251,10 @@ def _report_missing(
     if options.allow_missing:
         logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
         return
-    make_report(plan, options.numbered_split(), found, missing, {}).write(options.out)
+    make_report(plan, options.split_settings(plan), found, missing, {}).write(options.out)
     raise PrepareError(
         f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {catalogue.root}, such as "
-        f"{missing[0].names[0]}: nothing was extracted; {options.out / 'report.txt'} lists them, --allow-missing "
+        f"{missing[0].name}: nothing was extracted; {options.out / 'report.txt'} lists them, --allow-missing "
         "continues without them"
     )
 
@@ -225,6 +282,8 @@ def _write_lists(
     options: Options,
     plan: Plan,
     videos: Path,
+    split: dict[str, object],
+    *,
     found: Mapping[Entry, str],
     outcomes: Mapping[str, Outcome],
     store: FrameStore | None,
@@ -232,21 +291,21 @@ def _write_lists(
     """Write labels, the lists that have rows and, last, the snippet. `store` has the frames; None: the videos are used."""
     out = options.out
     write_labels(out / "labels.csv", plan.classes)
-    rows: dict[str, list[Sequence[object]]] = {split: [] for split in plan.splits}
+    rows: dict[str, list[Sequence[object]]] = {name: [] for name in plan.splits}
     for entry, path in found.items():
         outcome = outcomes[path]
         if outcome.error:
             continue
         name = store.name_of(path) if store else path
-        with_frames = store is not None or plan.published_frames
+        with_frames = store is not None or plan.frame_names is not None
         rows[entry.split].append((name, outcome.frames, entry.label) if with_frames else (name, entry.label))
-    listed_splits = [split for split, split_rows in rows.items() if split_rows]
-    for split in listed_splits:
-        write_rows(out / f"{split}.txt", rows[split])
+    listed_splits = [name for name, split_rows in rows.items() if split_rows]
+    for name in listed_splits:
+        write_rows(out / f"{name}.txt", rows[name])
     snippet = write_snippet(
         out,
         plan,
-        split=options.numbered_split(),
+        split=split,
         listed_splits=listed_splits,
         root=os.path.abspath(store.root if store else videos),
         extracted=store is not None,

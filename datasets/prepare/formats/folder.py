@@ -1,6 +1,7 @@
-"""Any videos in class folders, `<Class>/.../<video>`, without annotations; split by groups.
+"""Any videos in class folders, without annotations: `<Class>/.../<video>`, where a video is a file or a folder of frames.
 
-Clips cut from one recording look alike, so they must not be divided between training and validation. A pattern finds
+Folders named train, val and test around or right below the class folders are the split. Otherwise it is drawn by groups:
+clips cut from one recording look alike, so they must not be divided between training and validation. A pattern finds
 each video's group in its file name, for UCF101 `_g(\\d+)_`, and all videos of a group go to the same split. Labels follow
 the sorted names of the class folders, ignoring case, which is the published order of UCF101.
 """
@@ -11,14 +12,19 @@ import hashlib
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 
-from datasets.prepare.catalogue import Catalogue
-from datasets.prepare.plan import Entry, Plan, PrepareError
+from datasets.prepare.catalogue import Catalogue, check_listable
+from datasets.prepare.frame_folders import find_names
+from datasets.prepare.plan import SPLITS, Entry, FrameNames, Plan, PrepareError
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_OF = {name: split for split, names in {
+    "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing"),
+}.items() for name in names}  # fmt: skip
+EXAMPLES = 5  # names in a message
 
 
 @dataclass(frozen=True)
@@ -51,60 +57,173 @@ class Grouping:
         except re.error as error:
             raise PrepareError(f"--group-pattern {self.pattern!r} is not a regular expression ({error})") from None
 
+    def settings(self) -> dict[str, object]:
+        """For prepare.json and the report, named as the options."""
+        settings = {"group_pattern": self.pattern, "groups_across_classes": self.across_classes}
+        if self.val_groups is not None:
+            return settings | {"val_groups": sorted(self.val_groups)}
+        return settings | {"val_share": self.val_share, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a path is the class, and which the split."""
+
+    class_part: int
+    split_part: int | None  # None: the split is drawn
+
+    def class_of(self, path: PurePosixPath) -> str:
+        return path.parts[self.class_part]
+
+    def given_split(self, path: PurePosixPath) -> str | None:
+        return None if self.split_part is None else SPLIT_OF[path.parts[self.split_part].lower()]
+
 
 def read(catalogue: Catalogue, grouping: Grouping, name: str) -> Plan:
     """Classes, labels and splits of the videos in class folders; `name` becomes the dataset's name.
 
     Raises:
-        PrepareError: there are no class folders, a video is in none or has no group, or two differ only in suffix.
+        PrepareError: the folders are not laid out in one of the known ways, a video has no group, two differ only in
+            suffix, or frames are named in several ways.
     """
     grouping.check()
-    paths = [PurePosixPath(path) for path in catalogue.paths()]
+    root, paths = catalogue.root, [PurePosixPath(path) for path in catalogue.paths()]
     if not paths:
-        raise PrepareError(f"--videos {catalogue.root}: holds no video; {catalogue.describe()}")
-    base, classes = _class_folders(catalogue.root, paths)
+        raise PrepareError(f"--videos {root}: holds no video; {catalogue.describe()}")
+    if catalogue.repeated:
+        raise PrepareError(f"{catalogue.repeated[0]}: a link shows its videos under two names; remove the link")
+    layout = _layout(catalogue, paths)
+    classes = _classes(catalogue, paths, layout)
     label_of = {folder: label for label, folder in enumerate(classes)}
-    depth = len(base.parts)
-    paths.sort(key=lambda path: (label_of[path.parts[depth]], path))
-    pools: dict[str, dict[str, list[PurePosixPath]]] = defaultdict(lambda: defaultdict(list))
-    for path in paths:
-        pool = "" if grouping.across_classes else path.parts[depth]
-        pools[pool][_group(catalogue.root, path, grouping.pattern)].append(path)
-    val = {path for pool, groups in pools.items() for path in _validation(pool, groups, grouping)}
+    paths.sort(key=lambda path: (label_of[layout.class_of(path)], path))
+    split_of = {path: layout.given_split(path) for path in paths}
+    if layout.split_part is None:
+        split_of = _draw(catalogue, paths, layout, grouping)
+    elif grouping != Grouping():
+        raise PrepareError(
+            f"{root}: its folders give the split; leave out the options that draw one, such as --val-share"
+        )
     entries: dict[str, Entry] = {}
     for path in paths:
-        stem = path.with_suffix("").as_posix()
+        stem = path.as_posix() if catalogue.takes_frames else path.with_suffix("").as_posix()
         if stem in entries:
-            raise PrepareError(f"{catalogue.root}: {entries[stem].path} and {path} differ only in suffix; keep one")
-        entries[stem] = Entry(
-            names=(stem,),
-            split="val" if path in val else "train",
-            label=label_of[path.parts[depth]],
-            where=str(catalogue.root / path),
-            path=path.as_posix(),
+            raise PrepareError(f"{root}: {entries[stem].path} and {path} differ only in suffix; keep one")
+        where, label = str(root / path), label_of[layout.class_of(path)]
+        entries[stem] = Entry((stem,), split_of[path], label, where, path=path.as_posix())
+    frame_names = find_names(root, catalogue.first_frames) if catalogue.takes_frames else None
+    folders = () if layout.split_part is None else tuple(sorted({path.parts[layout.split_part] for path in paths}))
+    return Plan(
+        title=name,
+        config_name=name,
+        classes=tuple(classes),
+        entries=tuple(entries.values()),
+        style="kinetics",
+        frame_names=frame_names,
+        split_folders=folders,
+        notes=tuple(_notes(folders, set(split_of.values()), frame_names)),
+    )
+
+
+def _notes(split_folders: Sequence[str], splits: set[str], frame_names: FrameNames | None) -> Iterator[str]:
+    """What is not as usual: a split that was given, a list that will not be there, frames that are used as they are."""
+    if split_folders:
+        yield f"the split is that of the folders {', '.join(split_folders)}"
+    for split in ("train", "val"):
+        if split not in splits:
+            why = f"there is no folder {split}" if split_folders else "no class has two groups of videos"
+            yield f"no {split}.txt: {why}"
+    if frame_names:
+        yield f"frames are used as they are: image_tmpl '{frame_names.template}', index_base {frame_names.base}"
+
+
+def _layout(catalogue: Catalogue, paths: Sequence[PurePosixPath]) -> Layout:
+    """Find the class folders: below folders that are around everything, as in archives, and below those of a split."""
+    part = 0
+    while True:
+        parent = PurePosixPath(*paths[0].parts[:part])
+        where = catalogue.root / parent
+        if stray := [path for path in paths if len(path.parts) < part + 2]:
+            raise PrepareError(
+                f"{catalogue.root / stray[0]}: is not in a class folder, or there is only one class folder; videos lie in "
+                "CLASS/VIDEO, frames in CLASS/VIDEO/000001.jpg, and nothing beside the class folders"
+            )
+        heads = {path.parts[part] for path in paths}
+        names = heads | {folder.name for folder in catalogue.folders if folder.parent == parent and folder.name}
+        if all(head.lower() in SPLIT_OF for head in heads):
+            _check_splits(where, heads)
+            return Layout(part + 1, split_part=part)
+        if len(heads) > 1:
+            _check_no_split(where, names)
+            return _split_below(catalogue, paths, part)
+        if len(names) > 1:
+            raise PrepareError(
+                f"{where}: of its folders {_some(names)} only {paths[0].parts[part]} holds videos; give that folder as "
+                "--videos if the class folders lie in it"
+            )
+        part += 1
+
+
+def _split_below(catalogue: Catalogue, paths: Sequence[PurePosixPath], class_part: int) -> Layout:
+    """The layout of class folders, which may have folders of the split right below: CLASS/train/VIDEO."""
+    below = [path.parts[class_part + 1] if len(path.parts) > class_part + 2 else "" for path in paths]
+    if not any(name.lower() in SPLIT_OF for name in below):
+        return Layout(class_part, split_part=None)
+    if outside := [path for path, name in zip(paths, below, strict=True) if name.lower() not in SPLIT_OF]:
+        raise PrepareError(
+            f"{catalogue.root / outside[0]}: is not in a folder train, val or test of its class, as others are; "
+            "move it, or rename folders that are no splits"
         )
-    return Plan(name, name, tuple(classes), tuple(entries.values()), style="kinetics")
+    _check_splits(catalogue.root, set(below))
+    return Layout(class_part, split_part=class_part + 1)
 
 
-def _class_folders(root: Path, paths: Sequence[PurePosixPath]) -> tuple[PurePosixPath, list[str]]:
-    """The folder of the class folders, below `root`, and the class names in the order of their labels."""
-    shared = 0
-    while all(len(path.parts) > shared + 1 and path.parts[shared] == paths[0].parts[shared] for path in paths):
-        shared += 1  # a folder around everything, as in archives
-    base = PurePosixPath(*paths[0].parts[:shared])
-    outside = [path for path in paths if len(path.parts) < shared + 2]
-    if outside:
-        raise PrepareError(f"{root / outside[0]}: is not in a class folder, or there is only one class folder")
-    classes = [entry.name for entry in (root / base).iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    if {name.lower() for name in classes} <= SPLIT_NAMES:
-        raise PrepareError(f"{root / base}: its folders {', '.join(sorted(classes))} are splits, not classes")
-    return base, sorted(classes, key=lambda name: (name.casefold(), name))
+def _check_splits(where: Path, names: set[str]) -> None:
+    for one, other in combinations(sorted(names), 2):
+        if SPLIT_OF[one.lower()] == SPLIT_OF[other.lower()]:
+            raise PrepareError(f"{where}: its folders {one} and {other} are the same split; keep one of them")
 
 
-def _group(root: Path, path: PurePosixPath, pattern: str | None) -> str:
+def _check_no_split(where: Path, names: set[str]) -> None:
+    if splits := {name for name in names if name.lower() in SPLIT_OF}:
+        raise PrepareError(
+            f"{where}: {_some(splits)} is named as a split, beside the class folders {_some(names - splits)}; keep one kind, "
+            "or rename the folder if it is a class"
+        )
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:EXAMPLES]) + (" ..." if len(names) > EXAMPLES else "")
+
+
+def _classes(catalogue: Catalogue, paths: Sequence[PurePosixPath], layout: Layout) -> list[str]:
+    """The names of the class folders, with those that hold no video, in the order of their labels."""
+    parents = {path.parts[: layout.class_part] for path in paths}
+    folders = (folder for folder in catalogue.folders if folder.parts[:-1] in parents and folder.parts)
+    names = {folder.name for folder in folders}
+    for name in names:
+        check_listable(catalogue.root, name)
+    if len(names) < 2:
+        raise PrepareError(f"{catalogue.root}: there is only one class folder, {next(iter(names))}")
+    return sorted(names, key=lambda name: (name.casefold(), name))
+
+
+def _draw(
+    catalogue: Catalogue, paths: Sequence[PurePosixPath], layout: Layout, grouping: Grouping
+) -> dict[PurePosixPath, str]:
+    """Draw the split of each path, or take it from the numbers of the groups."""
+    pools: dict[str, dict[str, list[PurePosixPath]]] = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        pool = "" if grouping.across_classes else layout.class_of(path)
+        video_name = path.name if catalogue.takes_frames else path.stem
+        pools[pool][_group(catalogue.root, path, video_name, grouping.pattern)].append(path)
+    val = {path for pool, groups in pools.items() for path in _validation(pool, groups, grouping)}
+    return {path: "val" if path in val else "train" for path in paths}
+
+
+def _group(root: Path, path: PurePosixPath, video_name: str, pattern: str | None) -> str:
     if pattern is None:
         return path.as_posix()
-    match = re.search(pattern, path.stem)
+    match = re.search(pattern, video_name)
     if match is None:
         raise PrepareError(f"{root / path}: --group-pattern {pattern!r} is not found in its name")
     return match[1] if match.re.groups else match[0]
@@ -142,17 +261,23 @@ def parse_groups(text: str) -> frozenset[int]:
     return frozenset(groups)
 
 
-def identical_across_splits(root: Path, train: Sequence[str], val: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs (training video, validation video) of byte-identical files; only files of equal size are read."""
-    by_size: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for index, paths in enumerate((train, val)):
-        for path in paths:
-            by_size[(root / path).stat().st_size][index].append(path)
+def identical_across_splits(root: Path, paths: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Pairs of byte-identical files in two splits, each as `path (split)`; only files of equal size are read.
+
+    Args:
+        paths: of the videos of each split, below `root`.
+    """
+    by_size: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for split in SPLITS:
+        for path in paths.get(split, ()):
+            by_size[(root / path).stat().st_size].append((split, path))
     pairs = []
-    for of_train, of_val in by_size.values():
-        if of_train and of_val:
-            digests = {path: _digest(root / path) for path in (*of_train, *of_val)}
-            pairs += [(one, other) for one in of_train for other in of_val if digests[one] == digests[other]]
+    for videos in by_size.values():
+        if len({split for split, _ in videos}) > 1:
+            digests = {path: _digest(root / path) for _, path in videos}
+            for (split, path), (other, copy) in combinations(videos, 2):
+                if split != other and digests[path] == digests[copy]:
+                    pairs.append((f"{path} ({split})", f"{copy} ({other})"))
     return pairs
 
 

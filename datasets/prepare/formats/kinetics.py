@@ -37,8 +37,9 @@ def read(annotations: AnnotationFiles, split_number: int, requested: Sequence[st
         if label_file is None:
             annotations.require("kinetics_400_labels.csv", *(f"{prefix}train.csv" for prefix in PREFIXES))
         names = tuple(sorted({label for _, label, _ in rows["train"]}))
+        notes = (f"labels follow the sorted class names of {label_file.name}, as kinetics_400_labels.csv is not there",)
     else:
-        names = _read_classes(label_file)
+        names, notes = _read_classes(label_file), ()
     ids = {name: label for label, name in enumerate(names)}
     entries = []
     for split, split_rows in rows.items():
@@ -46,7 +47,7 @@ def read(annotations: AnnotationFiles, split_number: int, requested: Sequence[st
             if label not in ids:
                 raise PrepareError(f"{where}: class {label!r} is not in {label_file}; are both of one version?")
             entries.append(Entry(video_names, split, ids[label], where))
-    return Plan("Kinetics-400", "k400", names, tuple(entries))
+    return Plan("Kinetics-400", "k400", names, tuple(entries), notes=notes)
 
 
 def _read_rows(path: Path, split: str) -> list[tuple[str, str, tuple[str, ...]]]:

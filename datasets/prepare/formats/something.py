@@ -7,8 +7,10 @@ Version 2; file names are those of the current release, or the older ones with t
     test.json         [{"id": "1420"}, ...]; the labels are in test-answers.csv `id;template`, if published
     A template without its brackets is a name of labels.json.
 Version 1; file names have the prefix `something-something-v1-`:
-    labels.csv        one template a line, numbered from 0 in that order
+    labels.csv        one template a line, in an order of its own
     train.csv         `id;template`; validation.csv likewise; test.csv has ids only
+Labels of version 2 are the ids of labels.json. Labels of version 1 follow the sorted templates, as in the list scripts of
+TSM, TDN and their relatives, so that they fit published checkpoints; the line numbers of labels.csv are others.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from datasets.prepare.annotation_files import (
     read_lines,
     read_table,
 )
-from datasets.prepare.plan import Entry, Plan, PrepareError
+from datasets.prepare.plan import Entry, FrameNames, Plan, PrepareError
 
 V1, V2 = "something-something-v1-", "something-something-v2-"
+FRAME_NAMES = FrameNames("{:05d}.jpg", 1)  # of version 1
 
 logger = logging.getLogger("td4v")
 
@@ -60,7 +63,8 @@ def read_v2(annotations: AnnotationFiles, split_number: int, requested: Sequence
 def read_v1(annotations: AnnotationFiles, split_number: int, requested: Sequence[str] | None) -> Plan:
     """Version 1; its test split has no published labels."""
     label_file = annotations.require(f"{V1}labels.csv")
-    names = [line for _, line in read_lines(label_file)]
+    lines = [line for _, line in read_lines(label_file)]
+    names = sorted(lines)
     ids = {name: label for label, name in enumerate(names)}
     if len(ids) < len(names):
         raise PrepareError(f"{label_file}: names a template twice")
@@ -68,7 +72,10 @@ def read_v1(annotations: AnnotationFiles, split_number: int, requested: Sequence
     entries: list[Entry] = []
     for split, path in files.items():
         entries += _entries(_csv_rows(path), split, ids, label_file)
-    return Plan("Something-Something v1", "ssv1", tuple(names), tuple(entries), published_frames=True)
+    note = "labels follow the sorted templates, as in the list scripts of TSM and TDN"
+    if names != lines:
+        note += f", not the lines of {label_file.name}"
+    return Plan("Something-Something v1", "ssv1", tuple(names), tuple(entries), frame_names=FRAME_NAMES, notes=(note,))
 
 
 def _entries(

@@ -27,8 +27,9 @@ from datasets.decoders import open_video
 from datasets.packed_frames import PackedVideo
 from datasets.prepare import __main__ as command
 from datasets.prepare import decode, extract, output_dir
-from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, count_frames, encode_jpeg, probe
-from datasets.prepare.plan import PrepareError
+from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, encode_jpeg, probe
+from datasets.prepare.frame_folders import count_frames
+from datasets.prepare.plan import FrameNames, PrepareError
 from tests.helpers.video_files import overwrite, write_avi, write_video
 
 ROOT = Path(__file__).parents[3]
@@ -488,9 +489,10 @@ def test_interrupt(videos, tmp_path, monkeypatch, caplog):
 def test_published_frame_folders(tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"{number:05d}.jpg").write_bytes(b"x" * number)
-    assert count_frames(tmp_path) == Outcome(3, 3, 6)
+    names = FrameNames("{:05d}.jpg", 1)
+    assert count_frames(tmp_path, names) == Outcome(3, 3, 6)
     (tmp_path / "00002.jpg").rename(tmp_path / "00005.jpg")
-    assert "00002.jpg is missing or empty" in count_frames(tmp_path).error
+    assert "00002.jpg is missing or empty" in count_frames(tmp_path, names).error
 
 
 def test_no_frame_decodes(tmp_path):

@@ -98,6 +98,11 @@ def lists(out: Path, *splits: str) -> list[str]:
     return [(out / f"{split}.txt").read_text() for split in splits or ("train", "val")]
 
 
+def contents(out: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time of change and content of each file."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+
 UCF_NAMES = ["v_Archery_g08_c01", "v_HandStandPushups_g08_c01", "v_Archery_g01_c01", "v_HandStandPushups_g01_c01"]
 
 
@@ -139,13 +144,17 @@ def test_hmdb51(run):
 def test_another_split_in_the_same_folder(run):
     second = {"trainlist02.txt": UCF["trainlist01.txt"], "testlist02.txt": UCF["testlist01.txt"]}
     code, out, log = run("ucf101", UCF | second, [f"{name}.avi" for name in UCF_NAMES])
-    assert code == 0 and "replaced" not in log
+    assert code == 0
+    before = contents(out)
     code, out, log = run("ucf101", UCF | second, [], "--split", "2")
-    assert code == 0 and "the lists of split 1 are replaced by those of split 2" in log
+    assert code == 1 and "was prepared with split 1, now 2; --new-split replaces the lists (frames stay)" in log
+    assert contents(out) == before
+    code, out, log = run("ucf101", UCF | second, [], "--split", "2", "--new-split")
+    assert code == 0
     assert "4 of 4 videos were extracted by an earlier run" in log
-    assert "UCF101, split 2, 2 classes" in (out / "report.txt").read_text()
-    assert "# UCF101, split 2: replaces" in (out / "config_snippet.yaml").read_text()
-    assert json.loads((out / "prepare.json").read_text())["split"] == 2
+    assert "UCF101: split 2, classes 2" in (out / "report.txt").read_text()
+    assert "# UCF101, split 2, classes 2: replaces" in (out / "config_snippet.yaml").read_text()
+    assert json.loads((out / "prepare.json").read_text())["split"] == {"split": 2, "classes": 2}
 
 
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
@@ -184,6 +193,19 @@ def test_something_v1_keeps_its_frame_folders(run, tmp_path):
     (tmp_path / "videos/20bn/10/00002.jpg").unlink()
     code, out, log = run("ssv1", SSV1, tmp_path / "videos")
     assert code == 1 and "20bn/10 (00002.jpg is missing or empty" in log
+
+
+def test_labels_of_something_v1_are_those_of_published_checkpoints(run, tmp_path):
+    """The families' list scripts sort the templates, whose published file has another order."""
+    lines = ["Turning something, upside down", "Holding something", "[Some] thing"]
+    annotations = SSV1 | {"something-something-v1-labels.csv": "\r\n".join([*lines, ""])}
+    for video in ("10", "11"):
+        write_frame_folder(tmp_path / "videos", video, [1])
+    code, out, log = run("ssv1", annotations, tmp_path / "videos")
+    note = "labels follow the sorted templates, as in the list scripts of TSM and TDN, not the lines of something-something"
+    assert code == 0 and note in log and note in (out / "report.txt").read_text()
+    assert read_labels(str(out / "labels.csv"), 3) == ("Holding something", lines[0], "[Some] thing")
+    assert lists(out) == ["10 1 1\n", "11 1 0\n"]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -415,7 +437,7 @@ def test_no_annotations(tmp_path, caplog):
     arguments = ["ucf101", "--videos", str(tmp_path), "--out", str(tmp_path / "out")]
     assert command.main(arguments) == 1 and "ucf101 needs --annotations" in caplog.text
     assert command.main([*arguments, "--annotations", str(tmp_path / "no")]) == 1
-    assert f"--annotations {tmp_path / 'no'}: is not a folder" in caplog.text
+    assert f"--annotations {tmp_path / 'no'}: there is no such file or folder" in caplog.text
 
 
 def test_two_rows_of_one_video(run):
