@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WHOLE_NUMBER = re.compile(r"-?[0-9]+")
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 class AnnotationError(ValueError):
@@ -37,7 +37,8 @@ def read_list(
 
     Rows are `path num_frames label` for modality RGB and `path label` for video, split at white space from the right,
     so that paths may contain spaces. A row `path number label` is accepted for video too; its number is kept as the
-    number of frames. A byte order mark, CRLF and blank lines are accepted.
+    number of frames. A byte order mark, CRLF and blank lines are accepted; commas between the fields, quotes around a
+    path, backslashes between folders and a header line are not.
 
     Args:
         key: the name of the file in messages, e.g. `data.train_list`.
@@ -47,46 +48,78 @@ def read_list(
             number above 0, or with a label that is not a whole number in 0..num_classes-1.
     """
     records = []
-    for row in read_rows(path, modality, num_classes, key):
+    for row in read_rows(path, modality, key):
         if isinstance(row, AnnotationError):
             raise row
         records.append(row)
     if not records:
         raise AnnotationError(f"{path}: {key} has no rows")
+    largest = max(record.label for record in records)
+    for record in records:
+        if not 0 <= record.label < num_classes:
+            hint = from_1(records) if largest == num_classes else ""
+            raise AnnotationError(f"{path}, line {record.line}: {outside(record, num_classes)}{hint}")
     return tuple(records)
 
 
 def read_rows(
-    path: str, modality: Literal["RGB", "video"], num_classes: int, key: str = "list"
+    path: str, modality: Literal["RGB", "video"], key: str = "list"
 ) -> Iterator[VideoRecord | AnnotationError]:
-    """The rows of a list one by one, as `read_list`; a bad row gives its error.
+    """The rows of a list one by one, as `read_list` but with any label; a bad row gives its error.
 
     Raises:
         AnnotationError: no such file, or no text.
     """
     for line, text in _lines(path, key):
         try:
-            yield _record(text, modality, num_classes, line, f"{path}, line {line}")
+            yield _record(text, modality, line, f"{path}, line {line}")
         except AnnotationError as error:
             yield error
 
 
-def _record(text: str, modality: str, num_classes: int, line: int, where: str) -> VideoRecord:
+def outside(record: VideoRecord, num_classes: int) -> str:
+    """What is wrong with a label that is not in 0..num_classes-1."""
+    return f"label {record.label} is outside 0..{num_classes - 1}"
+
+
+def from_1(records: Sequence[VideoRecord]) -> str:
+    """A clause about the labels where the smallest is 1, else nothing."""
+    first = min(records, key=lambda record: record.label)
+    if first.label != 1:
+        return ""
+    return f"; labels seem to begin at 1 (line {first.line}), but the first class is 0"
+
+
+def _record(text: str, modality: str, line: int, where: str) -> VideoRecord:
     *front, label_text = text.rsplit(maxsplit=1)
+    if "," in label_text or ";" in label_text:
+        raise AnnotationError(f"{where}: fields are separated by spaces or tabs, not as in {text!r}")
     label = _whole_number(label_text, "label", where)
     video, num_frames = "".join(front), None
     front = video.rsplit(maxsplit=1)
     if modality == "RGB" or (len(front) == 2 and WHOLE_NUMBER.fullmatch(front[1])):
         if len(front) < 2:
-            raise AnnotationError(f"{where}: needs `path num_frames label`, not {text!r}")
+            hint = "; data.modality: video reads `path label`" if front else ""
+            raise AnnotationError(f"{where}: needs `path num_frames label`, not {text!r}{hint}")
         video, num_frames = front[0], _whole_number(front[1], "number of frames", where)
         if num_frames < 1:
             raise AnnotationError(f"{where}: the number of frames must be above 0, not {num_frames}")
     if not video:
         raise AnnotationError(f"{where}: needs `path label`, not {text!r}")
-    if not 0 <= label < num_classes:
-        raise AnnotationError(f"{where}: label {label} is outside 0..{num_classes - 1}")
+    _check_path(video, where)
     return VideoRecord(video, num_frames, label, line)
+
+
+def _check_path(video: str, where: str) -> None:
+    """Refuse what other list formats write into paths, which would only be seen when no video can be found."""
+    if video[-1] in ",;":
+        raise AnnotationError(f"{where}: fields are separated by spaces or tabs, not as in {video!r}")
+    if video[-1] in "\"'" and video[0] == video[-1]:
+        raise AnnotationError(f"{where}: paths are written without quotes, spaces or not, unlike {video}")
+    if "\\" in video:
+        raise AnnotationError(f"{where}: folders are separated by /, unlike {video}")
+    if "\0" in video:
+        raise AnnotationError(f"{where}: the path has a NUL byte")
 
 
 def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tuple[str, ...]:

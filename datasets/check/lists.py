@@ -13,16 +13,16 @@ from typing import Literal
 
 from common.tables import format_bytes, markdown_table
 from configs.schema import DataConfig
-from datasets.annotation import AnnotationError, VideoRecord, read_rows
+from datasets.annotation import AnnotationError, VideoRecord, outside, read_rows
 from datasets.build import build_reader, class_names, list_or_root, video_source
 from datasets.check.report import Finding
 from datasets.check.rows import RowResult
+from datasets.list_doubts import EXAMPLES, examples, list_doubts, videos
 from datasets.packed_frames import PackedVideo, PackError
 from datasets.video_dataset import VideoSource
 
 Split = Literal["train", "val", "test"]
 ANY_LABEL = 2**31  # as number of classes: `findings_of` compares the labels with the real number
-EXAMPLES = 3  # in a message
 
 
 @dataclass
@@ -71,15 +71,10 @@ def _valid_rows(data: DataConfig, split: Split) -> tuple[VideoSource, list[Annot
     records: list[VideoRecord] = []
     errors: list[AnnotationError] = []
     try:
-        any_label, real = (
-            read_rows(list_file, data.modality, num_classes, f"data.{list_key}")
-            for num_classes in (ANY_LABEL, data.num_classes)
-        )
-        for row, strict in zip(any_label, real, strict=True):
-            if isinstance(row, VideoRecord):
-                records.append(row)
-            else:
-                errors.append(strict)  # it names the real range of labels
+        for row in read_rows(list_file, data.modality, f"data.{list_key}"):
+            if isinstance(row, VideoRecord) and row.label < 0:
+                row = AnnotationError(f"{list_file}, line {row.line}: {outside(row, data.num_classes)}")
+            (records if isinstance(row, VideoRecord) else errors).append(row)
         if not records and not errors:
             errors.append(AnnotationError(f"{list_file}: data.{list_key} has no rows"))
     except AnnotationError as error:
@@ -107,8 +102,7 @@ def findings_of(checked: CheckedList, data: DataConfig, names: Sequence[str] | N
     for result in checked.results:
         line = result.record.line
         if result.record.label >= data.num_classes:
-            text = f"label {result.record.label} is outside 0..{data.num_classes - 1}"
-            yield Finding("problem", "label", text, file, line)
+            yield Finding("problem", "label", outside(result.record, data.num_classes), file, line)
         yield from (Finding("problem", kind, text, file, line) for kind, text in result.problems)
         yield from (Finding("note", kind, text, file, line) for kind, text in result.notes)
     missing = [result for result in checked.results if any("missing" in kind for kind, _ in result.problems)]
@@ -120,18 +114,11 @@ def findings_of(checked: CheckedList, data: DataConfig, names: Sequence[str] | N
         rows_of[checked.path_of(record)].append(record)
     repeated = [rows for rows in rows_of.values() if len(rows) > 1]
     if repeated:
-        shown = [f"{rows[0].path} (lines {_examples([str(row.line) for row in rows])})" for rows in repeated]
-        text = f"{_videos(len(repeated))} more than once: {_examples(shown)}"
+        shown = [f"{rows[0].path} (lines {examples([str(row.line) for row in rows])})" for rows in repeated]
+        text = f"{videos(len(repeated))} more than once: {examples(shown)}"
         yield Finding("warning", "duplicates", text, file)
-    ambiguous = [rows[0].path for rows in repeated if len({row.label for row in rows}) > 1]
-    if ambiguous:
-        text = f"{_videos(len(ambiguous))} with different labels: {_examples(ambiguous)}"
-        yield Finding("warning", "labels", text, file)
-    counts = checked.class_counts(data.num_classes)
-    empty = [f"{label} ({names[label]})" if names else str(label) for label, count in enumerate(counts) if count == 0]
-    if empty:
-        text = f"{len(empty)} of {data.num_classes} classes have no video: {_examples(empty)}"
-        yield Finding("warning", "classes", text, file)
+    for kind, text in list_doubts(records, data.modality, data.num_classes, names, trains=True):
+        yield Finding("warning", kind, text, file)
 
 
 def findings_between(lists: Sequence[CheckedList]) -> Iterator[Finding]:
@@ -149,10 +136,10 @@ def findings_between(lists: Sequence[CheckedList]) -> Iterator[Finding]:
             if other.path_of(record) in line_of
         ]
         if shared:
-            yield Finding(level, "shared videos", f"{where} share {_videos(len(shared))}: {_examples(shared)}")
+            yield Finding(level, "shared videos", f"{where} share {videos(len(shared))}: {examples(shared)}")
         copies = [f"{a.path} (line {a.line}) = {b.path} (line {b.line})" for a, b in _copies(one, other)]
         if copies:
-            text = f"{where} hold {_videos(len(copies))} of the same content: {_examples(copies)}"
+            text = f"{where} hold {videos(len(copies))} of the same content: {examples(copies)}"
             yield Finding(level, "copies", text)
 
 
@@ -252,11 +239,3 @@ def values_of(checked: CheckedList, data: DataConfig) -> dict[str, object]:
         "frame_sizes": dict(sizes.most_common()),
         "bytes": sum(result.num_bytes for result in checked.results),
     }
-
-
-def _examples(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:EXAMPLES]) + (", ..." if len(texts) > EXAMPLES else "")
-
-
-def _videos(count: int) -> str:
-    return f"{count} video{'' if count == 1 else 's'}"

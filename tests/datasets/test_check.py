@@ -217,7 +217,7 @@ def test_leaks_and_repeated_rows(dataset, caplog):
     assert code == 0 and findings(report, "problem") == []
     repeated, torn = rows[1].split()[0], rows[2].split()[0]
     assert warnings["duplicates"] == f"2 videos more than once: {repeated} (lines 2, 9), {torn} (lines 3, 10)"
-    assert warnings["labels"] == f"1 video with different labels: {torn}"
+    assert warnings["labels"] == f"1 video with different labels: {torn} (lines 3 and 10)"
     shared = f"share 1 video: {rows[4].split()[0]} (lines 5 and 5)"
     assert shared in warnings["shared videos"] and str(train) in warnings["shared videos"]
     assert f"{rows[0].split()[0]} (line 1) = val/copy (line 6)" in warnings["copies"]
