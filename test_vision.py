@@ -45,7 +45,7 @@ from pathlib import Path
 from torch import nn
 
 from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, require_data_paths
-from datasets.build import check_paths, class_names, test_loader
+from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader
 from engine import checkpoint_file, results
 from engine.checkpoint_file import Checkpoint
 from engine.distributed import move_to_device, start
@@ -69,6 +69,9 @@ def main(arguments: argparse.Namespace) -> None:
     setup_logging(process)
     checkpoint = checkpoint_file.load_weights_file(arguments.weights) if arguments.weights else None
     config = read_config(arguments, checkpoint)
+    sources = read_sources(config.data, ("test",))
+    if process.is_main:
+        log_doubts(config.data, sources)
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     names = class_names(config.data)
     target = results_path(arguments, config, checkpoint)
@@ -79,7 +82,8 @@ def main(arguments: argparse.Namespace) -> None:
     move_to_device(model, process, config.solver.compile).eval()
     views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
     shard = {"seed": config.seed, "rank": process.rank, "world_size": process.world_size}
-    loader = test_loader(config.data, **shard, **views, frames_per_segment=model.frames_per_segment)
+    frames_per_segment = model.frames_per_segment
+    loader = test_loader(config.data, **shard, **views, frames_per_segment=frames_per_segment, source=sources["test"])
     report, videos = parameter_report(model), len(loader.dataset)
     logger.info("%s; testing %d videos, %d views each", report, videos, views["crops"] * views["clips"])
     normalizer, print_freq = Normalizer(config.data.mean, config.data.std), config.logging.print_freq

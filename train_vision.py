@@ -43,7 +43,16 @@ from typing import Any
 from torch import nn
 
 from configs.schema import Config, fill_from_checkpoint, load_config, require_data_paths
-from datasets.build import check_paths, class_names, listed_loader, train_loader, val_loader
+from datasets.build import (
+    Sources,
+    check_paths,
+    class_names,
+    listed_loader,
+    log_doubts,
+    read_sources,
+    train_loader,
+    val_loader,
+)
 from engine.build import build_training_state, clips_per_step
 from engine.checkpointer import Progress
 from engine.distributed import Process, move_to_device, start, wrap
@@ -72,6 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     process = start(arguments.device)
     setup_logging(process)
     config = read_config(arguments)
+    sources = read_lists(config, process)
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     trains = not (config.solver.evaluate or arguments.dry_run)
     meta = run_info({key: getattr(config.data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
@@ -82,7 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     model, config = build_start(config, plan, loads=not restores)
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
-    loaders = build_loaders(config, model, meta["lists"], process, precision, dry=arguments.dry_run)
+    loaders = build_loaders(config, model, sources, meta["lists"], process, precision, dry=arguments.dry_run)
     if not trains:
         logger.info("%s", report)
     if config.solver.evaluate:
@@ -111,11 +121,24 @@ def read_config(arguments: argparse.Namespace) -> Config:
     """The configuration, after the checks that take no time."""
     precision = [f"solver.precision={arguments.precision}"] if arguments.precision else []
     config = load_config(arguments.config, [*arguments.set, *precision])
-    splits = ("val",) if config.solver.evaluate else ("train", "val")
+    splits = used_splits(config)
     require_data_paths(config, splits, arguments.config)
     for split in splits:
         check_paths(config.data, split)
     return config
+
+
+def used_splits(config: Config) -> tuple[str, ...]:
+    """The splits whose videos are read."""
+    return ("val",) if config.solver.evaluate else ("train", "val")
+
+
+def read_lists(config: Config, process: Process) -> Sources:
+    """The rows of the lists, with a warning where they probably mean something else."""
+    sources = read_sources(config.data, used_splits(config))
+    if process.is_main:
+        log_doubts(config.data, sources)
+    return sources
 
 
 def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, Config]:
@@ -145,6 +168,7 @@ def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, 
 def build_loaders(
     config: Config,
     model: nn.Module,
+    sources: Sources,
     lists: dict[str, Any],
     process: Process,
     precision: Precision,
@@ -153,13 +177,14 @@ def build_loaders(
     """Loaders of videos, or of cached features: the Trainer's arguments train_loader, val_loader and val_videos.
 
     Args:
-        lists: of run_info, for the hashes of the data lists. dry: only log what a cache would take.
+        sources: the videos of each split. lists: of run_info, for the hashes of the data lists.
+        dry: only log what a cache would take.
     """
     data, cached = config.data, config.network.cache_features
     shard = {"seed": config.seed, "rank": process.rank, "world_size": process.world_size}
     shard["frames_per_segment"] = model.frames_per_segment
-    val = val_loader(data, **shard)
-    train = None if config.solver.evaluate else train_loader(data, **shard)
+    val = val_loader(data, **shard, source=sources["val"])
+    train = None if config.solver.evaluate else train_loader(data, **shard, source=sources["train"])
     if cached != "off":
         normalizer, sha256 = Normalizer(data.mean, data.std), frozen_identity(model)["sha256"]
         cache = FeatureCache(config, lists, model, sha256, process, precision, normalizer)
@@ -169,7 +194,7 @@ def build_loaders(
         else:
             val = cache.loader("val", val, val)
         if cached == "all" and not dry and train is not None:
-            train = cache.loader("train", listed_loader(data, **shard), train)
+            train = cache.loader("train", listed_loader(data, **shard, source=sources["train"]), train)
     return {"train_loader": train, "val_loader": val, "val_videos": len(val.dataset)}
 
 

@@ -1,13 +1,16 @@
 """Configuration -> data loaders, and the checks before any video is read.
 
-loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1)
+sources = read_sources(config.data, ("train", "val"))      # optional: the lists alone, checked before all else
+loader = train_loader(config.data, seed=config.seed, rank=0, world_size=1, source=sources["train"])
 loader.set_epoch(epoch)
 for batch in loader: ...   # what a batch holds: video_dataset.collate
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -17,6 +20,7 @@ from torch.utils.data import Sampler
 from configs.schema import ConfigError, DataConfig
 from datasets.annotation import few_shot, read_labels, read_list
 from datasets.decoders import DecoderMissing, library
+from datasets.list_doubts import list_doubts
 from datasets.loader import VideoLoader
 from datasets.readers import FrameReader, Reader, VideoReader
 from datasets.registry import dataset_traits
@@ -32,39 +36,78 @@ from datasets.transforms import (
 )
 from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
+Split = Literal["train", "val", "test"]
+Sources = dict[Split, VideoSource]
+
+logger = logging.getLogger("td4v")
+
+
+def read_sources(data: DataConfig, splits: Sequence[Split]) -> Sources:
+    """The videos of these splits, for the loaders below, so that bad rows are seen early and lists are read once.
+
+    Raises:
+        ConfigError, AnnotationError: as `train_loader`.
+    """
+    return {split: video_source(data, split) for split in splits}
+
+
+def log_doubts(data: DataConfig, sources: Sources) -> None:
+    """Warn where valid rows probably mean something else."""
+    names = class_names(data)
+    for split, source in sources.items():
+        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=split == "train")
+        for _, text in doubts:
+            logger.warning("%s: %s", source.list_file, text)
+
 
 def train_loader(
-    data: DataConfig, seed: int, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+    data: DataConfig,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    frames_per_segment: int = 1,
+    source: VideoSource | None = None,
 ) -> VideoLoader:
     """Shuffled full batches of data.batch_size videos; call `loader.set_epoch(epoch)` before each epoch.
 
     Args:
         seed: the same in every process; processes differ by `rank`.
         frames_per_segment: f, the neighbouring frames that the model reads at each of the T sampled ones.
+        source: the list, where it is read already (`read_sources`).
 
     Raises:
         ConfigError: a list or root is not set or not there, or data.rand_aug_policy is unknown.
         AnnotationError: a list with a bad row.
         ValueError: fewer videos than one batch in each process.
     """
-    dataset = _training(data, seed, frames_per_segment)
+    dataset = _training(data, _training_source(data, seed, source), seed, frames_per_segment)
     sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
     return _loader(data, dataset, sampler, data.batch_size, views=data.num_sample, seed=seed)
 
 
 def listed_loader(
-    data: DataConfig, seed: int, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+    data: DataConfig,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    frames_per_segment: int = 1,
+    source: VideoSource | None = None,
 ) -> VideoLoader:
     """Every video that `train_loader` draws from, once over all processes, in order and as validation sees videos."""
-    dataset = _evaluation(data, _training_source(data, seed), data.dense, frames_per_segment)
+    dataset = _evaluation(data, _training_source(data, seed, source), data.dense, frames_per_segment)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
 def val_loader(
-    data: DataConfig, seed: int = 0, rank: int = 0, world_size: int = 1, frames_per_segment: int = 1
+    data: DataConfig,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    frames_per_segment: int = 1,
+    source: VideoSource | None = None,
 ) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
-    dataset = _evaluation(data, video_source(data, "val"), data.dense, frames_per_segment)
+    dataset = _evaluation(data, source or video_source(data, "val"), data.dense, frames_per_segment)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -77,6 +120,7 @@ def test_loader(
     clips: int = 1,
     dense: bool = False,
     frames_per_segment: int = 1,
+    source: VideoSource | None = None,
 ) -> VideoLoader:
     """Every video of data.test_list (else data.val_list) once over all processes, as clips * crops views.
 
@@ -87,7 +131,7 @@ def test_loader(
     """
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
-    dataset = _evaluation(data, video_source(data, "test"), dense, frames_per_segment, crops, clips)
+    dataset = _evaluation(data, source or video_source(data, "test"), dense, frames_per_segment, crops, clips)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -99,8 +143,10 @@ def class_names(data: DataConfig) -> tuple[str, ...] | None:
     return None if data.label_list is None else read_labels(data.label_list, data.num_classes)
 
 
-def _training(data: DataConfig, seed: int, frames_per_segment: int) -> TrainDataset | PlainTrainDataset:
-    source, traits = _training_source(data, seed), dataset_traits(data)
+def _training(
+    data: DataConfig, source: VideoSource, seed: int, frames_per_segment: int
+) -> TrainDataset | PlainTrainDataset:
+    traits = dataset_traits(data)
     sampling = _sampling(data, data.dense, frames_per_segment)
     if not data.augment:
         return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
@@ -130,8 +176,8 @@ def _crop(data: DataConfig, scale_size: int | tuple[int, int]) -> Crop:
     return RandomResizedCrop(scale_size, data.crop_scale)
 
 
-def _training_source(data: DataConfig, seed: int) -> VideoSource:
-    source = video_source(data, "train")
+def _training_source(data: DataConfig, seed: int, source: VideoSource | None) -> VideoSource:
+    source = source or video_source(data, "train")
     return source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
 
 
@@ -162,7 +208,7 @@ def _eval_loader(data: DataConfig, dataset: EvalDataset, seed: int, rank: int, w
     return _loader(data, dataset, sampler, max(1, data.batch_size // views), views=views, seed=seed)
 
 
-def check_paths(data: DataConfig, split: Literal["train", "val", "test"]) -> None:
+def check_paths(data: DataConfig, split: Split) -> None:
     """Raise ConfigError if the list or root of a split is not set or does not exist; nothing is read."""
     root_key, root = list_or_root(data, split, "root")
     if not os.path.isdir(root):
@@ -172,7 +218,7 @@ def check_paths(data: DataConfig, split: Literal["train", "val", "test"]) -> Non
         raise ConfigError(f"data.{list_key}: there is no file {list_file}")
 
 
-def video_source(data: DataConfig, split: Literal["train", "val", "test"]) -> VideoSource:
+def video_source(data: DataConfig, split: Split) -> VideoSource:
     check_paths(data, split)
     (list_key, list_file), (_, root) = (list_or_root(data, split, what) for what in ("list", "root"))
     return VideoSource(

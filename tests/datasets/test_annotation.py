@@ -46,6 +46,18 @@ def test_video_rows(tmp_path):
         ("a 3 2", "RGB", "label 2 is outside 0..1"),
         ("a 3 -1", "RGB", "label -1 is outside 0..1"),
         ("a.avi 2", "video", "label 2 is outside 0..1"),
+        ("a.avi 1.0", "video", "label must be a whole number, not '1.0'"),
+        ("a.avi " + "1" * 5000, "video", "label must be a whole number"),
+        ("a.avi 3", "RGB", "data.modality: video reads `path label`"),
+        ("a.avi,1", "video", "fields are separated by spaces or tabs, not as in 'a.avi,1'"),
+        ("a.avi, 1", "video", "fields are separated by spaces or tabs, not as in 'a.avi,'"),
+        ("a;3;1", "RGB", "fields are separated by spaces or tabs"),
+        ("a, 3, 1", "RGB", "not '3,'"),
+        ('"a b.avi" 1', "video", 'paths are written without quotes, spaces or not, unlike "a b.avi"'),
+        ("'a' 3 1", "RGB", "paths are written without quotes"),
+        (r"run\a.avi 1", "video", r"folders are separated by /, unlike run\a.avi"),
+        ("path num_frames label", "RGB", "label must be a whole number, not 'label'"),
+        ("a\0b 3 1", "RGB", "the path has a NUL byte"),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path, row, modality, message):
@@ -54,6 +66,21 @@ def test_bad_rows_name_file_and_line(tmp_path, row, modality, message):
         read_list(path, modality, 2)
     assert f"{path}, line 3: " in str(caught.value) and message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_tabs_and_spaces_at_the_end_are_read(tmp_path):
+    path = write(tmp_path, "a, b/it's c.avi\t 1 \t\r\nx\t0\n")
+    assert read_list(path, "video", 2) == (VideoRecord("a, b/it's c.avi", None, 1, 1), VideoRecord("x", None, 0, 2))
+
+
+def test_labels_that_begin_at_1_are_recognised(tmp_path):
+    with pytest.raises(
+        AnnotationError, match=r"line 2: label 2 is outside 0\.\.1; labels seem to begin at 1 \(line 1\)"
+    ):
+        read_list(write(tmp_path, "a 1\nb 2\n"), "video", 2)
+    for text in ("a 0\nb 2\n", "a 1\nb 7\n"):
+        with pytest.raises(AnnotationError, match=r"is outside 0\.\.1$"):
+            read_list(write(tmp_path, text), "video", 2)
 
 
 def test_unusable_files_name_the_key(tmp_path):

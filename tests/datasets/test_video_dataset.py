@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs.schema import CLIP_MEAN, CLIP_STD, ConfigError, DataConfig
 from datasets.annotation import AnnotationError, VideoRecord
-from datasets.build import class_names, listed_loader, train_loader, val_loader
+from datasets.build import class_names, listed_loader, log_doubts, read_sources, train_loader, val_loader
 from datasets.build import test_loader as loader_of_test
 from datasets.packed_frames import pack
 from datasets.readers import Clip, DecodedFrames
@@ -469,3 +469,16 @@ def test_training_reads_neighbouring_frames(numbered, dense, changes):
         else:
             indices = val_indices(length, 4, "kinetics", dense)
         assert found == neighbours(indices.tolist(), length)
+
+
+def test_lists_are_read_once_and_their_doubts_are_logged(data, caplog):
+    data = replace(data, num_classes=3)
+    sources = read_sources(data, ("train", "val"))
+    log_doubts(data, sources)
+    assert [record.message for record in caplog.records] == [
+        f"{data.train_list}: 1 of 3 classes have no video: 2"  # a validation list may lack classes
+    ]
+    os.unlink(data.train_list)
+    os.unlink(data.val_list)
+    loaders = (train_loader(data, 5, source=sources["train"]), listed_loader(data, 5, source=sources["train"]))
+    assert [len(loader.dataset) for loader in (*loaders, val_loader(data, source=sources["val"]))] == [7, 7, 7]
