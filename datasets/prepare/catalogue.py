@@ -80,7 +80,7 @@ class Catalogue:
         """Files that are not taken: `3 .txt, 1 .jpg` (empty if there is none), and the files; images by their folder."""
         suffixes, listed = _suffixes(self.others), list(self.others)
         for (folder, suffix), count in self.images.items():
-            if not self.takes_frames or suffix.startswith(FLOW):
+            if not self.takes_frames or folder not in self.first_frames or suffix.startswith(FLOW):
                 suffixes[suffix] += count
                 listed.append(f"{folder}: {count} {suffix}")
         if self.takes_frames:
@@ -130,6 +130,9 @@ def scan(root: Path, takes_frames: bool | None = None, skip: Path | None = None)
                 catalogue.images[folder.as_posix(), suffix if is_frame(name) else f"{FLOW}*{suffix}"] += 1
             else:
                 catalogue.others.append(path)
+    around = {parent.as_posix() for folder in catalogue.first_frames for parent in PurePosixPath(folder).parents}
+    for folder in around & catalogue.first_frames.keys():  # covers and the like
+        del catalogue.first_frames[folder]
     catalogue.takes_frames = not catalogue.videos if takes_frames is None else takes_frames
     return catalogue
 

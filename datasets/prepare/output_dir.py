@@ -101,21 +101,15 @@ class OutputDir:
                 if before.get(key) != split.get(key)
             ]
             raise PrepareError(f"--out {self.path}: was prepared with {'; '.join(changes)}; {NEW_SPLIT}")
-        splits = {name for name, _ in labels.values()}
         for name in SPLITS:
             file = self.path / f"{name}.txt"
             if not file.exists():
                 continue
-            if name not in splits:
+            if name not in {split for split, _ in labels.values()}:
                 raise PrepareError(f"{file}: this run has no video for this list; {NEW_SPLIT}")
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                video, _, label = line.rpartition(" ")
-                now = labels.get(video) or labels.get(video.rpartition(" ")[0])
-                if now and now != (name, int(label)):
-                    raise PrepareError(
-                        f"{file}, line {number}: {video} has label {label}, but would now be in {now[0]} with label {now[1]}, as "
-                        f"videos or classes have changed; {NEW_SPLIT}"
-                    )
+            gone = _check_rows(file, name, labels)
+            if gone:
+                logger.warning("%s: the videos of %d rows are not there any more, such as %s", file, len(gone), gone[0])
 
     def replace_lists(self, split: dict[str, object]) -> None:
         """Remove an earlier run's lists and record this run's settings. Call it once all options are checked."""
@@ -126,6 +120,22 @@ class OutputDir:
     def _write_settings(self, split: dict[str, object] | None, frames: dict[str, Any] | None) -> None:
         settings = {"dataset": self.settings.dataset, "split": split, "decoder": self.settings.decoder}
         write_text(self.path / SETTINGS, json.dumps(settings | {"frames": frames}) + "\n")
+
+
+def _check_rows(file: Path, split: str, labels: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Rows of a list whose videos `labels` does not know. Raises PrepareError for one with another split or label there."""
+    gone = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        video, _, label = line.rpartition(" ")
+        now = labels.get(video) or labels.get(video.rpartition(" ")[0])
+        if now is None:
+            gone.append(line)
+        elif (now[0], str(now[1])) != (split, label):
+            raise PrepareError(
+                f"{file}, line {number}: {video} has label {label}, but would now be in {now[0]} with label {now[1]}, as "
+                f"videos or classes have changed; {NEW_SPLIT}"
+            )
+    return gone
 
 
 def _text(value: object) -> str:

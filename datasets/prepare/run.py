@@ -184,11 +184,9 @@ def _survey(options: Options, output_dir: OutputDir) -> tuple[Plan, Catalogue]:
 
 def _check_frames(options: Options, plan: Plan) -> None:
     if plan.frame_names and options.frames is None:
-        raise PrepareError(f"--videos-only: {plan.title} is published as frames, not as videos")
+        raise PrepareError(f"--videos-only: {plan.title} comes as frames, not as videos")
     if plan.frame_names and options.frames.storage == "zips":
-        raise PrepareError(
-            f"--pack: {plan.title} is published as frames; `python -m datasets.packed_frames` packs them"
-        )
+        raise PrepareError(f"--pack: {plan.title} comes as frames; `python -m datasets.packed_frames` packs them")
 
 
 def _read_annotations(options: Options, output_dir: OutputDir) -> Plan:

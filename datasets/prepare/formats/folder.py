@@ -128,10 +128,13 @@ def _notes(split_folders: Sequence[str], splits: set[str], frame_names: FrameNam
     """What is not as usual: a split that was given, a list that will not be there, frames that are used as they are."""
     if split_folders:
         yield f"the split is that of the folders {', '.join(split_folders)}"
-    for split in ("train", "val"):
-        if split not in splits:
-            why = f"there is no folder {split}" if split_folders else "no class has two groups of videos"
-            yield f"no {split}.txt: {why}"
+    for split in (name for name in ("train", "val") if name not in splits):
+        if not split_folders:
+            yield f"no {split}.txt: no class has videos for both lists"
+        elif "test" in splits:
+            yield f"no {split}.txt: there is no such folder; set data.{split}_list to test.txt to use that"
+        else:
+            yield f"no {split}.txt: there is no such folder; with that folder as --videos, the split is drawn"
     if frame_names:
         yield f"frames are used as they are: image_tmpl '{frame_names.template}', index_base {frame_names.base}"
 
@@ -142,15 +145,12 @@ def _layout(catalogue: Catalogue, paths: Sequence[PurePosixPath]) -> Layout:
     while True:
         parent = PurePosixPath(*paths[0].parts[:part])
         where = catalogue.root / parent
-        if stray := [path for path in paths if len(path.parts) < part + 2]:
-            raise PrepareError(
-                f"{catalogue.root / stray[0]}: is not in a class folder, or there is only one class folder; videos lie in "
-                "CLASS/VIDEO, frames in CLASS/VIDEO/000001.jpg, and nothing beside the class folders"
-            )
+        _check_depth(catalogue.root, paths, class_part=part)
         heads = {path.parts[part] for path in paths}
         names = heads | {folder.name for folder in catalogue.folders if folder.parent == parent and folder.name}
         if all(head.lower() in SPLIT_OF for head in heads):
             _check_splits(where, heads)
+            _check_depth(catalogue.root, paths, class_part=part + 1)
             return Layout(part + 1, split_part=part)
         if len(heads) > 1:
             _check_no_split(where, names)
@@ -175,6 +175,14 @@ def _split_below(catalogue: Catalogue, paths: Sequence[PurePosixPath], class_par
         )
     _check_splits(catalogue.root, set(below))
     return Layout(class_part, split_part=class_part + 1)
+
+
+def _check_depth(root: Path, paths: Sequence[PurePosixPath], class_part: int) -> None:
+    if stray := [path for path in paths if len(path.parts) < class_part + 2]:
+        raise PrepareError(
+            f"{root / stray[0]}: is not in a class folder, or there is only one class folder; videos lie in CLASS/VIDEO, "
+            "frames in CLASS/VIDEO/000001.jpg, and none beside the class folders"
+        )
 
 
 def _check_splits(where: Path, names: set[str]) -> None:
@@ -217,6 +225,10 @@ def _draw(
         video_name = path.name if catalogue.takes_frames else path.stem
         pools[pool][_group(catalogue.root, path, video_name, grouping.pattern)].append(path)
     val = {path for pool, groups in pools.items() for path in _validation(pool, groups, grouping)}
+    if grouping.val_groups is not None and not val:
+        raise PrepareError(
+            f"--val-groups: no video is in one of the groups {', '.join(map(str, sorted(grouping.val_groups)))}"
+        )
     return {path: "val" if path in val else "train" for path in paths}
 
 

@@ -169,6 +169,8 @@ def test_identical_files_across_the_splits(tmp_path, caplog):
         (["a/x.avi", "b/y.avi"], Grouping(val_share=1.0), "--val-share must be between 0 and 1"),
         (["a/x.avi", "b/y.avi"], Grouping(val_groups=frozenset((1,))), "need --group-pattern"),
         (["a/x.avi", "b/y.avi"], Grouping(".", val_groups=frozenset((1,))), "--group-pattern finds 'x'"),
+        (["a/2.avi", "b/3.avi"], Grouping(".", val_groups=frozenset((1, 4))), "no video is in one of the groups 1, 4"),
+        (["train/x.avi", "train/a/y.avi", "val/a/z.avi"], Grouping(), r"train/x\.avi: is not in a class folder"),
     ],
 )
 def test_folders_that_do_not_fit(tmp_path, names, grouping, sentence):

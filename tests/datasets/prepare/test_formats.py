@@ -400,8 +400,8 @@ LABELS = SSV2["labels.json"]
         ("ssv2", {"labels.json": LABELS, "validation.json": []}, [], [], r"needs train\.json .*--splits val prepares only"),
         ("ssv2", SSV2, ["10/00001.jpg", "11/00001.jpg"], [], r"none of the 2 videos .* video file named 1; .*\(2 \.jpg\)"),
         ("ssv1", SSV1, ["10.webm", "11.webm"], [], r"none of the 2 videos .*frame folder named 10; .*\(2 \.webm\)"),
-        ("ssv1", SSV1, [], ["--videos-only"], "is published as frames, not as videos"),
-        ("ssv1", SSV1, [], ["--pack"], "--pack: .* is published as frames; `python -m datasets.packed_frames` packs them"),
+        ("ssv1", SSV1, [], ["--videos-only"], "comes as frames, not as videos"),
+        ("ssv1", SSV1, [], ["--pack"], "--pack: .* comes as frames; `python -m datasets.packed_frames` packs them"),
         ("ssv1", SSV2, [], [], r"needs something-something-v1-labels\.csv; found labels\.json"),
         (
             "ssv1",

@@ -12,7 +12,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from configs.schema import DataConfig
 from datasets.annotation import read_labels, read_list
+from datasets.build import build_reader
 from datasets.prepare import __main__ as command
 from datasets.prepare import extract
 from datasets.prepare.catalogue import scan
@@ -83,7 +85,7 @@ def test_folders_of_a_split_inside_the_class_folders(run, tmp_path):
 def test_a_split_without_training_videos_is_named(run, tmp_path):
     write(tmp_path / "videos", "val/a/1.avi", "val/b/2.avi")
     code, out, log = run("--videos-only")
-    assert code == 0 and "no train.txt: there is no folder train" in log and len(rows(out, "val")) == 2
+    assert code == 0 and "no train.txt: there is no such folder" in log and len(rows(out, "val")) == 2
     assert not (out / "train.txt").exists()
 
 
@@ -150,16 +152,19 @@ def test_folders_of_frames_in_class_folders(run, tmp_path, template, base):
     videos = tmp_path / "videos"
     for number, name in enumerate(["a/v 1", "a/v.2", "b/p/v3", "b/v4"]):
         write_frames(videos, name, template, range(base, base + 11 + number))
-    touch(videos, "a/v 1/flow_x_0001.jpg", "a/v 1/audio.wav")
+    touch(videos, "a/v 1/flow_x_0001.jpg", "a/v 1/audio.wav", "a/cover.jpeg")
     code, out, log = run()
     assert code == 0, log
     assert sorted(rows(out, "train") + rows(out, "val")) == ["a/v 1 11 0", "a/v.2 12 0", "b/p/v3 13 1", "b/v4 14 1"]
     note = f"frames are used as they are: image_tmpl '{template}', index_base {base}"
     assert note in log and note in (out / "report.txt").read_text()
-    assert "passed over: 1 .wav, 1 flow_*.jpg" in log
+    assert "passed over: 1 .jpeg, 1 .wav, 1 flow_*.jpg" in log
     data = yaml.safe_load((out / "config_snippet.yaml").read_text())["data"]
     assert (data["modality"], data["image_tmpl"], data["train_root"]) == ("RGB", template, str(videos))
     assert data.get("index_base", 1) == base and not (out / "frames").exists()
+    data = DataConfig(**{key: value for key, value in data.items() if value is not None}, workers=0, batch_size=1)
+    pixels = build_reader(data).open(str(videos / "b/v4"), 14).read(np.arange(14))
+    np.testing.assert_allclose(pixels.mean((1, 2, 3)), base + np.arange(14), atol=1)
     (videos / "b/v4" / template.format(3)).unlink()
     code, _, log = run()
     assert code == 1 and f"b/v4 ({template.format(3)} is missing or empty" in log
@@ -272,6 +277,14 @@ def test_videos_that_change_sides_are_refused(run, tmp_path):
     code, out, log = run("--videos-only")
     assert code == 1 and "now be in" in log and "--new-split" in log and contents(out) == before
     assert run("--videos-only", "--new-split")[0] == 0
+
+
+def test_videos_that_are_gone_are_named(run, tmp_path):
+    write(tmp_path / "videos", "train/a/1.avi", "train/b/2.avi", "train/b/3.avi")
+    assert run("--videos-only")[0] == 0
+    (tmp_path / "videos/train/b/3.avi").unlink()
+    code, out, log = run("--videos-only")
+    assert code == 0 and "the videos of 1 rows are not there any more, such as train/b/3.avi 1" in log
 
 
 def test_new_classes_are_refused(run, tmp_path):
