@@ -15,7 +15,6 @@ import numpy as np
 Decoder = Literal["pyav", "decord"]
 
 PACKAGES: dict[Decoder, str] = {"pyav": "av", "decord": "decord"}  # the package that each decoder needs
-EMPTY_MPEG4 = 16  # bytes: an MPEG-4 packet up to this size may hold no frame ("not coded"), a larger one holds one
 KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded from its start are kept up to this size
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 from PIL import Image
 
@@ -24,9 +23,6 @@ from datasets.packed_frames import packed_path, write_packed
 
 LARGEST_LOSS = 0.1  # share of the declared frames; a video that loses more counts as unreadable
 SAMPLED_FRAMES = 8
-HALF_FRAME_CONTAINERS = {"mpegts", "mpeg"}  # a packet may be half a frame, so packets cannot be counted
-EDITED_CONTAINER = "mov,mp4,m4a,3gp,3g2,mj2"  # its header counts frames that an edit list hides, its index marks them
-VP8_SHOWN = 0x10  # bit of the first byte of a VP8 packet; the others are references that are never shown
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def extract(store: FrameStore, videos: Path, video: str) -> Outcome:
     try:
         stamp = FileStamp.of(source)  # before decoding, so that a video that changes meanwhile is extracted again
         opened = open_video(str(source), store.settings.decoder)
-        declared = declared_frames(source, opened)
+        declared = opened.declared_frames
         written = unfinished / target.name
         write = _write_zip if store.settings.storage == "zips" else _write_folder
         frames, size = write(written, store.jpegs(opened))
@@ -170,31 +166,12 @@ def _write_zip(path: Path, jpegs: Iterator[bytes]) -> tuple[int, int]:
     return frames, path.stat().st_size
 
 
-def declared_frames(source: Path, video: VideoFile) -> int:
-    """The frames that a file says it holds; more than decode if it is damaged or cut.
-
-    It is the larger of the packets' count and the header's, as a cut file lacks packets. Frames that are not shown do not
-    count. Containers without a count (Matroska, WebM) declare what is there.
-    """
-    try:
-        with av.open(str(source), metadata_errors="ignore") as container:
-            stream, kind = container.streams.video[0], container.format.name
-            vp8 = stream.codec_context.name == "vp8"
-            edited = kind == EDITED_CONTAINER
-            header = sum(not entry.is_discard for entry in stream.index_entries) if edited else stream.frames
-            packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            shown = sum(not vp8 or bool(bytes(packet)[0] & VP8_SHOWN) for packet in packets)
-            return header if kind in HALF_FRAME_CONTAINERS else max(header, shown)
-    except (av.FFmpegError, IndexError):
-        return video.declared_frames
-
-
 def probe(source: Path, decoder: Decoder = "pyav") -> Outcome:
     """Open a video and decode its first, middle and last frame."""
     try:
         video = open_video(str(source), decoder)
         count = video.num_frames
-        declared = max(declared_frames(source, video), count)
+        declared = max(video.declared_frames, count)
         video.read(np.array([0, count // 2, count - 1]))
         return Outcome(declared, count, source.stat().st_size).checked()
     except DecodeError as error:
