@@ -24,7 +24,7 @@ class Traits:
 
 
 # Something-Something: mirroring turns "left to right" into "right to left". The pairs are those of version 2's labels.
-# Version 1 numbers its classes otherwise and nobody states its pairs, so it is mirrored only with data.flip_pairs.
+# Lists of version 1 number its classes in one of two orders, so it is mirrored only with data.flip_pairs.
 MIRRORED_LABELS = {name: ((86, 87), (93, 94), (166, 167)) for name in ("somethingv2", "something-v2", "ssv2", "sthv2")}
 MIRRORED_CLASSES = 174
 KINETICS_GRAY = 0.2

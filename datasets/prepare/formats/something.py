@@ -10,7 +10,8 @@ Version 1; file names have the prefix `something-something-v1-`:
     labels.csv        one template a line, in an order of its own
     train.csv         `id;template`; validation.csv likewise; test.csv has ids only
 Labels of version 2 are the ids of labels.json. Labels of version 1 follow the sorted templates, as in the list scripts of
-TSM, TDN and their relatives, so that they fit published checkpoints; the line numbers of labels.csv are others.
+TSM, TDN and their relatives, so that they fit published checkpoints; they equal those of version 2, which has the same
+templates. The line numbers of labels.csv are others.
 """
 
 from __future__ import annotations

@@ -247,6 +247,13 @@ if ANNOTATIONS.is_dir():
         (entry,) = (entry for entry in plan.entries if entry.names == ("74225",))
         assert plan.classes[entry.label] == "Spinning something that quickly stops spinning"
 
+    def test_both_versions_of_something_have_the_same_labels(tmp_path):
+        """Their 174 templates are the same; those of version 1 are published in another order."""
+        of_v2 = tuple(json.loads((ANNOTATIONS / "ssv2" / "labels.json").read_text()))
+        labels = "\n".join(sorted(of_v2, key=lambda name: name[::-1]))
+        write(tmp_path, SSV1 | {"something-something-v1-labels.csv": labels, "something-something-v1-train.csv": ""})
+        assert FORMATS["ssv1"].read(AnnotationFiles(tmp_path, "V1"), 1, ("train",)).classes == of_v2
+
 
 def check_part_of_ucf101(run, annotations, videos, split: str, counts: dict[str, int | None]) -> None:
     """Prepare the videos that are there with a published split; `counts` are of videos and classes."""
