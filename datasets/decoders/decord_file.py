@@ -10,8 +10,9 @@ frames and decodes what is read once more, without converting it, to see damage.
 - It takes the position of a key frame in the file for its position in the order of presentation. With open GOPs (H.264)
   that is up to 16 frames too early: frames from there to the key frame come out wrong after a seek to it, others are
   right. They are reached from the key frame before, which costs up to a fifth more on Kinetics.
-- It starts an MPEG transport stream several frames late, knows no AV1, mirrors nothing and cannot be asked for one of
-  several streams. Such files are refused.
+- It starts an MPEG transport stream several frames late, and so perhaps others, which are therefore decoded from their
+  start to their end, and refused if frames are missing. It knows no AV1, mirrors nothing and cannot be asked for one of several
+  streams. Such files are refused.
 - Frames narrower than 64 pixels may come with their row padding taken for a fourth channel.
 - FFmpeg's messages from native code are silenced here.
 - Its worker thread decodes ahead of what is requested and starts again at each seek, and no option changes that;
@@ -34,6 +35,7 @@ from datasets.decoders.orientation import is_turn
 from datasets.decoders.pyav_file import PyAVFile, layout
 from datasets.decoders.stream import EDITED_CONTAINER
 
+KNOWN_CONTAINERS = {"avi", "matroska,webm", EDITED_CONTAINER, "flv"}  # which decord reads from their first frame on
 NO_SUBSTITUTES = 1e-9  # decord's fault_tol: the share of frames that it may replace by others
 MAX_REORDER = 17  # an open GOP's key frame comes at most 16 frames (H.264's largest buffer) before it is shown
 
@@ -45,6 +47,9 @@ class DecordFile(VideoFile):
         self._proof = PyAVFile(path)
         if self._proof.stream.is_one_of_several:
             raise self._refused("it cannot be asked for one of several streams")
+        self._is_known = self._proof.stream.container in KNOWN_CONTAINERS
+        if not self._is_known:
+            _ = self.num_frames  # counts by decoding, which refuses what is damaged
         with self._decoding():
             self._video = _open(path)
             self._keys = sorted({0, *self._video.get_key_indices()})
@@ -91,9 +96,10 @@ class DecordFile(VideoFile):
     def _require_usual(self, picture: Any) -> None:
         """Refuse what decord shows in another way than FFmpeg does today. Raises DecodeError."""
         height, width, matrix = layout(picture)
-        if matrix is not None and not (is_turn(matrix) and self._proof.stream.container == EDITED_CONTAINER):
+        turned = matrix is not None and is_turn(matrix) and self._proof.stream.container == EDITED_CONTAINER
+        if matrix != self._proof.first[2] or not (matrix is None or turned):
             raise self._refused("it does not show this file's rotation or mirroring")
-        if (height, width) != (self._proof.stream.height, self._proof.stream.width):
+        if (height, width) != self._proof.first[:2]:
             raise self._refused("the size of the frames changes")
 
     def _frame_at(self, index: int) -> np.ndarray:
@@ -122,7 +128,7 @@ class DecordFile(VideoFile):
             video = _open(self.path)
             first = video.next()
             whole = math.prod(first.shape) * self.num_frames <= KEEP_BYTES
-            last = self.num_frames - 1 if whole else int(wanted[-1])
+            last = self.num_frames - 1 if whole or not self._is_known else int(wanted[-1])
             needed = set(range(self.num_frames) if whole else wanted.tolist())
             decoded = itertools.chain([first], (video.next() for _ in range(last)))
             kept = {index: frame for index, frame in enumerate(decoded) if index in needed}

@@ -8,8 +8,8 @@ STRAIGHT = 0.02  # sine of the angle (about 1 degree) below which FFmpeg, too, t
 
 
 def is_turn(matrix: bytes) -> bool:
-    """Whether a display matrix turns by a multiple of 90 degrees and mirrors nothing."""
-    (a, b), (c, d) = _axes(matrix)
+    """Whether a display matrix turns by a multiple of 90 degrees, exactly, and mirrors nothing."""
+    (a, b), (c, d) = _axes(matrix, tolerance=1e-4)
     return a * d - b * c == 1
 
 
@@ -34,12 +34,12 @@ def upright(pixels: np.ndarray, matrix: bytes | None) -> np.ndarray:
     raise ValueError
 
 
-def _axes(matrix: bytes) -> list[list[int]]:
+def _axes(matrix: bytes, tolerance: float = STRAIGHT) -> list[list[int]]:
     """The signs [[a, b], [c, d]]; 2 stands for what is neither 0 nor 1. A matrix of zeros changes nothing, as in FFmpeg."""
     linear = np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2].astype(float)
     scale = np.hypot(*linear)  # of the columns
     if not scale.all():
         return [[1, 0], [0, 1]]
     linear /= scale
-    straight = np.abs(linear - linear.round()) < STRAIGHT
+    straight = np.abs(linear - linear.round()) < tolerance
     return np.where(straight, linear.round(), 2).astype(int).tolist()

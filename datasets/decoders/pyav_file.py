@@ -37,8 +37,6 @@ class PyAVFile(VideoFile):
         self._order = self.stream.order
         self._kept: list[Any] | None = None
         self._reformatter = library("pyav").video.reformatter.VideoReformatter()
-        if not self.stream.packets:
-            raise self._short(0)
 
     @cached_property
     def num_frames(self) -> int:
@@ -57,8 +55,8 @@ class PyAVFile(VideoFile):
         """Decode distinct frames, in rising order: index -> what `use` makes of PyAV's frame. Raises DecodeError."""
         with decoding(self.path, library("pyav").FFmpegError):
             if self._order is not None:
-                found = {index: use(frame) for index, frame in self._by_time(wanted)}
-                if len(found) == len(wanted):
+                found = self._by_time(wanted, use)
+                if found is not None:
                     return found
                 self._order = None  # packets and frames do not correspond, or something is damaged
             return {index: use(frame) for index, frame in self._by_count(wanted)}
@@ -78,38 +76,44 @@ class PyAVFile(VideoFile):
             if found == 0:
                 raise
         if found == 0:
-            raise self._short(0)
+            raise self._empty()
 
     @property
     def is_dated(self) -> bool:
         """Whether time stamps tell which frame is which, as far as is known after the reads up to now."""
         return self._order is not None
 
-    def _by_time(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """(index, frame) of the wanted frames, in rising order, seeking; fewer than wanted if something does not fit."""
+    def _by_time(self, wanted: np.ndarray, use: Callable[[Any], Any]) -> dict[int, Any] | None:
+        """The wanted frames, in rising order, seeking; None if something does not fit."""
         packets = self.stream.packets
         waiting = {self._order[index]: int(index) for index in wanted}  # time stamp: index
         keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
         skip = self.stream.context.name == "h264"
-        position, first, last = None, 0, None
+        found: dict[int, Any] = {}
+        context, position, first, last = None, 0, 0, None
         for stamp in list(waiting):
             start = max((key for key in keys if packets[key].pts <= stamp), default=0)
-            if position is None or start > position:
+            if context is None or start > position:
+                if context is not None and not _rest_is_whole(context):
+                    return None
                 context = self.stream.restarted()
                 position, first, last = start, packets[start].pts, None
             while stamp in waiting:
-                if position > len(packets):
-                    return
-                packet = packets[position] if position < len(packets) else None
+                if position == len(packets):
+                    return None
+                packet = packets[position]
                 if skip:
-                    context.skip_frame = "DEFAULT" if packet is None or packet.pts in waiting else "NONREF"
-                for frame in context.decode(packet):
+                    context.skip_frame = "DEFAULT" if packet.pts in waiting else "NONREF"
+                for frame in [*context.decode(packet), *(context.decode(None) if position + 1 == len(packets) else ())]:
                     if not _follows(frame, first, last):
-                        return
+                        return None
                     last = frame.pts
+                    if start == 0 and last == first:
+                        self.first = layout(frame)
                     if frame.pts in waiting:
-                        yield waiting.pop(frame.pts), frame
+                        found[waiting.pop(frame.pts)] = use(frame)
                 position += 1
+        return found if position == len(packets) or _rest_is_whole(context) else None
 
     def _by_count(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(index, frame) of the wanted frames, in rising order, decoding from the first packet on."""
@@ -124,7 +128,11 @@ class PyAVFile(VideoFile):
         raise self._short(found)
 
     def _decoded(self) -> Iterator[Any]:
-        return iter(self._kept) if self._kept is not None else self.stream.decoded()
+        frames = iter(self._kept) if self._kept is not None else self.stream.decoded()
+        for number, frame in enumerate(frames):
+            if number == 0:
+                self.first = layout(frame)
+            yield frame
 
     def _count(self) -> int:
         """Count the frames by decoding them, and keep them, not converted, if they are not too many."""
@@ -137,27 +145,33 @@ class PyAVFile(VideoFile):
                 if count * sum(plane.buffer_size for plane in kept[0].planes) > KEEP_BYTES:
                     kept = None
         if count == 0:
-            raise self._short(0)
+            raise self._empty()
         self._kept = kept
         return count
 
+    def _empty(self) -> DecodeError:
+        return DecodeError(f"{self.path}: no frame of it can be decoded")
+
     @cached_property
-    def _first(self) -> tuple[int, int, bytes | None]:
-        """The first frame's height, width and display matrix."""
+    def first(self) -> tuple[int, int, bytes | None]:
+        """The first frame's height, width and display matrix, which are those of the video."""
         return layout(next(self.stream.decoded()))
 
     def _rgb(self, frame: Any) -> np.ndarray:
-        """(H, W, 3), of the first frame's size."""
-        height, width, matrix = found = layout(frame)
-        if found != (self.stream.height, self.stream.width, None):
-            height, width, expected = self._first
-            if matrix != expected:
-                raise DecodeError(f"{self.path}: is turned or mirrored in parts, not as a whole")
+        """(H, W, 3), of the first frame's size and turned as it is."""
+        height, width, matrix = self.first
+        if layout(frame)[2] not in (None, matrix):
+            raise DecodeError(f"{self.path}: is turned or mirrored in parts, not as a whole")
         pixels = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()  # (h, w, 3)
         try:
             return upright(pixels, matrix)
         except ValueError:
             raise DecodeError(f"{self.path}: is shown skewed or turned by no multiple of 90 degrees") from None
+
+
+def _rest_is_whole(context: Any) -> bool:
+    """Whether no frame is damaged of those that are decoded but not shown yet, on which the last ones may depend."""
+    return not any(frame.is_corrupt for frame in context.decode(None))
 
 
 def _follows(frame: Any, first: int, last: int | None) -> bool:

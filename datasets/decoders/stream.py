@@ -5,7 +5,8 @@ All packets are read once, which costs less than a millisecond for a clip, and s
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections import Counter, deque
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,8 @@ ONE_FRAME_A_PACKET = {"h264", "hevc", "mpeg4", "vp9", "av1", "libdav1d", "mjpeg"
 UNKNOWN_OR_PROGRESSIVE = {0, 1}  # AVFieldOrder; of interlaced video, a packet may be half a frame
 EMPTY_MPEG4 = 16  # bytes: an MPEG-4 packet up to this size may hold no frame ("not coded"), a larger one holds one
 VP8_SHOWN = 0x10  # bit of the first byte of a VP8 packet; the others are references that are never shown
+B_PICTURE, MAX_B_PICTURES = 3, 16  # AV_PICTURE_TYPE_B; x264 makes at most so many in a row
+OGG_PAGE, OGG_LAST = 2**16, 0x04  # bytes of the largest page; the bit of its flags that says that it is the last
 DEFAULT_STREAM_PIXELS = 5_000_000  # by which ffmpeg prefers the stream that is marked as the default
 
 
@@ -29,8 +32,7 @@ class Stream:
 
     Attributes:
         context: its decoder, on one thread.
-        packets: without a last one that the end of the file cuts off.
-        height, width: of the first frame, in pixels, before it is turned upright, as the header has them.
+        packets: all of the stream.
         is_one_of_several: whether there are other streams of moving pictures.
     """
 
@@ -42,10 +44,9 @@ class Stream:
             self.is_one_of_several = len(candidates) > 1
             self._stream = _best(path, candidates)
             self.context = _context(path, self._stream)
-            self.height, self.width = self.context.height, self.context.width
             self.packets = [packet for packet in self._container.demux(self._stream) if packet.size]
-        if self.packets and self.packets[-1].is_corrupt:
-            self.packets.pop()
+        if not self.context.has_b_frames and self.packets and self.packets[-1].is_corrupt:
+            self.packets.pop()  # cut off by the end of the file
         self._untouched = True
 
     @property
@@ -75,6 +76,8 @@ class Stream:
 
     def _cut_off(self, shown: int) -> int:
         """How many frames are missing between the end of all streams and the end that the header states."""
+        if self.container == "ogg":
+            return int(not _ends_as_ogg(self.path))  # at least one
         if self.container not in UNCOUNTED_CONTAINERS or not self._container.duration:
             return 0
         stated = self._container.duration / 1e6  # AV_TIME_BASE
@@ -83,7 +86,8 @@ class Stream:
             for packet in container.demux():
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        return int(shown * (stated / end - 1)) if end else 0
+        missing = int(shown * (stated / end - 1)) if end else 0
+        return missing if missing > 1 else 0  # the last frame's duration may be unknown
 
     @cached_property
     def order(self) -> list[int] | None:
@@ -115,18 +119,29 @@ class Stream:
     def decoded(self) -> Iterator[Any]:
         """Every frame that is shown, by a decoder that begins with the first packet.
 
-        Raises DecodeError at a frame of which FFmpeg conceals that parts are missing, and where decoding fails.
+        They end before the damage where the file is cut off. Raises DecodeError where decoding fails elsewhere, and at a
+        frame of which FFmpeg conceals that parts are missing. The frames before it that may depend on it are not given.
         """
         stream = self if self._untouched else Stream(self.path)  # what a decoder has seen may change what it does
         stream._untouched = False
+        is_cut = bool(stream.packets) and stream.packets[-1].is_corrupt
+        held: deque[Any] = deque()  # B pictures, which may depend on the picture that is shown after them
         found = 0
-        with decoding(self.path, library("pyav").FFmpegError):
-            for packet in [*stream.packets, None]:
-                for frame in stream.context.decode(packet):
-                    if frame.is_corrupt:
-                        raise DecodeError(f"{self.path}: frame {found} is damaged")
-                    yield frame
-                    found += 1
+        for number, packet in enumerate([*stream.packets, None], 1):
+            try:
+                with decoding(self.path, library("pyav").FFmpegError):
+                    for frame in stream.context.decode(packet):
+                        if frame.is_corrupt:
+                            raise DecodeError(f"{self.path}: frame {found} is damaged")
+                        held.append(frame)
+                        found += 1
+            except DecodeError:
+                if is_cut and number >= len(stream.packets):
+                    return
+                raise
+            while held and (held[-1].pict_type != B_PICTURE or len(held) > MAX_B_PICTURES):
+                yield held.popleft()
+        yield from held
 
     def restarted(self) -> Any:
         """The decoder, ready for packets from any key frame on."""
@@ -138,6 +153,14 @@ class Stream:
 def _open(path: str) -> Any:
     av = library("pyav")
     return av.open(path, metadata_errors="ignore", options={"max_pixels": str(MAX_PIXELS)})
+
+
+def _ends_as_ogg(path: str) -> bool:
+    """Whether the last page of an Ogg file is the last one of its stream (RFC 3533, section 6)."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - OGG_PAGE))
+        _, mark, page = file.read().rpartition(b"OggS")
+    return bool(mark) and len(page) > 1 and bool(page[1] & OGG_LAST)
 
 
 def _candidates(path: str, container: Any) -> list[Any]:
@@ -158,7 +181,7 @@ def _best(path: str, streams: list[Any]) -> Any:
     if len(streams) == 1:
         return streams[0]
     with _open(path) as container:
-        frames = Counter(packet.stream_index for packet in container.demux(video=...) if packet.size)
+        frames = Counter(packet.stream_index for packet in container.demux(*container.streams.video) if packet.size)
 
     def rank(stream: Any) -> tuple[bool, int]:
         context = stream.codec_context
@@ -173,10 +196,11 @@ def _context(path: str, stream: Any) -> Any:
     context = stream.codec_context
     if context is None:
         raise DecodeError(f"{path}: its codec is not one that FFmpeg decodes")
-    try:
-        check_size(path, context.height, context.width)
-    except SizeError as error:
-        raise DecodeError(str(error)) from None
+    if context.width:  # otherwise the header does not state it
+        try:
+            check_size(path, context.height, context.width)
+        except SizeError as error:
+            raise DecodeError(str(error)) from None
     context.options = {"max_pixels": str(MAX_PIXELS)}
     context.thread_type, context.thread_count = "NONE", 1
     return context
