@@ -83,6 +83,10 @@ class OutputDir:
                 raise PrepareError(f"--out {self.path}: another run has written there; run the same command again")
             self._write_settings(split=None, frames=None)
 
+    def has_lists(self) -> bool:
+        """Whether an earlier run finished."""
+        return any((self.path / name).exists() for name in LISTS)
+
     def check_split(self, split: dict[str, object], labels: Mapping[str, tuple[str, int]]) -> None:
         """Make sure that an earlier run divided the videos as this one.
 

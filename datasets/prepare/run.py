@@ -25,6 +25,7 @@ from datasets.prepare.plan import SPLITS, Entry, Plan, PrepareError
 from datasets.prepare.report import Report, make_report, write_snippet
 
 ANNOTATION_SUFFIXES = frozenset((".txt", ".csv", ".json"))
+EXAMPLES = 5  # missing videos in a message
 LOOSE = "loose"  # link to --videos beside the folders of its unpacked archives
 
 logger = logging.getLogger("td4v")
@@ -111,8 +112,12 @@ def prepare(options: Options) -> Report:
             output_dir.check_split(split, _labels(found))
         output_dir.lock()
         notes, passed_over = _notes(options, plan, catalogue)
+        if missing and not options.allow_missing:
+            if not output_dir.has_lists():
+                make_report(plan, split, found, missing, {}).write(options.out)
+            raise _missing_error(options, plan, catalogue.root, missing, output_dir)
         if missing:
-            _report_missing(options, plan, catalogue, found, missing)
+            logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
         output_dir.replace_lists(split)
         outcomes, num_before = _read_videos(options, plan, catalogue.root, sorted(found.values()), store)
         report = make_report(plan, split, found, missing, outcomes)
@@ -242,18 +247,15 @@ def _missing(plan: Plan, catalogue: Catalogue) -> list[Entry]:
     return [entry for entry in plan.entries if catalogue.find(entry) is None]
 
 
-def _report_missing(
-    options: Options, plan: Plan, catalogue: Catalogue, found: Mapping[Entry, str], missing: Sequence[Entry]
-) -> None:
-    """Warn of missing videos; without --allow-missing write the report and raise PrepareError."""
-    if options.allow_missing:
-        logger.warning("%d of %d videos of %s are missing", len(missing), len(plan.entries), plan.title)
-        return
-    make_report(plan, options.split_settings(plan), found, missing, {}).write(options.out)
-    raise PrepareError(
-        f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {catalogue.root}, such as "
-        f"{missing[0].name}: nothing was extracted; {options.out / 'report.txt'} lists them, --allow-missing "
-        "continues without them"
+def _missing_error(
+    options: Options, plan: Plan, videos: Path, missing: Sequence[Entry], output_dir: OutputDir
+) -> PrepareError:
+    """Names some of the missing videos and, unless it belongs to the lists of an earlier run, the report."""
+    listed = "" if output_dir.has_lists() else f"{options.out / 'report.txt'} lists them, "
+    names = [entry.name for entry in missing[:EXAMPLES]]
+    return PrepareError(
+        f"{len(missing)} of {len(plan.entries)} videos of {plan.title} are missing below {videos}, such as "
+        f"{', '.join(names)}: nothing was extracted; {listed}--allow-missing continues without them"
     )
 
 

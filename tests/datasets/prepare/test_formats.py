@@ -157,6 +157,19 @@ def test_another_split_in_the_same_folder(run):
     assert json.loads((out / "prepare.json").read_text())["split"] == {"split": 2, "classes": 2}
 
 
+def test_a_finished_folder_stays_as_it_is_when_a_video_is_missing(run, tmp_path):
+    code, out, log = run("ucf101", UCF, [f"{name}.avi" for name in UCF_NAMES])
+    assert code == 0
+    before = contents(out)
+    (tmp_path / "videos" / f"{UCF_NAMES[0]}.avi").unlink()
+    code, out, log = run("ucf101", UCF, [])
+    assert (
+        code == 1
+        and f"1 of 4 videos of UCF101 are missing below {tmp_path / 'videos'}, such as {UCF_NAMES[0]}: " in log
+    )
+    assert contents(out) == before
+
+
 @pytest.mark.parametrize("prefix", ["", "something-something-v2-"])
 def test_something_v2(run, prefix):
     annotations = {prefix + name: content for name, content in SSV2.items()}
