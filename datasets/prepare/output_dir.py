@@ -136,8 +136,8 @@ def _check_rows(file: Path, split: str, labels: Mapping[str, tuple[str, int]]) -
             gone.append(line)
         elif (now[0], str(now[1])) != (split, label):
             raise PrepareError(
-                f"{file}, line {number}: {video} has label {label}, but would now be in {now[0]} with label {now[1]}, as "
-                f"videos or classes have changed; {NEW_SPLIT}"
+                f"{file}, line {number}: its video would now be in {now[0]} with label {now[1]}, not in {split} with label "
+                f"{label}, as videos or classes have changed; {NEW_SPLIT}"
             )
     return gone
 
