@@ -48,6 +48,7 @@ from configs.schema import Config, ConfigError, fill_from_checkpoint, load_confi
 from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader
 from engine import checkpoint_file, results
 from engine.checkpoint_file import Checkpoint
+from engine.compiler import check_compiler
 from engine.distributed import move_to_device, start
 from engine.entry import run
 from engine.errors import EngineError
@@ -69,6 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
     setup_logging(process)
     checkpoint = checkpoint_file.load_weights_file(arguments.weights) if arguments.weights else None
     config = read_config(arguments, checkpoint)
+    check_compiler(config.solver.compile, process.device)
     sources = read_sources(config.data, ("test",))
     if process.is_main:
         log_doubts(config.data, sources)
@@ -85,7 +87,8 @@ def main(arguments: argparse.Namespace) -> None:
     frames_per_segment = model.frames_per_segment
     loader = test_loader(config.data, **shard, **views, frames_per_segment=frames_per_segment, source=sources["test"])
     report, videos = parameter_report(model), len(loader.dataset)
-    logger.info("%s; testing %d videos, %d views each", report, videos, views["crops"] * views["clips"])
+    number = views["crops"] * views["clips"]
+    logger.info("%s; testing %d videos, %d %s each", report, videos, number, "view" if number == 1 else "views")
     normalizer, print_freq = Normalizer(config.data.mean, config.data.std), config.logging.print_freq
     accuracy = evaluate(model, loader, process, precision, videos, print_freq=print_freq, normalizer=normalizer)
     log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)

@@ -3,7 +3,7 @@
 python train_vision.py --config configs/ssv2.yaml [--set solver.lr=5e-4 ...]
 bash scripts/run_train_vision.sh configs/ssv2.yaml          the same on all GPUs, through torchrun
 
-Rerunning a command resumes its run until that is finished.
+Rerunning a command resumes its unfinished run; once that is finished, it starts another.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from datasets.build import (
 )
 from engine.build import build_training_state, clips_per_step
 from engine.checkpointer import Progress
+from engine.compiler import check_compiler
 from engine.distributed import Process, move_to_device, start, wrap
 from engine.dry_run import dry_run
 from engine.entry import run
@@ -81,6 +82,7 @@ def main(arguments: argparse.Namespace) -> None:
     process = start(arguments.device)
     setup_logging(process)
     config = read_config(arguments)
+    check_compiler(config.solver.compile, process.device)
     sources = read_lists(config, process)
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     trains = not (config.solver.evaluate or arguments.dry_run)
@@ -225,6 +227,7 @@ def build_run_dir(
         meta,
         process,
         resume=plan.in_place,
+        state=plan.state,
         auto_named=plan.auto_named,
         normalizer=normalizer,
         clips=config.logging.clips if config.network.cache_features != "all" else 0,

@@ -200,12 +200,15 @@ def newest(folder: Path, must_be_run: bool = False) -> Checkpoint | None:
     Raises:
         CheckpointError: there are files, and none of them is valid.
     """
-    paths = [path for path in (folder / LAST, *_previous(folder)) if path.exists()]
+    paths = of_run(folder)
     for path in paths:
+        if not os.access(path, os.R_OK):  # it may well be valid, and going back would replace it
+            raise CheckpointError(f"{path}: may not be read by this user")
         try:
             checkpoint = load(path)
             if must_be_run and not checkpoint.is_run:
-                raise CheckpointError(f"{path}: holds weights but no run to resume")
+                missing = ", ".join(checkpoint.missing_run_keys)
+                raise CheckpointError(f"{path}: holds weights but no run to resume: {missing} missing")
         except CheckpointError as error:
             logger.warning("%s", error)
             continue
@@ -214,6 +217,25 @@ def newest(folder: Path, must_be_run: bool = False) -> Checkpoint | None:
         return checkpoint
     if paths:
         raise CheckpointError(f"{folder}: none of its checkpoints is valid ({', '.join(path.name for path in paths)})")
+    return None
+
+
+def newest_values(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run folder whose plain values (config, meta, history, ...) are valid, else None.
+
+    Its tensors are not read, which takes milliseconds whatever the size; only what is in them may be damaged.
+    """
+    for path in of_run(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.endswith("/data.pkl"):
+                        archive.read(name)  # compares its checksum
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception:  # zipfile and the unpickler answer damage with any kind of error
+            continue
+        if isinstance(content, dict):
+            return Checkpoint(path, content)
     return None
 
 
@@ -285,6 +307,11 @@ def _write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 def _copy(source: Path, target: BinaryIO) -> None:
     with open(source, "rb") as file:
         shutil.copyfileobj(file, target)
+
+
+def of_run(folder: Path) -> list[Path]:
+    """last_model.pt and its previous versions, newest first."""
+    return [path for path in (folder / LAST, *_previous(folder)) if path.exists()]
 
 
 def _previous(folder: Path) -> list[Path]:

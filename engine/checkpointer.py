@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from common.text import plural
 from engine import checkpoint_file
+from engine.best_model import BestModel, find_best
 from engine.checkpoint_file import Checkpoint, CheckpointError
 from engine.distributed import Process, barrier, gather, unwrap
 from engine.ema import EmaError
@@ -23,6 +25,8 @@ from engine.run_dir import RunDir
 from engine.train_step import TrainingState
 
 logger = logging.getLogger("td4v")
+
+INSTEAD_OF_BEST = f"test {checkpoint_file.LAST} instead, or train on with a higher solver.epochs"
 
 # (model, state dict, name of the file, identity of the frozen weights that it does not hold or None): loads the state
 # dict into the model, or raises a ValueError of one sentence and leaves the model as it was.
@@ -72,6 +76,7 @@ class Checkpointer:
         self.every_steps, self.every_minutes, self.keep, self.full = every_steps, every_minutes, keep, full
         self.saved_step: int | None = None
         self.saved_at = time.monotonic()
+        self.best = BestModel()  # of a restored run, on the main process
 
     def is_due(self, step: int) -> bool:
         """Whether this process wants a checkpoint after this step (counted from 1)."""
@@ -124,34 +129,52 @@ class Checkpointer:
         """
         path = checkpoint.path
         progress, meter = restore_run(checkpoint, load_weights, self.state, self.process)
-        checkpoint.content.clear()  # the tensors were copied
         if progress.step != progress.epoch * steps_per_epoch + progress.step_in_epoch:
             raise CheckpointError(
-                f"{path}: made {progress.step} steps in {progress.epoch} epochs and {progress.step_in_epoch} steps, "
+                f"{path}: made {plural(progress.step, 'step')} in {plural(progress.epoch, 'epoch')} and "
+                f"{plural(progress.step_in_epoch, 'step')}, "
                 f"but an epoch now has {steps_per_epoch}: resume with the same list, batch size and accumulation"
             )
         if progress.epoch > epochs:
             raise CheckpointError(f"{path}: {progress.epoch} epochs were trained already, solver.epochs is {epochs}")
         if path.parent.resolve() == self.run.path.resolve():
             self.saved_step = progress.step if path.name == checkpoint_file.LAST else None
+        if progress.best >= 0 and self.process.is_main:
+            in_place = path.parent.resolve() == self.run.path.resolve()
+            self.best = find_best(path.parent, checkpoint, in_place)
+        checkpoint.content.clear()  # the tensors were copied
         return progress, Meter.from_state(meter)
 
-    def copy_best(self, folder: Path, top1: float) -> None:
-        """Copy the best model of a resumed run from its folder to this run's, on the main process.
+    def lost_best(self) -> str | None:
+        """Why the best model of the restored run is lost, on every process; None if it is not."""
+        return gather(self.best.problem if self.best.is_lost else None)[0]
 
-        A file that is damaged, missing, or not the one with that top-1 only gives a warning.
+    def write_best(self, source: Path) -> None:
+        """Bring the best model of a restored run into the run folder, on the main process.
+
+        Args:
+            source: the folder that it was restored from.
         """
-        if not self.process.is_main:
-            return
-        source = folder / checkpoint_file.BEST
-        try:
-            best = checkpoint_file.load(source)
-            if best.content.get("best") != top1:
-                raise CheckpointError(f"{source}: is not the best model up to this checkpoint")
-            if folder.resolve() != self.run.path.resolve():
-                checkpoint_file.save(self.run.path / checkpoint_file.BEST, best.content)
-        except CheckpointError as error:
-            logger.warning("%s; it had top-1 %.2f, and only a better model replaces it", error, top1)
+        content, problem = self.best.content, self.best.problem
+        if problem is not None:
+            another = "; the next evaluation makes another" if self.best.is_lost else ""
+            logger.warning("%s%s", problem, another)
+        if content is not None and (problem is not None or source.resolve() != self.run.path.resolve()):
+            checkpoint_file.save(self.run.path / checkpoint_file.BEST, content)
+        self.best = BestModel()
+
+    def check_best(self, best: float) -> None:
+        """Make sure, at the end of a run, that model_best.pt is there and valid; every process must call it.
+
+        Raises:
+            CheckpointError: it is not, and cannot be made again.
+        """
+        if self.process.is_main and best >= 0:
+            last = checkpoint_file.load(self.run.path / checkpoint_file.LAST)
+            self.best = find_best(self.run.path, last, in_place=True)
+        if (lost := self.lost_best()) is not None:
+            raise CheckpointError(f"{lost}: {INSTEAD_OF_BEST}")
+        self.write_best(self.run.path)
 
     def _origin(self) -> dict[str, Any]:
         return {"config": self.run.config, "meta": self.run.meta}
@@ -207,9 +230,8 @@ def restore_run(
     if not checkpoint.is_run:
         raise CheckpointError(f"{path}: holds no run to resume: {', '.join(checkpoint.missing_run_keys)} missing")
     if len(content["rng"]) != process.world_size:
-        raise CheckpointError(
-            f"{path}: was written by {len(content['rng'])} processes and cannot be resumed with {process.world_size}"
-        )
+        written_by = plural(len(content["rng"]), "process", "processes")
+        raise CheckpointError(f"{path}: was written by {written_by} and cannot be resumed with {process.world_size}")
     if bool(content["scaler"]) != state.scaler.is_enabled():
         raise CheckpointError(f"{path}: was written with another precision, and cannot be resumed with this one")
     if (content["ema_state_dict"] is None) != (state.ema is None):

@@ -8,12 +8,17 @@ loader (tensorboard-data-server) ignores it, so points of the future stay until 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from common.text import plural
+
+logger = logging.getLogger("td4v")
 
 
 class EventLog:
@@ -55,9 +60,21 @@ class EventLog:
             self._writer.close()
         self._writer = None
 
-    def rewind(self, history: Sequence[dict[str, Any]], step: int) -> None:
-        """Make the curves what they were at a checkpoint: the rows of `history`, and points up to `step`."""
+    def rewind(self, history: Sequence[dict[str, Any]], step: int, complete: bool = False) -> None:
+        """Make the curves what they were at a checkpoint: the rows of `history`, and points up to `step`.
+
+        Args:
+            complete: the files should hold all rows but the last, which a killed process may not have written yet; a
+                warning says if they do not.
+        """
         found = _rewrite(self.folder, history, step)
+        lost = [row for row in history[:-1] if any((name, row["step"]) not in found for name in _points(row))]
+        if complete and lost:
+            logger.warning(
+                "%s: the event files miss points of %s, which are written again from the checkpoint; those of single "
+                "steps are lost where the files are",
+                *(self.folder, plural(len(lost), "epoch")),
+            )
         for row in history:
             for name, value in _points(row).items():
                 if (name, row["step"]) not in found:
@@ -77,7 +94,6 @@ def _rewrite(folder: Path, history: Sequence[dict[str, Any]], step: int) -> set[
     files = sorted(folder.glob("events.out.tfevents.*"), key=_age)
     if not files:
         return set()
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -85,7 +101,10 @@ def _rewrite(folder: Path, history: Sequence[dict[str, Any]], step: int) -> set[
     kept: dict[tuple[str, int], bytes] = {}
     header = b""
     for file in files:
-        for record in RawEventFileLoader(str(file)).Load():
+        records, damages = _records(file.read_bytes())
+        if damages:
+            logger.warning("%s: damaged in %s: the points of curves there are lost", file, plural(damages, "place"))
+        for record in records:
             event = Event.FromString(record)
             header = header or (record if event.file_version else b"")
             for value in event.summary.value:
@@ -104,6 +123,53 @@ def _rewrite(folder: Path, history: Sequence[dict[str, Any]], step: int) -> set[
     for file in files[:-1]:
         file.unlink()
     return set(kept)
+
+
+def _records(data: bytes) -> tuple[list[bytes], int]:
+    """The whole records of an event file, and in how many places it is damaged; a last record cut short is none.
+
+    TensorBoard's own reader ends at the first damage without a word.
+    """
+    place, records, damages = 0, [], 0
+    while place < len(data):
+        if (record := _record_at(data, place)) is None:
+            following = (later for later in range(place + 1, len(data) - 15) if _record_at(data, later) is not None)
+            later = next(following, None)
+            damages += later is not None or not _is_cut(data, place)
+            if later is None:
+                break
+            place = later
+        else:
+            records.append(record)
+            place += len(record) + 16
+    return records, damages
+
+
+def _record_at(data: bytes, place: int) -> bytes | None:
+    """The record that begins there, if it is whole: its length (8 bytes), checksum (4), content, checksum (4)."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    length = int.from_bytes(data[place : place + 8], "little")
+    if place + length + 16 > len(data) or masked_crc32c(data[place : place + 8]) != _number(data, place + 8):
+        return None
+    content = data[place + 12 : place + 12 + length]
+    return content if masked_crc32c(content) == _number(data, place + 12 + length) else None
+
+
+def _is_cut(data: bytes, place: int) -> bool:
+    """Whether the file ends inside the record that begins there."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    header = data[place : place + 8]
+    if place + 12 > len(data):
+        return True
+    return (
+        masked_crc32c(header) == _number(data, place + 8) and int.from_bytes(header, "little") + 16 > len(data) - place
+    )
+
+
+def _number(data: bytes, place: int) -> int:
+    return int.from_bytes(data[place : place + 4], "little")
 
 
 def _age(file: Path) -> tuple[float, float]:

@@ -1,7 +1,8 @@
-"""How a run begins: in which folder, and from which checkpoint. Rerunning a command resumes its run."""
+"""How a run begins: in which folder, and from which checkpoint. Rerunning a command resumes its unfinished run."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -11,13 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.files import try_lock
+from common.text import plural
 from configs.schema import Config, check_same_run, difference
 from engine import checkpoint_file
-from engine.checkpoint_file import Checkpoint
+from engine.checkpoint_file import Checkpoint, CheckpointError
 from engine.distributed import Process, gather
-from engine.run_dir import RunDirError, file_of_run, is_run_folder, lock_holder, read_description
+from engine.run_dir import RunDirError, in_use, lock_user, state_of
 from engine.run_info import DataChangedError, check_same_lists
+from engine.run_record import METRICS, STARTS, file_of_run, is_run_folder, read_record
 
 logger = logging.getLogger("td4v")
 
@@ -34,6 +36,7 @@ class RunPlan:
         auto_named: the folder is new and named after the time.
         checkpoint: what it begins with; None: from scratch.
         resumes: the training in `checkpoint` is continued; else only its weights are taken.
+        state: of the folder when the checkpoint was chosen, see run_dir.state_of; None on processes that do not write.
     """
 
     folder: Path | None = None
@@ -41,6 +44,7 @@ class RunPlan:
     auto_named: bool = False
     checkpoint: Checkpoint | None = None
     resumes: bool = False
+    state: tuple[int, ...] | None = None
 
     @property
     def brings_backbone(self) -> bool:
@@ -96,9 +100,10 @@ def plan_run(
 
     new = home / datetime.now().strftime("%Y%m%d_%H%M%S")
     folder, in_place = choose_folder(process, named, new, differs, fresh and not restarted())
+    state = state_of(folder) if in_place and process.is_main else None
     checkpoint, resumes = read_start(config, meta, process, folder if in_place else None)
     auto_named = named is None and not in_place
-    return RunPlan(folder, in_place, auto_named, checkpoint, resumes)
+    return RunPlan(folder, in_place, auto_named, checkpoint, resumes, state)
 
 
 def read_start(
@@ -114,8 +119,8 @@ def read_start(
     """
     newest = checkpoint_file.newest(folder, must_be_run=True) if folder is not None and process.is_main else None
     path = gather(str(newest.path) if newest else None)[0] or config.resume or config.pretrain
-    if newest is None and folder is not None and process.is_main and (folder / "metrics.jsonl").exists():
-        logger.warning("%s: holds no checkpoint, so its run begins again", folder)
+    if newest is None and folder is not None and process.is_main:
+        _check_begun(folder)
     if path is None:
         return None, False
     checkpoint = newest or checkpoint_file.load(path)
@@ -126,8 +131,28 @@ def read_start(
         if process.is_main and (changes := changed(checkpoint.content["meta"], meta)):
             logger.warning("%s: this run is resumed with other code or machines: %s", path, "; ".join(changes))
     elif path == config.resume:
-        logger.warning("%s: holds weights but no run to resume: training starts at epoch 0 with them", path)
+        logger.warning(
+            "%s: holds weights but no run to resume (%s missing): training starts at epoch 0 with them",
+            *(path, ", ".join(checkpoint.missing_run_keys)),
+        )
     return checkpoint, resumes
+
+
+def _check_begun(folder: Path) -> None:
+    """Refuse to begin a run without a checkpoint again where it has results, which would be overwritten.
+
+    A run that was killed before its first checkpoint has none.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    results = [folder / METRICS, folder / checkpoint_file.BEST]
+    if any(path.exists() and path.stat().st_size for path in results):
+        raise CheckpointError(
+            f"{folder}: its {checkpoint_file.LAST} is lost, so this run cannot be resumed: put it back, or start "
+            "another run with --fresh or --output"
+        )
+    logger.warning("%s: was ended before its first checkpoint, so this run begins again", folder)
 
 
 def restarted() -> bool:
@@ -186,23 +211,25 @@ def _check_named(folder: Path, differs: Callable, fresh: bool) -> tuple[Path, bo
         return f"{folder}: already holds a run ({file}), which --fresh does not resume: choose another folder"
     if not is_run_folder(folder):
         return f"{folder}: holds {file}, but no run to resume: choose another folder"
-    if (reason := differs(*read_description(folder))) is not None:
+    record = read_record(folder)
+    if (reason := differs(record.config, record.starts[-1])) is not None:
         return f"{folder}: already holds another run: {reason}"
     if (user := wait_for_user(folder)) is not None:  # what it still saves must be there before a checkpoint is chosen
-        return f"{folder}: another process is using this run folder ({user})"
+        return in_use(folder, user)
     return folder, True
 
 
 def _find_unfinished(home: Path, differs: Callable) -> Path | None:
     """The newest run in `home` that can be resumed; why others are not is logged."""
-    runs = [path.parent for path in home.glob("*/run.json")] if home.is_dir() else []
+    folders = [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    runs = [folder for folder in folders if file_of_run(folder) is not None]
     passed_over: list[str] = []
     for folder in sorted(runs, key=_changed_at, reverse=True):
         try:
-            config, start = read_description(folder)
-            if start.get("finished"):
+            record = read_record(folder)
+            if record.finished:
                 continue
-            reason = differs(config, start)
+            reason = differs(record.config, record.starts[-1])
             user = None if reason else wait_for_user(folder)
         except (OSError, ValueError) as error:
             logger.warning("%s: passed over (%s)", folder, error)
@@ -218,10 +245,11 @@ def _find_unfinished(home: Path, differs: Callable) -> Path | None:
 
 
 def _changed_at(folder: Path) -> float:
-    try:
-        return (folder / "run.json").stat().st_mtime
-    except OSError:  # deleted meanwhile
-        return 0.0
+    """When a run was started or ended, or saved where that is lost."""
+    for name in (STARTS, checkpoint_file.LAST):
+        with contextlib.suppress(OSError):  # missing, or deleted meanwhile
+            return (folder / name).stat().st_mtime
+    return 0.0
 
 
 def wait_for_user(folder: Path) -> str | None:
@@ -230,13 +258,9 @@ def wait_for_user(folder: Path) -> str | None:
     The processes of a launcher that was just killed still finish a step and save.
     """
     until, logged = time.monotonic() + PATIENCE_S, False
-    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
-        while not try_lock(lock):
-            user = lock_holder(lock)
-            if time.monotonic() > until:
-                return user
-            if not logged:
-                logger.info("%s is used by %s: waiting up to %d s for its end", folder, user, PATIENCE_S)
-            logged = True
-            time.sleep(0.5)
-    return None
+    while (user := lock_user(folder)) is not None and time.monotonic() < until:
+        if not logged:
+            logger.info("%s is used by %s: waiting up to %s for its end", folder, user, plural(PATIENCE_S, "second"))
+        logged = True
+        time.sleep(0.5)
+    return user

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.text import plural
 from configs.schema import Config
-from engine.checkpoint_file import Checkpoint
-from engine.checkpointer import Checkpointer, LoadWeights, Progress
+from engine.checkpoint_file import Checkpoint, CheckpointError
+from engine.checkpointer import INSTEAD_OF_BEST, Checkpointer, LoadWeights, Progress
 from engine.distributed import Process, all_reduce_max, barrier, cpu_group, gather, sync_buffers, unwrap
 from engine.errors import EngineError, RunContext, explain_errors
 from engine.evaluation import DataError, check_batch, evaluate, log_accuracy
@@ -163,12 +164,16 @@ class Trainer:
             load_weights: see checkpointer.LoadWeights.
 
         Raises:
-            CheckpointError: it does not fit.
+            CheckpointError: it does not fit, or nothing is left to train and the best model is lost.
         """
         self.progress, self.meter = self.checkpointer.restore(
             checkpoint, load_weights, self.steps, self.settings.epochs
         )
         self.resumed_from = checkpoint.path
+        if (lost := self.checkpointer.lost_best()) is not None:
+            if self._is_over():
+                raise CheckpointError(f"{lost}: {INSTEAD_OF_BEST}")
+            self.progress.best = -1.0
 
     def fit(self) -> Progress:
         """Train to the end.
@@ -182,9 +187,15 @@ class Trainer:
         with self.signals, explain_errors(lambda: self.context):
             if progress.unevaluated_epoch is not None:
                 self.finish_epoch()
-            while progress.epoch < self.settings.epochs and not self._stops_early():
+            while not self._is_over():
                 self.train_epoch()
                 self.finish_epoch()
+            if self._stops_early():
+                logger.info(
+                    "stopping early: no better top-1 than %.2f in %s",
+                    *(progress.best, plural(progress.evaluations_since_best, "evaluation")),
+                )
+            self.checkpointer.check_best(progress.best)
             self.run.finish()
         barrier()
         return progress
@@ -352,13 +363,9 @@ class Trainer:
         """Make the run folder what it was at the restored checkpoint, or empty its curves for a new run."""
         progress = self.progress
         if self.resumed_from is not None:
-            steps = f" and {progress.step_in_epoch} steps" if progress.step_in_epoch else ""
-            logger.info(
-                "resumed from %s after %d epochs%s, best top-1 %.2f",
-                *(self.resumed_from, progress.epoch, steps, progress.best),
-            )
-            if progress.best >= 0:
-                self.checkpointer.copy_best(self.resumed_from.parent, progress.best)
+            best = f", best top-1 {progress.best:.2f}" if progress.best >= 0 else ""
+            logger.info("resumed from %s after %s%s", self.resumed_from, _position(progress, self.steps), best)
+            self.checkpointer.write_best(self.resumed_from.parent)
         self.run.rewind(progress.history, progress.step if self.resumed_from is not None else -1)
         self.eta = Eta(progress.step, self.eta.total)
         ema = self.state.ema
@@ -368,22 +375,22 @@ class Trainer:
 
     def _stops_early(self) -> bool:
         limit, progress = self.settings.early_stop, self.progress
-        if limit is None or progress.evaluations_since_best < limit:
-            return False
-        logger.info(
-            "stopping early: no better top-1 than %.2f in %d evaluations",
-            *(progress.best, progress.evaluations_since_best),
-        )
-        return True
+        ended = progress.epoch < self.settings.epochs and progress.unevaluated_epoch is None
+        return ended and limit is not None and progress.evaluations_since_best >= limit
+
+    def _is_over(self) -> bool:
+        """Whether nothing is left to train or evaluate."""
+        progress = self.progress
+        all_trained = progress.epoch >= self.settings.epochs and progress.unevaluated_epoch is None
+        return all_trained or self._stops_early()
 
     def _stop_if_requested(self, signal: int) -> None:
         if signal:
             barrier()  # the first process that exits ends the others
             progress = self.progress
-            steps = f" and {progress.step_in_epoch} steps of {self.steps}" if progress.step_in_epoch else ""
             is_saved = self.checkpointer.saved_step == progress.step
             saved = "saved" if is_saved else "not saved, because steps are being skipped"
-            raise Stopped(signal, f"after {progress.epoch} epochs{steps}, {saved}")
+            raise Stopped(signal, f"after {_position(progress, self.steps)}, {saved}")
 
     @contextlib.contextmanager
     def _finishing_pending_step(self) -> Iterator[None]:
@@ -449,6 +456,12 @@ class Trainer:
         curves |= {"train/lr": step.lr, "train/clips_per_s": rate}
         curves |= {"train/skipped_steps": monitor.skipped_steps, "train/loss_spikes": monitor.spikes}
         self.run.scalars(curves, step.step)
+
+
+def _position(progress: Progress, steps: int) -> str:
+    """Such as `1 epoch and 3 steps of 8`."""
+    within = f" and {plural(progress.step_in_epoch, 'step')} of {steps}" if progress.step_in_epoch else ""
+    return plural(progress.epoch, "epoch") + within
 
 
 def _start_epoch(loader: DataLoader, epoch: int, first_batch: int) -> int:

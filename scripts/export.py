@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
+from common.text import plural
 from configs.schema import Config, ConfigError, load_config
 from scripts.cli import run
 
@@ -163,7 +164,7 @@ def _description(checkpoint: Checkpoint) -> str:
     text = "a complete run: " if checkpoint.is_run else ""
     text += "all weights" if checkpoint.has_backbone else "trainable weights"
     text += " and their averages" if checkpoint.content.get("ema_state_dict") else ""
-    text += f" after {checkpoint.epoch} epochs" if checkpoint.epoch is not None else ""
+    text += f" after {plural(checkpoint.epoch, 'epoch')}" if checkpoint.epoch is not None else ""
     text += f", best top-1 {best:.2f}" if isinstance(best, (int, float)) and best >= 0 else ""
     on = f", on {backbone['name']}, {backbone['weights']} ({backbone['sha256'][:12]})" if backbone else ""
     return text + on

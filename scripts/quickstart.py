@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.tables import markdown_table
+from common.text import plural
 from scripts.cli import ROOT, default_jobs, positive_int, run, write_text
-from scripts.reports import plural
 
 if TYPE_CHECKING:
     from scripts.experiments import Experiment

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.tables import markdown_table
+from common.text import plural
 
 UNKNOWN = "–"  # noqa: RUF001
 
@@ -39,10 +40,6 @@ def megabytes(value: float | None) -> str | None:
 def spread(values: Sequence[float], digits: int) -> str:
     """Such as `1.52 (1.48 to 1.60)`: median, lowest, highest."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def short_revision(git: Mapping[str, Any]) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.text import plural
 from configs.schema import Config
 from scripts.figures import BLACK, BLUE, GREY, bar_panel, save
 from scripts.profile.report import NOTES, Row, summary
-from scripts.reports import bullets, dict_table, environment, number, plural
+from scripts.reports import bullets, dict_table, environment, number
 
 OWN_PREFIX = "td4v"  # of the project's own models, which the findings compare with the others
 STANDARD_ERRORS = 2  # above chance, up to which a mean is not told from chance

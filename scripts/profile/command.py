@@ -67,6 +67,7 @@ def profile(options: argparse.Namespace, command: list[str]) -> None:
     """Measure all configurations and write the report after each row."""
     import torch  # here, as all that imports it, so that --help is quick
 
+    from engine.compiler import check_compiler
     from engine.run_info import run_info
     from scripts.profile.cases import default_batch, default_repeats, load_cases
     from scripts.profile.measure import measure
@@ -75,6 +76,8 @@ def profile(options: argparse.Namespace, command: list[str]) -> None:
     device = find_device(options.device)
     precision = [f"solver.precision={options.precision}"] if options.precision else []
     cases = load_cases([options.config, *options.compare], [*options.set, *precision], options.frames, device)
+    for _, config in cases:
+        check_compiler(config.solver.compile, device)
     repeats = options.repeats or default_repeats(device)
     several = [options.processes, *(values for values in (options.frames, options.batches) if values)]
     scales = max(options.processes) > 1 or any(len(set(values)) > 1 for values in several)

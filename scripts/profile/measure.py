@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from common.text import plural
 from configs.schema import Config
 from engine import profiling
 from engine.distributed import Process, move_to_device
@@ -19,7 +20,6 @@ from models.parameters import parameter_report
 from models.registry import build_model
 from scripts.profile.report import Row
 from scripts.profile.workload import random_batch, seconds_of_processes, threads_of_each, training_step
-from scripts.reports import plural
 
 logger = logging.getLogger("td4v")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from common.text import plural
 from scripts.figures import COLORS, GREY, bar_panel, empty_panel, legend_below, line_panel, line_style, save
 from scripts.profile.report import Row, saved_by_part, title
-from scripts.reports import number, plural
+from scripts.reports import number
 
 OTHERS = "others"
 Table = dict[str, dict["int | str", float]]  # MB by part, then by layer or by the name of a part outside all layers

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from common.text import plural
 from engine.profiling import SavedBytes
-from scripts.reports import dict_table, environment, megabytes, number, plural, short_revision
+from scripts.reports import dict_table, environment, megabytes, number, short_revision
 
 PARTS = ("training", "inference")
 DEPTH = 2  # names shown below a layer's number, and of modules outside all layers

@@ -239,7 +239,7 @@ def test_another_model_is_refused():
 
 def test_what_cannot_be_resumed_exactly_is_refused():
     content = collected(parts())
-    assert "written by 1 processes and cannot be resumed with 2" in refused(content, parts(), Process(world_size=2))
+    assert "written by 1 process and cannot be resumed with 2" in refused(content, parts(), Process(world_size=2))
     assert "another precision" in refused(content, parts(scaled=True))
     assert "another precision" in refused(collected(parts(scaled=True)), parts())
     assert "another solver.ema_decay" in refused(content, parts(ema=0.5))

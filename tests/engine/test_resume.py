@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -52,12 +53,25 @@ def test_the_newest_unfinished_run_of_the_same_kind_is_resumed(tmp_path: Path, c
 def test_a_damaged_description_is_taken_from_the_newest_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     path = made(tmp_path / "run")
     save(path / "last_model.pt", {"config": CONFIG, "meta": META})
-    for name, text in (("run.json", "[]"), ("run.json", '{"a": 1}'), ("config.yaml", "- 1"), ("config.yaml", "")):
-        (path / name).write_text(text)
+    damages = (
+        ("run.json", "[]"),
+        ("run.json", '{"a": 1}'),
+        ("config.yaml", "- 1"),
+        ("config.yaml", ""),
+        ("config.yaml", "a: 1"),
+    )
+    for name, text in (*damages, ("config.yaml", None), ("run.json", None)):
+        (path / name).unlink() if text is None else (path / name).write_text(text)
         assert chosen(tmp_path) == (path, True)
+        caplog.clear()
         with closing(begin(path, resume=True)):
             assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
-    assert "its config.yaml or run.json is damaged" in caplog.text and "last_model.pt is read instead" in caplog.text
+            assert json.loads((path / "run.json").read_text())[-2:] == [META, META]
+        what = "is missing" if text is None else "cannot be read" if text != "a: 1" else "is damaged"
+        mended = f"{path / name}: {what}"
+        assert mended in caplog.text and f"it is written again from {path / 'last_model.pt'}" in caplog.text
+        assert mended in (path / "log.txt").read_text()
+    assert (path / "run.json.damaged").read_text() == '{"a": 1}'  # somebody may still want to read it
 
 
 def test_a_run_that_may_not_be_written_is_passed_over(
@@ -87,7 +101,8 @@ def test_a_damaged_folder_is_passed_over_with_a_warning(tmp_path: Path, caplog: 
         (made(tmp_path / name) / file).write_text(text)
     assert chosen(tmp_path) == (tmp_path / "valid", True)
     for name in "abc":
-        assert f"{tmp_path / name}: its config.yaml or run.json cannot be read" in caplog.text
+        file = "config.yaml" if name == "b" else "run.json"
+        assert f"{tmp_path / name}: its {file} cannot be read" in caplog.text
     with pytest.raises(RunDirError, match="a: .*cannot be read"):
         chosen(tmp_path, tmp_path / "a")
 

@@ -197,7 +197,7 @@ def test_a_refused_resume_writes_nothing(tiny: Path, trained: Path, tmp_path: Pa
     assert files(longer) == before[longer]
     saved = content(folder / "last_model.pt")
     broken = {
-        "made 9 steps in 1 epochs and 0 steps": {"step": 9},
+        "made 9 steps in 1 epoch and 0 steps": {"step": 9},
         "was written by 2 processes": {"rng": saved["rng"] * 2},
         "holds no weights of this network": {"model_state_dict": {}},
         "does not fit this optimizer": {"optimizer_state_dict": {"state": {}, "param_groups": []}},
