@@ -235,9 +235,9 @@ class _VideoClip(Clip):
     def __init__(self, path: str, decoder: Decoder):
         try:
             self._video = open_video(path, decoder)
+            self.num_frames = self._video.num_frames
         except DecodeError as error:
             raise ReadError(str(error)) from error
-        self.num_frames = self._video.num_frames
 
     def fetch(self, indices: np.ndarray) -> Frames:
         try:

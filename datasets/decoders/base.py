@@ -15,6 +15,7 @@ import numpy as np
 Decoder = Literal["pyav", "decord"]
 
 PACKAGES: dict[Decoder, str] = {"pyav": "av", "decord": "decord"}  # the package that each decoder needs
+LARGEST_LOSS = 0.1  # share of the declared frames; a video that lacks more of them cannot be used
 KEEP_BYTES = 256 << 20  # frames of a file that had to be decoded from its start are kept up to this size
 
 
@@ -41,8 +42,9 @@ class VideoFile(ABC):
     Attributes:
         path: the file.
         num_frames: frames that can be read. Known without decoding where a file's packets can be trusted to hold one
-            frame each, otherwise counted by decoding the file once.
-        declared_frames: frames that the file says it holds, as far as the library tells; damaged files decode fewer.
+            frame each, otherwise counted by decoding the file once, which raises DecodeError if it is damaged.
+        declared_frames: frames that the file says it holds, by their number or by the duration; of a damaged or cut file
+            fewer decode.
     """
 
     path: str

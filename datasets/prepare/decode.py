@@ -18,10 +18,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from datasets.decoders import DecodeError, Decoder, VideoFile, open_video
+from datasets.decoders import LARGEST_LOSS, DecodeError, Decoder, VideoFile, open_video
 from datasets.packed_frames import packed_path, write_packed
 
-LARGEST_LOSS = 0.1  # share of the declared frames; a video that loses more counts as unreadable
 SAMPLED_FRAMES = 8
 
 
