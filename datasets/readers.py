@@ -51,6 +51,11 @@ class Clip(ABC):
 
     num_frames: int
 
+    @property
+    def declared_frames(self) -> int:
+        """Frames that the file itself says it holds; more than `num_frames` if it is damaged or cut."""
+        return self.num_frames
+
     @abstractmethod
     def fetch(self, indices: np.ndarray) -> Frames:
         """The frames at `indices`, from 0, in that order; indices may repeat. Raises ReadError."""
@@ -238,6 +243,10 @@ class _VideoClip(Clip):
             self.num_frames = self._video.num_frames
         except DecodeError as error:
             raise ReadError(str(error)) from error
+
+    @property
+    def declared_frames(self) -> int:
+        return self._video.declared_frames
 
     def fetch(self, indices: np.ndarray) -> Frames:
         try:

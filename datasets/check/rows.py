@@ -13,6 +13,7 @@ import numpy as np
 
 from common.workers import Workers
 from datasets.annotation import VideoRecord
+from datasets.decoders import LARGEST_LOSS
 from datasets.packed_frames import PackedVideo, PackError
 from datasets.readers import Clip, FrameReader, ReadError
 from datasets.video_dataset import VideoSource
@@ -95,13 +96,18 @@ class RowChecker:
 
     def _check_video(self, record: VideoRecord, path: str) -> RowResult:
         clip = self.source.reader.open(path, record.num_frames)
-        return RowResult(
+        found, declared = clip.num_frames, clip.declared_frames
+        result = RowResult(
             record,
-            frames=clip.num_frames,
-            size=self._decode(clip, first=clip.num_frames // 2),
+            frames=found,
+            size=self._decode(clip, first=found // 2),
             num_bytes=os.path.getsize(path),
-            notes=_note_more_frames(path, clip.num_frames, record.num_frames),
+            notes=_note_more_frames(path, found, record.num_frames),
         )
+        if declared - found > LARGEST_LOSS * declared:
+            text = f"{path}: is damaged or cut: it declares {declared} frames, {found} decode"
+            return replace(result, problems=(("frames missing", text),))
+        return result
 
     def _decode(self, clip: Clip, first: int) -> tuple[int, int]:
         """Decode frame `first` and the last one, or all; returns (width, height). Raises ReadError."""

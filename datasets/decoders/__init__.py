@@ -2,8 +2,10 @@
 
 Every library gives the same frames for the same indices, or one sentence that refuses the file: frame k is the k-th, in
 the order of presentation, that decodes when the file is decoded from its beginning, turned and mirrored as players show
-it. Pixels differ by the libraries' colour conversion alone. torchcodec 0.17 is no choice: it needs FFmpeg's shared libraries on the system, and it trusts the time
-stamps of every file, so on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frames. It is not faster.
+it. Pixels differ by the libraries' colour conversion alone.
+
+torchcodec 0.17 is no choice: it needs FFmpeg's shared libraries on the system, and it trusts the time stamps of every
+file, so on MPEG-4 AVIs with packed B-frames (all of HMDB51's) it gives other frames. It is not faster.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Stream:
             return 0
         stated = self._container.duration / 1e6  # AV_TIME_BASE
         end = 0.0
-        with _open(self.path) as container:
+        with decoding(self.path, library("pyav").FFmpegError), _open(self.path) as container:
             for packet in container.demux():
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
