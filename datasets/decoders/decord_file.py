@@ -26,6 +26,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,20 @@ class DecordFile(VideoFile):
         self._is_known = self._proof.stream.container in KNOWN_CONTAINERS
         if not self._is_known:
             _ = self.num_frames  # counts by decoding, which refuses what is damaged
-        with self._decoding():
-            self._video = _open(path)
-            self._keys = sorted({0, *self._video.get_key_indices()})
-            starts = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]  # (packets,) seconds
-        # a missing time stamp is about -1e17; one below 0 belongs to a packet that is not shown
-        rising = len(starts) > 0 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
-        self._dated = rising and self._proof.is_dated and len(starts) == self.num_frames
         self._position = 0  # the frame that `next` gives
         self._kept: dict[int, Any] | None = None
+
+    @cached_property
+    def _video(self) -> Any:
+        return _open(self.path)
+
+    @cached_property
+    def _keys(self) -> list[int] | None:
+        """The key frames, to which decord seeks; None if its time stamps do not tell which frame is which."""
+        starts = self._video.get_frame_timestamp(range(len(self._video)))[:, 0]  # (packets,) seconds
+        # a missing time stamp is about -1e17; one below 0 belongs to a packet that is not shown
+        dated = len(starts) == self.num_frames and starts[0] >= 0 and (np.diff(starts) > 0).all()
+        return sorted({0, *self._video.get_key_indices()}) if dated else None
 
     @property
     def num_frames(self) -> int:
@@ -72,7 +78,7 @@ class DecordFile(VideoFile):
         wanted, inverse = self._wanted(indices)
         self._proof.pictures(wanted, self._require_usual)
         with self._decoding():
-            if self._dated and self._proof.is_dated:
+            if self._proof.is_dated and self._keys:
                 frames = [self._frame_at(int(index)) for index in wanted]
             else:
                 frames = self._from_start(wanted)

@@ -322,7 +322,7 @@ def test_videos(dataset, tmp_path, make_videos):
 class _Fragile:
     """A reader of three-frame videos that takes its process down at some of them."""
 
-    num_frames = 3
+    num_frames = declared_frames = 3
 
     def stored_at(self, path):
         return path
