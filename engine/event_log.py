@@ -64,11 +64,12 @@ class EventLog:
         """Make the curves what they were at a checkpoint: the rows of `history`, and points up to `step`.
 
         Args:
-            complete: the files should hold all rows but the last, which a killed process may not have written yet; a
-                warning says if they do not.
+            complete: the files should hold the rows before `step`; a warning says if they do not. A process that is
+                killed between saving and writing leaves the row of that step out.
         """
         found = _rewrite(self.folder, history, step)
-        lost = [row for row in history[:-1] if any((name, row["step"]) not in found for name in _points(row))]
+        before = [row for row in history if row["step"] < step]
+        lost = [row for row in before if any((name, row["step"]) not in found for name in _points(row))]
         if complete and lost:
             logger.warning(
                 "%s: the event files miss points of %s, which are written again from the checkpoint; those of single "

@@ -84,10 +84,12 @@ def check_target(path: Path, makes_folder: bool = False) -> None:
         makes_folder: whether a missing folder will be made by then.
 
     Raises:
-        ResultsError: not a .json, no such folder, no permission, a folder of that name, or no matplotlib.
+        ResultsError: not a .json, the name of a run's record, no such folder, no permission, a folder of that name, or no matplotlib.
     """
     if path.suffix != ".json":
         raise ResultsError(f"{path}: the name of the results must end in .json")
+    if path.name == "run.json":
+        raise ResultsError(f"{path}: is the name of a run's record; choose another")
     folder = path.parent
     while makes_folder and not folder.exists():
         folder = folder.parent

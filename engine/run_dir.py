@@ -123,8 +123,9 @@ class RunDir:
         """Make metrics.jsonl and the curves what they were at a checkpoint: `history` rows, points up to `step`."""
         if self._events is not None:
             lines = [json.dumps(row) for row in history]
-            # A process that is killed between saving and writing leaves the last row to its successor, not more.
-            if self.resume and (missing := set(lines[:-1]) - _lines(self.path / METRICS)):
+            # A process that is killed between saving and writing leaves the row of that step to its successor.
+            due = {line for line, row in zip(lines, history, strict=True) if row["step"] < step}
+            if self.resume and (missing := due - _lines(self.path / METRICS)):
                 logger.warning(
                     "%s: %s missing or damaged; all are written again from the checkpoint",
                     *(self.path / METRICS, plural(len(missing), "row")),

@@ -246,6 +246,8 @@ def output_files(out: str) -> dict[str, Path]:
     """The files by suffix. `out` is a folder that exists or ends with a slash, or the files' name without suffix."""
     is_folder = out.endswith(("/", os.sep)) or Path(out).is_dir()
     base = Path(out, "compare") if is_folder else Path(re.sub(r"(\.md|\.json|\.png)$", "", out))
+    if base.name == "run":
+        raise RunReadError(f"--out {out}: would write run.json, which is a run's record; choose another name")
     base.parent.mkdir(parents=True, exist_ok=True)
     return {suffix: base.with_name(f"{base.name}.{suffix}") for suffix in ("md", "json", "png")}
 

@@ -67,13 +67,14 @@ def write_export(options: argparse.Namespace) -> None:
 def check_target(source: Path, target: Path) -> None:
     """Make sure that `target` can be written and that no checkpoint is overwritten. Raises ExportError."""
     from engine.checkpoint_file import BEST, FAILED, LAST
+    from engine.run_record import file_of_run
 
     if target.suffix not in (".safetensors", ".pt"):
         raise ExportError(f"--out {target}: must end with .safetensors or .pt")
     if target.exists() and source.exists() and target.samefile(source):
         raise ExportError(f"--out {target}: is the checkpoint itself and would be overwritten")
     is_checkpoint_name = target.name in (LAST, BEST, FAILED) or target.match("step_*.pt")
-    if is_checkpoint_name and (target.parent / "run.json").exists():
+    if is_checkpoint_name and target.parent.is_dir() and file_of_run(target.parent) is not None:
         raise ExportError(f"--out {target}: is the name of a checkpoint of the run in this folder; choose another")
     if not target.parent.is_dir():
         raise ExportError(f"--out {target}: there is no folder {target.parent}")

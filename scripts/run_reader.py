@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from common.text import plural
 from configs.schema import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from engine.checkpoint_file import Checkpoint
 
 logger = logging.getLogger("td4v")
 
+LAST = "last_model.pt"
 NOT_COMPARED = ("logging.output_dir", "resume")  # where a run is and how it was started, not what it is
 Row = dict[str, Any]
 
@@ -94,8 +99,13 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunReadError(f"{path}: there is no such folder")
-        candidates = [path] if is_run(path) else sorted(file.parent for file in path.rglob("config.yaml"))
+        named = ("config.yaml", "run.json", LAST)
+        below = {file.parent for name in named for file in path.rglob(name)}
+        candidates = [path] if is_run(path) else sorted(below)
         found = [folder.resolve() for folder in candidates if is_run(folder)]
+        for folder in candidates:
+            if folder.resolve() not in found and (folder / "run.json").is_file():
+                logger.warning("%s: passed over, because its config.yaml is missing", folder)
         if not found:
             raise RunReadError(f"{path}: holds no run (config.yaml with run.json or metrics.jsonl), nor does any below")
         folders |= dict.fromkeys(found)
@@ -105,22 +115,50 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def is_run(folder: Path) -> bool:
     configured, *others = ((folder / name).is_file() for name in ("config.yaml", "run.json", "metrics.jsonl"))
-    return configured and any(others)
+    return (configured and any(others)) or (any(others) and _newest(folder) is not None)
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read one run folder. Raises RunReadError."""
-    starts = _read_json(folder / "run.json") if (folder / "run.json").is_file() else []
-    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-        raise RunReadError(f"{folder / 'run.json'}: is not a list of a run's starts")
+    """Read one run folder, and its newest checkpoint in place of files that are damaged. Raises RunReadError."""
+    newest = _newest(folder)
+    config, starts = _read_record(folder) if newest is None else _mended_record(folder)
+    history = [] if newest is None else newest.content.get("history", [])
     return Run(
         name=name,
         folder=folder,
-        settings=_read_settings(folder / "config.yaml"),
+        settings=_settings(config, folder / "config.yaml"),
         starts=[_flat(start) for start in starts],
-        epochs=_read_epochs(folder / "metrics.jsonl"),
+        epochs=_read_epochs(folder / "metrics.jsonl", [_parse(json.dumps(row)) for row in history]),
         tests=_read_tests(folder),
     )
+
+
+def _newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, if it holds one."""
+    if not (folder / LAST).exists() and not any(folder.glob("step_*.pt")):
+        return None
+    from engine.checkpoint_file import newest_values  # here, because it imports torch, which takes seconds
+
+    newest = newest_values(folder)
+    return newest if newest is not None and newest.is_run else None
+
+
+def _mended_record(folder: Path) -> tuple[Row, list[Row]]:
+    """Configuration and starts of a run with a checkpoint."""
+    from engine.run_record import read_record
+
+    record = read_record(folder)
+    for name, fault in record.mended.items():
+        logger.warning("%s: %s; %s is read instead", folder / name, fault, record.source)
+    return record.config, record.starts
+
+
+def _read_record(folder: Path) -> tuple[Row, list[Row]]:
+    """config.yaml and run.json of a run without a checkpoint."""
+    starts = _read_json(folder / "run.json") if (folder / "run.json").is_file() else []
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise RunReadError(f"{folder / 'run.json'}: is not a list of a run's starts")
+    return _read_config(folder / "config.yaml"), starts
 
 
 def _read_text(path: Path) -> str:
@@ -142,8 +180,7 @@ def _read_json(path: Path) -> Any:
         raise RunReadError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
 
 
-def _read_settings(path: Path) -> Row:
-    """A run's configuration, flat. Keys that did not exist when it was trained get their defaults."""
+def _read_config(path: Path) -> Row:
     try:
         values = yaml.safe_load(_read_text(path))
     except yaml.YAMLError as error:
@@ -151,6 +188,11 @@ def _read_settings(path: Path) -> Row:
         raise RunReadError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not valid YAML") from None
     if not isinstance(values, dict):
         raise RunReadError(f"{path}: is not a configuration")
+    return values
+
+
+def _settings(values: Row, path: Path) -> Row:
+    """A run's configuration, flat. Keys that did not exist when it was trained get their defaults."""
     try:
         values = load_config(values).to_dict()
     except ConfigError as error:
@@ -158,8 +200,29 @@ def _read_settings(path: Path) -> Row:
     return {key: value for key, value in _flat(values).items() if key not in NOT_COMPARED}
 
 
-def _read_epochs(path: Path) -> list[Row]:
-    """The lines of metrics.jsonl, the latest of each epoch; a last line that was cut off is skipped with a warning."""
+def _read_epochs(path: Path, history: list[Row]) -> list[Row]:
+    """The lines of metrics.jsonl, the latest of each epoch; a last line that was cut off is skipped with a warning.
+
+    Args:
+        history: the rows that the newest checkpoint holds, which replace damaged ones with a warning.
+    """
+    saved = {row["epoch"]: row for row in history}
+    try:
+        rows = _read_lines(path)
+    except RunReadError as error:
+        if not saved:
+            raise
+        logger.warning("%s", error)
+        rows = {}
+    # A process that is killed between saving and writing leaves the last row out.
+    if wrong := [epoch for epoch in list(saved)[:-1] if rows.get(epoch) != saved[epoch]]:
+        epochs = plural(len(wrong), "epoch")
+        logger.warning("%s: damaged in %s, which are read from the newest checkpoint instead", path, epochs)
+    rows |= saved
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def _read_lines(path: Path) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     lines = _read_text(path).splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -170,7 +233,7 @@ def _read_epochs(path: Path) -> list[Row]:
             if number < len(lines):
                 raise RunReadError(f"{path}, line {number}: is not a line of metrics with an epoch") from None
             logger.warning("%s, line %d: skipped, because it was cut off", path, number)
-    return [rows[epoch] for epoch in sorted(rows)]
+    return rows
 
 
 def _read_tests(folder: Path) -> dict[str, Row]:

@@ -124,6 +124,8 @@ def test_what_cannot_be_written_is_refused_before_the_test(tmp_path: Path, monke
     check_target(tmp_path / "x.json")
     with pytest.raises(ResultsError, match=r"x\.npz: the name of the results must end in \.json"):
         check_target(tmp_path / "x.npz")
+    with pytest.raises(ResultsError, match=r"run\.json: is the name of a run's record"):
+        check_target(tmp_path / "run.json")
     with pytest.raises(ResultsError, match=f"there is no folder {tmp_path}/absent"):
         check_target(tmp_path / "absent" / "x.json")
     (tmp_path / "x_confusion.png").mkdir()

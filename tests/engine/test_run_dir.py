@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +20,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.resume
+import engine.run_dir
 from common import files
+from engine.checkpoint_file import save
 from engine.distributed import Process
 from engine.log import close_logging
 from engine.normalize import Normalizer
@@ -138,6 +141,57 @@ def test_a_closed_folder_is_free(tmp_path: Path):
         pass
     with another_process(work):
         pass
+
+
+def test_a_start_that_comes_second_says_who_uses_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also one that looked before the folder was made, and while the lock still names the process before."""
+    path = made(tmp_path / "run")
+    (path / ".lock").write_text(f"process {2**22 + 1} on {socket.gethostname()}\n")  # killed long ago
+    monkeypatch.setattr(engine.run_dir.time, "sleep", lambda _: held_by(child))
+
+    def held_by(child: int) -> None:
+        (path / ".lock").write_text(f"process {child} on {socket.gethostname()}\n")
+
+    def work() -> None:
+        lock = open(path / ".lock", "a+")  # noqa: SIM115, held until the end
+        assert files.try_lock(lock)
+        held.append(lock)
+
+    held: list = []
+    with another_process(work) as child:
+        for resume in (False, True):
+            sentence = rf"run: another process is using this run folder \(process {child} on"
+            with pytest.raises(RunDirError, match=sentence):
+                begin(path, resume=resume)
+    with pytest.raises(
+        RunDirError, match=r"already holds a run \(config.yaml\), which began after this command: rerun it"
+    ):
+        begin(path)
+
+
+def test_a_run_that_was_trained_on_meanwhile_is_not_taken_back(tmp_path: Path):
+    path = made(tmp_path / "run")
+    state = engine.run_dir.state_of(path)
+    save(path / "last_model.pt", {"config": CONFIG, "meta": META})
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(RunDirError, match="another process has trained this run meanwhile: rerun the command"):
+        begin(path, resume=True, state=state)
+    after = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert before | {".lock": after[".lock"]} == after
+    begin(path, resume=True, state=engine.run_dir.state_of(path)).close()
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "log.txt", "model_best.pt", "last_model.pt", "events.out.tfevents.1"]
+)
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_path: Path, name: str):
+    path = made(tmp_path / "run")
+    (path / name).unlink(missing_ok=True)
+    (path / name).mkdir()
+    before = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    with pytest.raises(RunDirError, match=f"{name}: is a folder"):
+        begin(path, resume=True)
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
 
 
 def test_a_file_system_without_locks_gives_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
@@ -344,6 +398,36 @@ def test_a_cut_last_record_costs_that_record_alone(tmp_path: Path, cut: int):
         run.rewind(history, step=30)
     assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0)]
     assert points(tmp_path, "train/loss") == [(step, step / 100) for step in range(5, 35, 5)]
+
+
+@pytest.mark.parametrize("place", [3, 9, 30, 120, -40, -5])
+def test_damage_in_an_event_file_costs_one_record_and_is_logged(tmp_path: Path, place: int, caplog):
+    history = trained(tmp_path, epochs=4)
+    file = max(tmp_path.glob("events.*"), key=lambda file: file.stat().st_mtime)
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+    with closing(begin(tmp_path, resume=True)) as run:
+        run.rewind(history, step=40)
+    assert f"{file}: damaged in 1 place: the points of curves there are lost" in caplog.text
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0), (40, 1.0)]
+    assert len(points(tmp_path, "train/loss")) >= 7
+
+
+def test_lost_event_files_and_metrics_are_logged_and_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    history = trained(tmp_path)
+    for file in (*tmp_path.glob("events.*"), tmp_path / "metrics.jsonl"):
+        file.unlink()
+    with closing(begin(tmp_path, resume=True)) as run:
+        run.rewind(history, step=30)
+    assert f"{tmp_path}: the event files miss points of 2 epochs" in caplog.text
+    assert f"{tmp_path / 'metrics.jsonl'}: 2 rows missing or damaged" in caplog.text
+    assert points(tmp_path, "epoch/train_loss") == [(10, 1.0), (20, 1.0), (30, 1.0)]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
+    caplog.clear()
+    with closing(begin(tmp_path, resume=True)) as run:
+        run.rewind(history, step=30)
+    assert not caplog.records
 
 
 def test_rewinding_again_changes_nothing(tmp_path: Path):
