@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import engine.checkpoint_file
 import engine.trainer
 from engine.evaluation import DataError
+from engine.run_record import read_record
 from tests.helpers.cli_harness import (
     assert_same,
     command,
@@ -20,6 +22,7 @@ from tests.helpers.cli_harness import (
     files,
     metrics,
     refusal,
+    script,
     settings,
     train,
     training_refusal,
@@ -207,6 +210,104 @@ def test_a_refused_resume_writes_nothing(tiny: Path, trained: Path, tmp_path: Pa
         before[folder] = files(folder)
         assert sentence in training_refusal(tiny, folder, "solver.epochs=1")
         assert files(folder) == before[folder], sentence
+
+
+def test_a_refused_start_leaves_every_file_as_it_was(tiny: Path, trained: Path, tiny_data: Path, tmp_path: Path):
+    """Resuming a finished run, without its lock file as in a copy, or starting one: other settings, lists, weights, ..."""
+    folder, new = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "new"
+    (folder / ".lock").unlink()
+    other, absent = tmp_path / "train.txt", tmp_path / "absent"
+    other.write_text("\n".join((tiny_data / "train.txt").read_text().splitlines()[::-1]) + "\n")
+    weights = tmp_path / "weights.pt"
+    torch.save({"model_state_dict": {"head.bias": torch.ones(3)}}, weights)
+    before = files(folder)
+    for override, refuses_new in (
+        ("solver.lr=0.5", False),
+        ("seed=77", False),
+        ("network.drop_fc=0.5", False),
+        (f"data.train_list={other}", False),
+        (f"data.train_list={absent}", True),
+        (f"data.val_root={absent}", True),
+        (f"data.label_list={absent}", True),
+        (f"pretrain={weights}", True),
+        (f"resume={absent}", True),
+        ("solver.lrr=1", True),
+        ("solver.lr=fast", True),
+        ("data.num_classes=3", True),
+    ):
+        chosen = ("solver.epochs=1", override)
+        for target in (folder, *([new] if refuses_new else [])):
+            assert training_refusal(tiny, target, *chosen), override
+            assert files(folder) == before and not new.exists(), override
+    for words in (("--fresh",), ("--log_time", "x", "--fresh"), ("--dry-run", "--set", "solver.lrr=1")):
+        refusal("train_vision.py", "--config", tiny, "--output", folder, *words)
+        assert files(folder) == before
+    if not torch.cuda.is_available():
+        done = script(sys.executable, "train_vision.py", "--config", tiny, "--output", folder, "--device", "cuda")
+        assert done.returncode == 1 and files(folder) == before
+
+
+def test_a_cut_configuration_is_mended_wherever_it_is_cut(trained: Path, tmp_path: Path):
+    """A cut file may still be YAML, of a run with other settings."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    text, right = (folder / "config.yaml").read_text(), read_record(trained)
+    for cut in range(0, len(text) - 60, 131):
+        (folder / "config.yaml").write_text(text[:cut])
+        record = read_record(folder)
+        assert record.config == right.config and record.mended.keys() == {"config.yaml"}, cut
+        assert record.starts == right.starts and record.finished
+    (folder / "config.yaml").unlink()
+    (folder / "run.json").write_text((folder / "run.json").read_text()[:500])
+    record = read_record(folder)
+    assert record.config == right.config and record.finished and record.mended.keys() == {"config.yaml", "run.json"}
+
+
+def test_a_run_with_damaged_files_is_resumed_without_its_name(tiny: Path, tmp_path: Path, monkeypatch):
+    """Never a new run beside it: with config.yaml cut, run.json gone, or both."""
+    chosen = settings((f"logging.output_dir={tmp_path}", "solver.epochs=1"))
+    home = tmp_path / "frame_order" / "custom"
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.trainer, "evaluate", lambda *_, **__: (_ for _ in ()).throw(DataError("stopped")))
+        refusal("train_vision.py", "--config", tiny, *chosen, "--log_time", "run")
+    interrupted = Path(shutil.copytree(home / "run", tmp_path / "interrupted"))
+    for names in (("config.yaml",), ("run.json",), ("config.yaml", "run.json")):
+        shutil.rmtree(home / "run")
+        shutil.copytree(interrupted, home / "run")
+        for name in names:
+            path = home / "run" / name
+            path.write_bytes(path.read_bytes()[:700]) if name == "config.yaml" else path.unlink()
+        status, text = command("train_vision.py", "--config", tiny, *chosen)
+        assert status == 0 and [folder.name for folder in home.iterdir()] == ["run"], text
+        for name in names:
+            assert f"{home / 'run' / name}: " in (home / "run" / "log.txt").read_text()
+        assert len(metrics(home / "run")) == 1 and len(json.loads((home / "run" / "run.json").read_text())) == 2
+
+
+def test_a_finished_run_gets_its_best_model_back_or_is_refused(tiny: Path, trained: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    right = content(folder / "model_best.pt")
+    (folder / "model_best.pt").write_bytes(b"")
+    train(tiny, folder, "solver.epochs=1")
+    assert_same(content(folder / "model_best.pt"), right)
+    assert "it is made again from" in (folder / "log.txt").read_text()
+    saved = content(folder / "last_model.pt")
+    torch.save(saved | {"best": 99.0}, folder / "last_model.pt")  # of an epoch that no checkpoint holds any more
+    (folder / "model_best.pt").unlink()
+    before = files(folder)
+    sentence = training_refusal(tiny, folder, "solver.epochs=1")
+    assert sentence.startswith(f"{folder / 'model_best.pt'}: ") and "test last_model.pt instead" in sentence
+    assert files(folder) == before
+    train(tiny, folder, "solver.epochs=2")  # the next evaluation makes another
+    assert content(folder / "model_best.pt")["epoch"] == 2
+
+
+def test_a_run_whose_checkpoints_are_lost_is_not_begun_again(tiny: Path, trained: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    for path in (folder / "last_model.pt", *folder.glob("step_*.pt")):
+        path.unlink()
+    before = files(folder)
+    assert "its last_model.pt is lost" in training_refusal(tiny, folder, "solver.epochs=1")
+    assert files(folder) == before
 
 
 @pytest.mark.parametrize("override", ["solver.lr=7e-3", "solver.optim=sgd", "seed=77"])

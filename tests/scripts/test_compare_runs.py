@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -215,3 +216,25 @@ def test_a_run_of_train_vision(tiny: Path, tmp_path: Path, capsys) -> None:
     assert row["run"] == "1 run" and row["epochs"] == "1 of 1" and row["seed"] == 5 and row["trainable"]
     assert row["tests"] == f"last_model 1x1: {top1:.2f}" and row["last"].startswith(f"{top1:.2f} / 100.00 /")
     assert compare(folder, "--out", tmp_path / "out") == 0 and row["last"] in capsys.readouterr().out
+
+
+def test_damaged_files_are_read_from_the_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cut configuration would be compared with defaults, and a folder without one not at all."""
+    shutil.copytree(trained, tmp_path / "a")
+    right = find_runs([tmp_path / "a"])[0]
+    assert not caplog.records
+    for number, name in enumerate(("config.yaml", "run.json", "metrics.jsonl")):
+        for size in (None, 0, 300):
+            caplog.clear()
+            damaged = tmp_path / f"b{number}{size}"
+            shutil.copytree(trained, damaged)
+            data = (damaged / name).read_bytes()
+            (damaged / name).unlink() if size is None else (damaged / name).write_bytes(data[:size])
+            (run,) = find_runs([damaged])
+            assert run.settings == right.settings and run.epochs == right.epochs and run.epochs_done == 1
+            assert run.finished and run.recorded("world_size") == [1]
+            assert name == "metrics.jsonl" or f"{damaged / name}: " in caplog.text
+    assert compare(tmp_path / "a", "--out", tmp_path / "run") == 1
+    assert "would write run.json" in caplog.text
