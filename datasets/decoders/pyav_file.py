@@ -11,7 +11,7 @@ decoding the file from its start. What is exact, and where that ends:
   frame, or two. VP8 has frames that are never shown, MPEG streams split frames in two packets. Such files are decoded
   from their start: HMDB51, an eighth of UCF101, and every container or codec that stream.py does not list.
 - A frame that FFmpeg marks as damaged is refused, and all that depend on it. Of a file that is decoded from its start
-  every read is refused. FFmpeg marks nothing for VP8 and VP9.
+  every read is refused. FFmpeg marks nothing for VP8, VP9 and Theora, and does not see every flipped bit elsewhere.
 - FFmpeg's own messages are off in PyAV unless `av.logging.set_level` turns them on.
 """
 
@@ -110,6 +110,7 @@ class PyAVFile(VideoFile):
                     last = frame.pts
                     if start == 0 and last == first:
                         self.first = layout(frame)
+                    self._require_one_turn(frame)
                     if frame.pts in waiting:
                         found[waiting.pop(frame.pts)] = use(frame)
                 position += 1
@@ -132,6 +133,7 @@ class PyAVFile(VideoFile):
         for number, frame in enumerate(frames):
             if number == 0:
                 self.first = layout(frame)
+            self._require_one_turn(frame)
             yield frame
 
     def _count(self) -> int:
@@ -157,11 +159,15 @@ class PyAVFile(VideoFile):
         """The first frame's height, width and display matrix, which are those of the video."""
         return layout(next(self.stream.decoded()))
 
+    def _require_one_turn(self, frame: Any) -> None:
+        """Refuse a video that is turned in mid-stream, as phones' calls are; frames that do not say follow the first."""
+        _, _, matrix = layout(frame)
+        if matrix is not None and matrix != self.first[2]:
+            raise DecodeError(f"{self.path}: is turned or mirrored in parts, not as a whole")
+
     def _rgb(self, frame: Any) -> np.ndarray:
         """(H, W, 3), of the first frame's size and turned as it is."""
         height, width, matrix = self.first
-        if layout(frame)[2] not in (None, matrix):
-            raise DecodeError(f"{self.path}: is turned or mirrored in parts, not as a whole")
         pixels = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()  # (h, w, 3)
         try:
             return upright(pixels, matrix)
