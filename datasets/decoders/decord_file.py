@@ -10,9 +10,9 @@ frames and decodes what is read once more, without converting it, to see damage.
 - It takes the position of a key frame in the file for its position in the order of presentation. With open GOPs (H.264)
   that is up to 16 frames too early: frames from there to the key frame come out wrong after a seek to it, others are
   right. They are reached from the key frame before, which costs up to a fifth more on Kinetics.
-- It starts an MPEG transport stream several frames late, and so perhaps others, which are therefore decoded from their
-  start to their end, and refused if frames are missing. It knows no AV1, mirrors nothing and cannot be asked for one of several
-  streams. Such files are refused.
+- It starts an MPEG transport stream several frames late. Other containers than AVI, MP4, Matroska and FLV are decoded
+  from their start to their end, and refused if frames are missing.
+- It knows no AV1, mirrors nothing and cannot be asked for one of several streams. Such files are refused.
 - Frames narrower than 64 pixels may come with their row padding taken for a fourth channel.
 - FFmpeg's messages from native code are silenced here.
 - Its worker thread decodes ahead of what is requested and starts again at each seek, and no option changes that;
@@ -48,6 +48,8 @@ class DecordFile(VideoFile):
         self._proof = PyAVFile(path)
         if self._proof.stream.is_one_of_several:
             raise self._refused("it cannot be asked for one of several streams")
+        if self._proof.stream.container == "mpegts":
+            raise self._refused("it starts transport streams late")
         self._is_known = self._proof.stream.container in KNOWN_CONTAINERS
         if not self._is_known:
             _ = self.num_frames  # counts by decoding, which refuses what is damaged
