@@ -160,7 +160,9 @@ class PyAVFile(VideoFile):
         return layout(next(self.stream.decoded()))
 
     def _require_one_turn(self, frame: Any) -> None:
-        """Refuse a video that is turned in mid-stream, as phones' calls are; frames that do not say follow the first."""
+        """Refuse a video that is turned in mid-stream, as H.264 and HEVC may be; frames that do not say follow the first."""
+        if self.stream.context.name not in ("h264", "hevc"):
+            return
         _, _, matrix = layout(frame)
         if matrix is not None and matrix != self.first[2]:
             raise DecodeError(f"{self.path}: is turned or mirrored in parts, not as a whole")

@@ -31,7 +31,6 @@ def write_video(
     pix_fmt: str = "yuv420p",
     stamps: Sequence[int] | None = None,
     rotation: int = 0,
-    matrix: Sequence[int] | None = None,
     metadata: dict[str, str] | None = None,
     **options: object,
 ) -> Path:
@@ -41,7 +40,6 @@ def write_video(
         size: (height, width).
         stamps: the time of each frame in milliseconds; by default there are 25 frames a second.
         rotation: degrees, as phones write it.
-        matrix: of the display, 9 integers.
         options: of the encoder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +55,6 @@ def write_video(
             stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
-        if matrix is not None:
-            stream.set_display_matrix(matrix)
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(i, height, width), format="rgb24").reformat(format=pix_fmt)
             if stamps is not None:
