@@ -235,13 +235,21 @@ def _find_unfinished(home: Path, differs: Callable) -> Path | None:
             logger.warning("%s: passed over (%s)", folder, error)
             continue
         if reason is None and user is None:
-            logger.info("resuming %s, which is not finished (--fresh starts a new run)", folder)
+            finished = "finished while this command waited for it" if _has_finished(folder) else "is not finished"
+            logger.info("resuming %s, which %s (--fresh starts a new run)", folder, finished)
             return folder
         why = f"not finished, but another run: {reason}" if reason else f"in use by {user}"
         passed_over.append(f"{folder}: {why}")
     if passed_over:
         logger.warning("%s; a new run starts (--output names the one to resume)", passed_over[0])
     return None
+
+
+def _has_finished(folder: Path) -> bool:
+    try:
+        return read_record(folder).finished
+    except ValueError:
+        return False
 
 
 def _changed_at(folder: Path) -> float:

@@ -3,7 +3,7 @@
 #
 #   bash scripts/run_train_vision.sh configs/ssv2.yaml [--set solver.lr=5e-4 ...] [--log_time NAME] [--output DIR]
 #
-# Rerunning the command resumes its run. Exit status: 0 finished, 75 saved after SIGTERM or SIGUSR1 (rerun the command),
+# Rerunning the command resumes its unfinished run. Exit status: 0 finished, 75 saved after SIGTERM or SIGUSR1 (rerun the command),
 # 130 saved after Ctrl-C, else an error. On several machines, run it on each with NNODES, NODE_RANK and RDZV. Under Slurm,
 # use slurm.sh. Paths, also those in the configuration, are relative to the working directory.
 #
