@@ -35,6 +35,8 @@ def find_best(folder: Path, run: Checkpoint, in_place: bool) -> BestModel:
     """
     path, top1 = folder / checkpoint_file.BEST, run.content["best"]
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: is missing")
         best = checkpoint_file.load(path)
         problem = _why_another(best, run)
         if problem is None:
@@ -45,16 +47,19 @@ def find_best(folder: Path, run: Checkpoint, in_place: bool) -> BestModel:
         problem = f"{path}: {problem}"
     except CheckpointError as error:
         problem = str(error)
-    for checkpoint in (run, *_others(folder, run)):
+    candidates = [run, *_others(folder, run)]
+    for checkpoint in sorted(candidates, key=lambda checkpoint: checkpoint.content["evaluations_since_best"]):
         if (content := best_content(checkpoint, top1)) is not None:
-            return BestModel(content, f"{problem}; it is made again from {checkpoint.path}")
+            is_same = not checkpoint.content["evaluations_since_best"]
+            what = "it is made again" if is_same else "one with the same top-1 is taken"
+            return BestModel(content, f"{problem}; {what} from {checkpoint.path}")
     return BestModel(
         problem=f"{problem}, and no checkpoint of this run holds its weights (top-1 {top1:.2f})", is_lost=True
     )
 
 
 def best_content(run: Checkpoint, top1: float) -> dict[str, Any] | None:
-    """The content of model_best.pt from a checkpoint that was saved right after the best evaluation, else None."""
+    """The content of model_best.pt from a checkpoint that was saved right after an evaluation with that top-1."""
     content = run.content
     last = content["history"][-1] if content["history"] else {}
     if last.get("top1") != top1 or content["step"] != last["step"] or content["unevaluated_epoch"] is not None:

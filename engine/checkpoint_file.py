@@ -212,7 +212,9 @@ def newest(folder: Path, must_be_run: bool = False) -> Checkpoint | None:
         except CheckpointError as error:
             logger.warning("%s", error)
             continue
-        if path != paths[0]:
+        if path.name != LAST:
+            if not (folder / LAST).exists():
+                logger.warning("%s: is missing", folder / LAST)
             logger.warning("going back to %s, the newest valid checkpoint of this run", path)
         return checkpoint
     if paths:

@@ -194,8 +194,9 @@ class RunDir:
             return in_use(path, user)
         if not self.resume and (file := file_of_run(path)) is not None:
             return f"{path}: already holds a run ({file}), which began after this command: rerun it to resume that run"
-        names = (CONFIG, STARTS, METRICS, LOG, checkpoint_file.LAST, checkpoint_file.BEST)
-        files = [*(path / name for name in names), *path.glob("events.out.tfevents.*")]
+        names = (LOCK, CONFIG, STARTS, METRICS, LOG, checkpoint_file.LAST, checkpoint_file.BEST)
+        kept = (file for pattern in ("step_*.pt", "events.out.tfevents.*") for file in path.glob(pattern))
+        files = [*(path / name for name in names), *kept]
         if folder := next((file for file in files if file.is_dir()), None):
             return f"{folder}: is a folder, and the run needs that name for a file: move it away"
         return None
@@ -233,7 +234,7 @@ def lock_user(folder: Path) -> str | None:
     try:
         with open(folder / LOCK, "r+", encoding="utf-8") as lock:
             return None if try_lock(lock) else _lock_holder(lock)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return None
 
 

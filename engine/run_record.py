@@ -72,8 +72,12 @@ def read_record(folder: Path) -> RunRecord:
             name, fault = (CONFIG, config_fault) if config_fault else (STARTS, starts_fault)
             raise ValueError(f"{folder}: its {name} {fault}, and no checkpoint holds what it said")
         return RunRecord(config, starts, bool(starts[-1].get("finished")), {})
-    config_fault = config_fault or _contradiction(config, saved.content["config"])
-    starts_fault = starts_fault or _other_start(starts[-1], saved.content["meta"])
+    contradictions = [
+        None if config_fault else _contradiction(config, saved.content["config"]),
+        None if starts_fault else _other_starts(starts, saved.content["meta"]),
+    ]
+    if not all(contradictions):  # else the checkpoint is of another run, which is refused when it is read
+        config_fault, starts_fault = config_fault or contradictions[0], starts_fault or contradictions[1]
     faults = {CONFIG: config_fault, STARTS: starts_fault}
     return RunRecord(
         config=saved.content["config"] if config_fault else config,
@@ -136,8 +140,11 @@ def _contradiction(config: dict[str, Any], saved: dict[str, Any]) -> str | None:
     return found and f"is damaged ({found})"
 
 
-def _other_start(start: dict[str, Any], saved: dict[str, Any]) -> str | None:
-    """What a start has else than the checkpoint of the same run."""
+def _other_starts(starts: list[dict[str, Any]], saved: dict[str, Any]) -> str | None:
+    """What a run's starts have else than the one that wrote its checkpoint."""
+    start = starts[-1]
+    if saved.get("started") not in [start.get("started") for start in starts]:
+        return f"is damaged (it has no start at {saved.get('started')})"
     processes = [meta.get("world_size") for meta in (saved, start)]
     if processes[0] != processes[1]:
         return f"is damaged (it began with {processes[0]} processes, not {processes[1]})"

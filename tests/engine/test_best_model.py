@@ -60,6 +60,8 @@ def test_another_checkpoint_of_the_run_may_hold_it(run: Path):
     best = found(run)
     assert best.problem.endswith(f"it is made again from {run / 'step_00000008.pt'}")
     assert_same(best.content, right)
+    save(run / "step_00000008.pt", content(run / "step_00000008.pt") | {"evaluations_since_best": 1})
+    assert found(run).problem.endswith(f"one with the same top-1 is taken from {run / 'step_00000008.pt'}")
     save(run / "step_00000008.pt", content(run / LAST) | {"config": right["config"] | {"seed": 6}})
     best = found(run)
     assert best.is_lost and best.content is None

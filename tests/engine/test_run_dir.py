@@ -182,7 +182,7 @@ def test_a_run_that_was_trained_on_meanwhile_is_not_taken_back(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "log.txt", "model_best.pt", "last_model.pt", "events.out.tfevents.1"]
+    "name", ["metrics.jsonl", "log.txt", "model_best.pt", "step_00000001.pt", ".lock", "events.out.tfevents.1"]
 )
 def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_path: Path, name: str):
     path = made(tmp_path / "run")

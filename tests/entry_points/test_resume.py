@@ -256,6 +256,13 @@ def test_a_cut_configuration_is_mended_wherever_it_is_cut(trained: Path, tmp_pat
         record = read_record(folder)
         assert record.config == right.config and record.mended.keys() == {"config.yaml"}, cut
         assert record.starts == right.starts and record.finished
+    starts = json.loads((folder / "run.json").read_text())
+    (folder / "config.yaml").write_text(text)
+    (folder / "run.json").write_text(json.dumps([starts[0] | {"started": "2020-01-01T00:00:00+00:00"}]))
+    assert read_record(folder).mended.keys() == {"run.json"}  # of another run
+    (folder / "config.yaml").write_text(text.replace("seed: 5", "seed: 6"))
+    assert not read_record(folder).mended  # the checkpoint is of another run
+    (folder / "run.json").write_text(json.dumps(starts))
     (folder / "config.yaml").unlink()
     (folder / "run.json").write_text((folder / "run.json").read_text()[:500])
     record = read_record(folder)
