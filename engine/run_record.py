@@ -142,8 +142,8 @@ def _contradiction(config: dict[str, Any], saved: dict[str, Any]) -> str | None:
 
 def _other_starts(starts: list[dict[str, Any]], saved: dict[str, Any]) -> str | None:
     """What a run's starts have else than the one that wrote its checkpoint."""
-    start = starts[-1]
-    if saved.get("started") not in [start.get("started") for start in starts]:
+    start, own = starts[-1], ("started", "command", "seed")
+    if not any(all(one.get(key) == saved.get(key) for key in own) for one in starts):
         return f"is damaged (it has no start at {saved.get('started')})"
     processes = [meta.get("world_size") for meta in (saved, start)]
     if processes[0] != processes[1]:
