@@ -106,20 +106,20 @@ def _record(text: str, modality: str, line: int, where: str) -> VideoRecord:
             raise AnnotationError(f"{where}: the number of frames must be above 0, not {num_frames}")
     if not video:
         raise AnnotationError(f"{where}: needs `path label`, not {text!r}")
-    _check_path(video, where)
+    if modality == "video" and video[-1] in ",;":
+        raise AnnotationError(f"{where}: fields are separated by spaces or tabs, not as in {text!r}")
+    if (fault := path_fault(video)) is not None:
+        raise AnnotationError(f"{where}: {fault}: {video!r}")
     return VideoRecord(video, num_frames, label, line)
 
 
-def _check_path(video: str, where: str) -> None:
-    """Refuse what other list formats write into paths, which would only be seen when no video can be found."""
-    if video[-1] in ",;":
-        raise AnnotationError(f"{where}: fields are separated by spaces or tabs, not as in {video!r}")
-    if video[-1] in "\"'" and video[0] == video[-1]:
-        raise AnnotationError(f"{where}: paths are written without quotes, spaces or not, unlike {video}")
+def path_fault(video: str) -> str | None:
+    """Why a list cannot hold this path: it looks like another format's, which no file would be found for; or None."""
     if "\\" in video:
-        raise AnnotationError(f"{where}: folders are separated by /, unlike {video}")
-    if "\0" in video:
-        raise AnnotationError(f"{where}: the path has a NUL byte")
+        return "folders are separated by /, not by a backslash"
+    if len(video) > 1 and video[0] in "\"'" and video[0] == video[-1]:
+        return "paths are written without quotes, even with spaces"
+    return "a path cannot hold a NUL" if "\0" in video else None
 
 
 def read_labels(path: str, num_classes: int, key: str = "data.label_list") -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from common.files import walk
+from datasets.annotation import path_fault
 from datasets.prepare.frame_folders import FLOW, IMAGE_SUFFIXES, is_frame
 from datasets.prepare.plan import Entry, Plan, PrepareError
 
@@ -175,6 +176,8 @@ def check_listable(root: Path, path: str) -> None:
         path.encode()
     except UnicodeEncodeError:
         raise PrepareError(f"{root / path!r}: its name is not UTF-8, which a list file needs; rename it") from None
+    if (fault := path_fault(path) or path_fault(stem)) is not None:
+        raise PrepareError(f"{root / path!r}: in a list file, {fault}; rename it")
     if any(name != name.strip() for name in (path, stem)) or len(path.splitlines()) > 1:
         raise PrepareError(
             f"{root / path!r}: a list file cannot hold a name with line breaks, or with white space at an end; rename it"

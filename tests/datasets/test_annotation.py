@@ -50,14 +50,14 @@ def test_video_rows(tmp_path):
         ("a.avi " + "1" * 5000, "video", "label must be a whole number"),
         ("a.avi 3", "RGB", "data.modality: video reads `path label`"),
         ("a.avi,1", "video", "fields are separated by spaces or tabs, not as in 'a.avi,1'"),
-        ("a.avi, 1", "video", "fields are separated by spaces or tabs, not as in 'a.avi,'"),
+        ("a.avi, 1", "video", "fields are separated by spaces or tabs, not as in 'a.avi, 1'"),
         ("a;3;1", "RGB", "fields are separated by spaces or tabs"),
         ("a, 3, 1", "RGB", "not '3,'"),
-        ('"a b.avi" 1', "video", 'paths are written without quotes, spaces or not, unlike "a b.avi"'),
+        ('"a b.avi" 1', "video", "paths are written without quotes, even with spaces: '\"a b.avi\"'"),
         ("'a' 3 1", "RGB", "paths are written without quotes"),
-        (r"run\a.avi 1", "video", r"folders are separated by /, unlike run\a.avi"),
+        (r"run\a.avi 1", "video", "folders are separated by /, not by a backslash"),
         ("path num_frames label", "RGB", "label must be a whole number, not 'label'"),
-        ("a\0b 3 1", "RGB", "the path has a NUL byte"),
+        ("a\0b 3 1", "RGB", "a path cannot hold a NUL"),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path, row, modality, message):

@@ -132,6 +132,13 @@ def test_class_names_of_any_kind(run, tmp_path, name):
     assert all((out / "frames" / r.path / "000002.jpg").is_file() for r in records)
 
 
+@pytest.mark.parametrize("name", ["b/a\\b.avi", "'b/a'.avi"])
+def test_names_that_a_list_cannot_hold_are_refused(run, tmp_path, name):
+    write(tmp_path / "videos", "a/1.avi", name)
+    code, out, log = run()
+    assert code == 1 and "in a list file, " in log and "rename it" in log and not out.exists()
+
+
 def test_a_class_without_videos_whose_name_labels_cannot_hold(run, tmp_path):
     write(tmp_path / "videos", "a/1.avi", "b/2.avi")
     (tmp_path / "videos" / "c\nd").mkdir()
