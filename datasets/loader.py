@@ -5,6 +5,9 @@ it, twice: for pixels that costs about as much as resizing them. Here the main p
 the keys of a batch it sends the slot of a free one, the worker joins the items right in that buffer, and what comes
 back is a reference: which buffer, which shape. A buffer is free again when the last tensor that looks at it is gone, so
 a batch may be kept as long as one likes: while no buffer is free, batches travel the usual way.
+
+A disk may not answer. The calling thread never waits for it itself, so signals end its wait, and it names the videos that
+it waits for.
 """
 
 from __future__ import annotations
@@ -12,9 +15,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import logging
 import math
 import multiprocessing
 import os
+import queue
+import re
 import resource
 import shutil
 import signal
@@ -28,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, get_worker_info
 
 PREFETCH = 2  # batches that each worker prepares ahead
 SPARE = 2  # more buffers than batches in the making: the batch in use, and the one that has just arrived
@@ -36,7 +42,13 @@ SHARED_MEMORY = Path("/dev/shm")
 MIB = 1 << 20
 MAIN_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # the main process handles them, workers do not
 PARENT_CHECK_S = 5.0  # how often a worker checks that its main process is alive
+NOTICE_S = 30.0  # how often the videos are named that are waited for
+NAMED = 4  # videos, at most
+PID, INDEX = 0, 1  # of a process that reads, and of the video in the list; -1 while it reads none
 _TOO_MANY_FILES = ("Too many open files", "items of ancdata")  # in the messages of torch and multiprocessing
+_END = object()
+
+logger = logging.getLogger("td4v")
 
 
 @dataclass(frozen=True)
@@ -107,14 +119,16 @@ def _too_little_memory(needed: int, available: int) -> str:
 class _SlotSampler(BatchSampler):
     """The batches of a sampler, each with a slot before its keys while there are free buffers."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, buffers: SharedBuffers):
+    def __init__(self, sampler: Sampler, batch_size: int, buffers: SharedBuffers | None):
         super().__init__(sampler, batch_size, drop_last=False)
         self.buffers = buffers
         self.in_use: set[int] = set()  # buffers of batches that have not come back
+        self.awaited: deque[list[Any]] = deque()  # keys of batches that have not come back, the next one first
 
     def __iter__(self) -> Iterator[list[Any]]:
         for keys in super().__iter__():
-            if self.buffers.free:
+            self.awaited.append(keys)
+            if self.buffers is not None and self.buffers.free:
                 buffer = self.buffers.free.popleft()
                 self.in_use.add(buffer)
                 keys = [Slot(buffer), *keys]
@@ -135,13 +149,58 @@ def _main_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _start_worker(worker: int) -> None:
+def _interruptible(batches: Iterator[Any], notice: Callable[[float], None], every: float) -> Iterator[Any]:
+    """The same batches, each fetched in a thread of its own while the calling one waits, so that a signal reaches it.
+
+    A thread that waits for a disk runs no signal handler.
+
+    Args:
+        notice: called with the seconds so far, each `every` seconds that a batch is waited for.
+    """
+    requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def fetch() -> None:
+        while requests.get():
+            try:
+                answers.put((next(batches, _END), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+    with _main_signals_blocked():
+        threading.Thread(target=fetch, daemon=True).start()
+    try:
+        while True:
+            requests.put(True)
+            batch, error = _answer(answers, notice, every)
+            if error is not None:
+                raise error
+            if batch is _END:
+                return
+            yield batch
+    finally:
+        requests.put(False)
+
+
+def _answer(answers: queue.SimpleQueue[Any], notice: Callable[[float], None], every: float) -> Any:
+    waited = 0.0
+    while True:
+        try:
+            return answers.get(timeout=every)
+        except queue.Empty:
+            waited += every
+            notice(waited)
+
+
+def _start_worker(worker: int, in_work: torch.Tensor) -> None:
     """What a worker does first.
 
     It inherits the garbage of the process that it is a copy of. An opened video in there, whose threads were not
     copied, would wait for them for ever if it were collected here.
     """
     gc.freeze()
+    get_worker_info().dataset.in_work = in_work[worker].numpy()
+    in_work[worker, PID] = os.getpid()
     if hasattr(signal, "sigtimedwait"):
         main = multiprocessing.parent_process().pid
         threading.Thread(target=_end_with_main_process, args=(main,), daemon=True).start()
@@ -168,7 +227,8 @@ class VideoLoader(DataLoader):
     That is a view; in memory, the three colours of a pixel lie together.
 
     Args:
-        dataset: its items are those of video_dataset.py.
+        dataset: its items are those of video_dataset.py. It gets `in_work`, where it notes the video that it reads, and
+            may have `location(index)`, a video's name for messages.
         sampler: of keys of the dataset.
         batch_size: videos.
         item_bytes: of the videos of one item, at most.
@@ -176,6 +236,7 @@ class VideoLoader(DataLoader):
         workers: processes; 0 works in the calling one.
         pin_memory: put videos into page-locked memory, from which a GPU fetches them while it computes.
         seed: of what the workers draw; nothing of ours depends on it.
+        notice_s: a batch that is waited for longer is logged with its videos, and again each time so much later.
 
     Raises:
         ValueError: too little shared memory.
@@ -191,21 +252,20 @@ class VideoLoader(DataLoader):
         workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
+        notice_s: float = NOTICE_S,
     ):
-        self.order, self.pin = sampler, pin_memory
+        self.order, self.pin, self.notice_s = sampler, pin_memory, notice_s
         self.buffers = SharedBuffers(workers * PREFETCH + SPARE, batch_size * item_bytes) if workers else None
-        if self.buffers is None:
-            batches = BatchSampler(sampler, batch_size, drop_last=False)
-        else:
-            batches = _SlotSampler(sampler, batch_size, self.buffers)
+        self.in_work = torch.full((max(1, workers), 2), -1, dtype=torch.int64).share_memory_()  # PID and INDEX of each
+        dataset.in_work = self.in_work[0].numpy()  # in the main process; each worker gets its own row
         super().__init__(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=_SlotSampler(sampler, batch_size, self.buffers),
             collate_fn=partial(collate, buffers=self.buffers),
             num_workers=workers,  # each on one thread, which is torch's own rule for workers
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, in_work=self.in_work),
             generator=torch.Generator().manual_seed(seed),  # or torch's global one is drawn from
         )
 
@@ -214,24 +274,42 @@ class VideoLoader(DataLoader):
         self.order.set_epoch(epoch, first_batch * self.batch_sampler.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.buffers is None:
-            for batch in super().__iter__():
-                yield self._finished(batch)
-            return
-        in_use = self.batch_sampler.in_use
+        in_use, awaited = self.batch_sampler.in_use, self.batch_sampler.awaited
         abandoned = tuple(in_use)
         in_use.clear()
-        first_time = self._iterator is None  # which starts the workers
+        awaited.clear()
+        starts_workers = self.num_workers > 0 and self._iterator is None
         try:
-            with _main_signals_blocked() if first_time else contextlib.nullcontext():
+            with _main_signals_blocked() if starts_workers else contextlib.nullcontext():
                 batches = super().__iter__()  # waits until the workers have finished what they were at
-            self.buffers.free.extend(abandoned)
-            while (batch := next(batches, None)) is not None:
-                yield self._finished(self._received(batch))
+            if self.buffers is not None:
+                self.buffers.free.extend(abandoned)
+            for batch in _interruptible(batches, self._name_awaited, self.notice_s):
+                awaited.popleft()
+                yield self._finished(batch if self.buffers is None else self._received(batch))
         except (RuntimeError, OSError) as error:
-            if (sentence := _reason(error, self.num_workers)) is None:
+            sentence = _reason(error, self.num_workers, self.read_by(str(error))) if self.num_workers else None
+            if sentence is None:
                 raise
             raise ChildProcessError(sentence) from error
+
+    def read_by(self, killed: str) -> str:
+        """What the workers that torch's message `killed` names by their process ids were reading, as words to add."""
+        named = re.search(r"pid(?:\(s\))? ([\d, ]+)", killed)
+        pids = {int(pid) for pid in re.findall(r"\d+", named[1])} if named else set()
+        indices = [index for pid, index in self.in_work.tolist() if pid in pids and index >= 0]
+        return f" while it read {self._names(indices)}" if indices else ""
+
+    def _name_awaited(self, seconds: float) -> None:
+        """Log the videos that the next batch waits for: those of it that are being read, else all of it."""
+        indices = [key[1] if isinstance(key, tuple) else key for key in next(iter(self.batch_sampler.awaited), [])]
+        reading = set(self.in_work[:, INDEX].tolist())
+        names = self._names([index for index in indices if index in reading] or indices)
+        logger.warning("waiting for %.0f s for %s: the disk may not answer", seconds, names or "the loader")
+
+    def _names(self, indices: Sequence[int]) -> str:
+        names = [getattr(self.dataset, "location", str)(index) for index in indices[:NAMED]]
+        return ", ".join(names) + (f" and {len(indices) - NAMED} more" if len(indices) > NAMED else "")
 
     def _received(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Turn what a worker sent into tensors."""
@@ -259,14 +337,18 @@ def too_many_files(workers: int | None = None) -> str:
     return f"too many open files: a process may have {allowed} at once; raise that, e.g. by ulimit -n 65536{fewer}"
 
 
-def _reason(error: RuntimeError | OSError, workers: int) -> str | None:
-    """One sentence for torch's pages of text about a failed worker; None for errors of our own."""
+def _reason(error: RuntimeError | OSError, workers: int, reading: str) -> str | None:
+    """One sentence for torch's pages of text about a failed worker; None for errors of our own.
+
+    Args:
+        reading: of `VideoLoader.read_by`.
+    """
     text = str(error)
     advice = "lower data.workers or data.batch_size"
     if getattr(error, "errno", None) == errno.EMFILE or any(sign in text for sign in _TOO_MANY_FILES):
         return too_many_files(workers)
     if "exited unexpectedly" in text or "killed by signal" in text:
-        return f"a worker of the loader was killed; if memory ran out, {advice} ({text.splitlines()[0]})"
+        return f"a worker of the loader was killed{reading}; if memory ran out, {advice} ({text.splitlines()[0]})"
     if "shared memory" in text or "unable to write to file" in text:
         return f"a worker of the loader found no shared memory in {SHARED_MEMORY}: {advice} (docker: --shm-size)"
     return None

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from datasets.annotation import VideoRecord
 from datasets.box import Box
-from datasets.loader import SharedBuffers, Slot, too_many_files
+from datasets.decoders import DecodeError, DecoderMissing
+from datasets.loader import INDEX, SharedBuffers, Slot, too_many_files
 from datasets.readers import Frames, Reader, ReadError
 from datasets.sampling import ClipSampling
 from datasets.seeding import seeded
@@ -60,6 +61,21 @@ class VideoSource:
         return digest.hexdigest()
 
 
+# Mistakes in the code or in the setup: they stay visible, and no video is skipped for them. Whatever else is raised while
+# a video is read, by this package, Python or a native library, is that video's: libraries raise nearly anything for
+# damaged files, lack of memory included.
+NOT_OF_THE_VIDEO = (
+    TypeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    AssertionError,
+    NotImplementedError,
+    ImportError,
+    DecoderMissing,
+)
+
+
 @dataclass(frozen=True)
 class BadVideo:
     """An item whose video could not be read. As an exception, it would arrive from a worker as pages of text."""
@@ -72,11 +88,13 @@ class BadVideo:
 class _VideoDataset(Dataset):
     """What all datasets share: open a video, read its frames, report what cannot be read.
 
-    Keys are (epoch, index), or an index alone, which means epoch 0.
+    Keys are (epoch, index), or an index alone, which means epoch 0. The index of the video that is being read is noted
+    in `in_work`, an array that a VideoLoader watches.
     """
 
     def __init__(self, source: VideoSource, sampling: ClipSampling):
         self.source, self.sampling = source, sampling
+        self.in_work: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.source.records)
@@ -88,20 +106,37 @@ class _VideoDataset(Dataset):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | BadVideo:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.source.records[index]
+        path = os.path.join(self.source.root, record.path)
+        self._note(index)
         try:
-            clip = self.source.reader.open(os.path.join(self.source.root, record.path), record.num_frames)
+            clip = self.source.reader.open(path, record.num_frames)
             frames = clip.fetch(self.frame_indices(clip.num_frames, epoch, index).reshape(-1))
             views = self._views(frames, record.label, epoch, index)
-        except ReadError as error:
+        except NOT_OF_THE_VIDEO:
+            raise
+        except Exception as error:
             if (sentence := _no_more_files()) is not None:  # the video may be valid, so it is not skipped
                 return BadVideo(sentence, index, skip=False)
-            where = f"{self.source.list_file}, line {record.line}"
-            return BadVideo(f"{error} ({where})", index, self.source.skip_errors)
+            message = str(error) if isinstance(error, (ReadError, DecodeError)) else _unusual(path, error)
+            return BadVideo(f"{message} ({self._line(index)})", index, self.source.skip_errors)
+        finally:
+            self._note(-1)
         return {**views, "path": record.path}
 
     def __getitems__(self, keys: Sequence[Any]) -> list[Any]:
         """The items of a batch; a slot before the keys is passed on to `collate`."""
         return [key if isinstance(key, Slot) else self[key] for key in keys]
+
+    def location(self, index: int) -> str:
+        """A video's path and its line in the list, for messages."""
+        return f"{os.path.join(self.source.root, self.source.records[index].path)} ({self._line(index)})"
+
+    def _line(self, index: int) -> str:
+        return f"{self.source.list_file}, line {self.source.records[index].line}"
+
+    def _note(self, index: int) -> None:
+        if self.in_work is not None:
+            self.in_work[INDEX] = index
 
     def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
         """The frames, from 0, that item (epoch, index) shows of a video of `num_frames`: (clips, T * f) int64."""
@@ -208,7 +243,7 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], buffers: SharedBu
     Returns:
         video: training (B * num_sample, T * f, S, S, 3), the draws of a video side by side; evaluation
             (B, V, T * f, S, S, 3); uint8, or float32 where the transform normalised it. With a slot, a BufferRef. None
-            where no video of the batch could be read: evaluation passes over such a batch, training ends.
+            where no video of the batch could be read: such a batch is passed over.
         label, index: training (B * num_sample,), evaluation (B,); int64. The index is the row of the list. With
             buffers, NumPy arrays.
         path: list of str, the paths of the videos as the list has them, in the order of label: one for each clip in
@@ -243,6 +278,14 @@ def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], buffers: SharedBu
     if buffers is not None:  # NumPy arrays travel in the message itself, tensors in a file each
         batch |= {key: batch[key].numpy() for key in ("label", "index")}
     return batch
+
+
+def _unusual(path: str, error: Exception) -> str:
+    """The sentence for an error that is none of this package's."""
+    if isinstance(error, MemoryError):
+        return f"{path}: needs more memory than there is to be decoded"
+    reason = (str(error).splitlines() or [""])[0][:200]
+    return f"{path}: cannot be read ({type(error).__name__}{': ' if reason else ''}{reason})"
 
 
 def _no_more_files() -> str | None:

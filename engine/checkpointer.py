@@ -78,10 +78,12 @@ class Checkpointer:
         self.saved_at = time.monotonic()
         self.best = BestModel()  # of a restored run, on the main process
 
-    def is_due(self, step: int) -> bool:
-        """Whether this process wants a checkpoint after this step (counted from 1)."""
-        if self.every_steps is not None and step % self.every_steps == 0:
-            return True
+    def is_due_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step (counted from 1), the same on all processes."""
+        return self.every_steps is not None and step % self.every_steps == 0
+
+    def is_due_by_clock(self) -> bool:
+        """Whether a checkpoint is due now; only the main process knows."""
         if self.every_minutes is None or not self.process.is_main:
             return False
         return time.monotonic() - self.saved_at > 60 * self.every_minutes

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.errors import EngineError
+from engine.signals import end_after_launcher
 from engine.sync_batchnorm import convert_sync_batchnorm
 
 logger = logging.getLogger("td4v")
@@ -73,6 +74,8 @@ def start(device: str | None = None) -> Process:
             )
         own_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(own_device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a launcher is the parent
+        end_after_launcher(float(os.environ.get("TD4V_GRACE", 120)))
     if world_size > 1:
         if kind == "cuda":
             dist.init_process_group("nccl", device_id=own_device)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from engine import checkpoint_file
 from engine.distributed import Process, barrier, gather, sync_buffers
-from engine.evaluation import PASS_CLIPS, evaluate
+from engine.evaluation import PASS_CLIPS, DataError, evaluate
 from engine.log import setup_logging
 from engine.run_dir import RunDir
 from engine.signals import ending_in_order
@@ -107,7 +107,9 @@ def _time_step(trainer: Trainer) -> tuple[float, int]:
     process = trainer.process
     trainer.state.model.train()
     steps = trainer.step_batches(0)
-    batches = next(steps)
+    batches = next((kept for read in steps if (kept := trainer.agree(read).batches)), None)
+    if batches is None:
+        raise DataError("no training batch can be used: too few of its videos can be read; the log says why")
     trainer.warm_up(batches[0]["video"])
     barrier()
     since = _now(process)

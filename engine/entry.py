@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -31,11 +32,11 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
             barrier()
     except KeyboardInterrupt:
         logger.error("interrupted: last_model.pt, if there is one, holds what was saved last")
-        status = INTERRUPTED
+        _end_at_once(INTERRUPTED)
     except Stopped as stopped:
         if _rank() == 0:
             logger.warning("%s", stopped)
-        status = stopped.status
+        _end_at_once(stopped.status)
     except Exception as error:
         if _rank() > 0:
             time.sleep(2)  # if rank 0 failed alike it has logged that, and torchrun ends this process meanwhile
@@ -59,11 +60,18 @@ def leave(status: int) -> None:
     if dist.is_initialized():
         if status == 0:
             stop()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        _end_at_once(status)
     if status != 0:
         raise SystemExit(status)
+
+
+def _end_at_once(status: int) -> None:
+    """End this process and the loaders' workers; an orderly exit would wait for one that waits for a disk."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _rank() -> int:

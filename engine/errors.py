@@ -41,6 +41,7 @@ class RunContext:
         memory_total: bytes of the GPU; None asks torch.
         workers: data.workers.
         world_size: processes.
+        read_by: from torch's message on a killed worker to words on the video that it read.
     """
 
     batch_size: int | None = None
@@ -53,6 +54,7 @@ class RunContext:
     memory_total: int | None = None
     workers: int | None = None
     world_size: int | None = None
+    read_by: Callable[[str], str] | None = None
 
 
 def explain(error: BaseException, context: RunContext | None = None) -> str | None:
@@ -95,8 +97,9 @@ def _worker(error: BaseException, text: str, now: RunContext) -> str | None:
     ):
         return None
     workers = "" if now.workers is None else f", now {now.workers},"
+    reading = "" if now.read_by is None else now.read_by(text)
     return (
-        "a worker of the loader was killed; if the machine had run out of memory, lower "
+        f"a worker of the loader was killed{reading}; if the machine had run out of memory, lower "
         f"data.workers{workers} or data.batch_size ({text.splitlines()[0].strip()})"
     )
 

@@ -18,7 +18,7 @@ from engine.log import Eta
 from engine.metrics import Accuracy, Scores
 from engine.normalize import Normalizer
 from engine.optim import Precision
-from engine.signals import Stopped, StopSignals
+from engine.signals import Stopped, StopSignals, WaitInterrupted
 
 logger = logging.getLogger("td4v")
 
@@ -85,13 +85,18 @@ def watched(
 ) -> Iterator[dict[str, Any]]:
     """The batches of a loader, with progress lines that begin with `what`. Raises Stopped between two batches."""
     eta = Eta(done=0, total=len(loader))
-    for number, batch in enumerate(loader, start=1):
-        if signals is not None and signals.requested:
-            raise Stopped(signals.requested, "in an evaluation, saved before it")
+    for number, batch in enumerate(loader if signals is None else _until_stopped(loader, signals), start=1):
         if print_freq is not None and number % print_freq == 0 and number < len(loader):
             left = timedelta(seconds=round(eta.seconds(number)))
             logger.info("%s: batch %d/%d eta %s", what, number, len(loader), left)
         yield batch
+
+
+def _until_stopped(loader: DataLoader, signals: StopSignals) -> Iterator[dict[str, Any]]:
+    try:
+        yield from signals.interruptible(loader)
+    except WaitInterrupted:
+        raise Stopped(signals.requested, "in an evaluation, saved before it") from None
 
 
 VideoOutputs = tuple[Tensor, Tensor, Tensor, "list[str] | None"]  # index (n,), outputs (n, V, ...), label (n,), names

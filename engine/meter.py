@@ -46,15 +46,19 @@ class StepSums:
 class Meter:
     """One epoch on this process. A checkpoint in the middle of an epoch carries it on.
 
-    `seconds` in all, `data_wait` seconds spent waiting for batches, `skipped_videos` that could not be read, `clips`
-    trained on, `skipped_steps` that were not finite, and the sums over the `epoch` and `since_log`, the last log line.
+    `seconds` in all, `data_wait` seconds spent waiting for batches, `videos` of the steps so far, of which
+    `skipped_videos` could not be read, `clips` trained on, `skipped_steps` that were not finite, `skipped_batches` that
+    held too few readable videos on one of the processes, and the sums over the `epoch` and `since_log`, the last log
+    line.
     """
 
     seconds: float = 0.0
     data_wait: float = 0.0
+    videos: int = 0
     skipped_videos: int = 0
     clips: int = 0
     skipped_steps: int = 0
+    skipped_batches: int = 0
     epoch: StepSums = field(default_factory=StepSums)
     since_log: StepSums = field(default_factory=StepSums)
 
@@ -88,16 +92,19 @@ class Meter:
         cuda = device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None
         values = (
-            self.epoch.loss, self.epoch.clips, self.clips, self.seconds, self.data_wait, self.skipped_videos, memory,
+            self.epoch.loss, self.epoch.clips, self.clips, self.seconds, self.data_wait, self.videos,
+            self.skipped_videos, memory,
         )  # fmt: skip
-        loss, counted, clips, seconds, data_wait, skipped, memories = zip(*gather(values), strict=True)
+        loss, counted, clips, seconds, data_wait, videos, skipped, memories = zip(*gather(values), strict=True)
         return {
             "train_loss": sum(loss) / sum(counted) if sum(counted) else None,
             "clips_per_s": sum(clips) / max(seconds),
             "data_wait": sum(data_wait) / sum(seconds),  # share of the time
             "memory_gib": max(memories) if cuda else None,
+            "videos": sum(videos),
             "skipped_videos": sum(skipped),
             "skipped_steps": self.skipped_steps,
+            "skipped_batches": self.skipped_batches,
             "grad_norm": self.epoch.norm / self.epoch.steps if self.epoch.steps else None,
         }
 
@@ -107,13 +114,15 @@ class Meter:
 
 @dataclass
 class LossMonitor:
-    """Counts steps that were skipped because they were not finite, and steps whose loss stands out.
+    """Counts steps that were skipped because they were not finite, batches that were left out because too few of their
+    videos could be read, and steps whose loss stands out.
 
     `mean` and `variance` of the main process's loss are exponential averages over about 50 steps; `seen` counts steps.
     """
 
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    skipped_batches: int = 0
     spikes: int = 0
     mean: float = 0.0
     variance: float = 0.0

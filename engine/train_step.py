@@ -8,6 +8,7 @@ steps included.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -137,6 +138,12 @@ class TrainStep:
             result=result,
             arrived=arrived,
         )
+
+    def leave_out(self) -> None:
+        """Pass over a step that has no clips: only the learning rate moves on."""
+        with warnings.catch_warnings():  # torch expects that an optimizer's step comes first
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.state.scheduler.step()
 
     def _forward_backward(self, batches: list[dict[str, Any]], clips: int) -> Tensor:
         """Gradients of the mean loss over all batches; returns it, ()."""

@@ -6,7 +6,7 @@ The host issues a step before it knows the result of the previous one, so that t
 Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `path` (names of the B videos), `skipped`
 (sentences on videos that could not be read) and `error` (a sentence that ends the run, or None). `video` is
 (B, T, C, H, W) in training and (B, V, T, C, H, W), V views a video, in evaluation, or None if the whole batch was
-skipped. Pixels are uint8, normalised here on the model's device, or float32, normalised already. Epochs count from 0.
+skipped. A training batch that skipping leaves too small on one process is left out on all of them. Pixels are uint8, normalised here on the model's device, or float32, normalised already. Epochs count from 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from engine.metrics import Accuracy, DivergedError
 from engine.optim import learning_rate
 from engine.rng import rng_state, set_rng_state
 from engine.run_dir import RunDir
-from engine.signals import Stopped, StopSignals
+from engine.signals import Stopped, StopSignals, WaitInterrupted
 from engine.train_step import PendingStep, StepResult, TrainingState, TrainStep
 
 logger = logging.getLogger("td4v")
@@ -102,6 +102,14 @@ class TrainerSettings:
         return due or epoch == self.epochs - 1
 
 
+class Agreement(NamedTuple):
+    """What all processes do next: stop because of this signal (0: none), save, and make a step of these own batches."""
+
+    stop_signal: int
+    save_is_due: bool
+    batches: list[Batch]
+
+
 def steps_per_epoch(batches: int, accumulation: int) -> int:
     """Optimizer steps in an epoch; the last may have fewer batches. Raises DataError for a loader without batches."""
     if batches == 0:
@@ -129,7 +137,9 @@ class Trainer:
     ) -> None:
         self.state, self.process, self.settings, self.run = state, process, settings, run
         self.train_loader, self.val_loader, self.val_videos = train_loader, val_loader, val_videos
-        self.steps = steps_per_epoch(len(train_loader), settings.accumulation)  # in an epoch
+        self.batches = len(train_loader)  # in an epoch
+        self.steps = steps_per_epoch(self.batches, settings.accumulation)  # in an epoch
+        self.least_clips = max(getattr(unwrap(state.model), "least_clips", 1), 1 if state.mixup is None else 2)
         self.train_step = TrainStep(state, process, settings.clip_grad)
         self.pending: PendingStep | None = None  # the last step issued, until its result is read
         self.progress, self.meter = Progress(), Meter()
@@ -153,6 +163,7 @@ class Trainer:
             precision=state.precision.name,
             workers=getattr(train_loader, "num_workers", None),
             world_size=process.world_size,
+            read_by=getattr(train_loader, "read_by", None),
         )
 
     def restore(self, checkpoint: Checkpoint, load_weights: LoadWeights) -> None:
@@ -209,21 +220,24 @@ class Trainer:
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)
         state.model.train()
-        lr, stop_signal = learning_rate(state.optimizer), 0  # of an epoch whose last step failed, no step is left
+        lr = learning_rate(state.optimizer)  # of an epoch whose last step failed, no step is left
         with self._finishing_pending_step():
-            for batches in self.step_batches(batches_to_skip):
-                if not self.warmed_up:
-                    self.warm_up(batches[0]["video"])
-                if progress.step == 0:
-                    self.run.show_clips(batches[0]["video"])
-                lr = learning_rate(state.optimizer)
-                stop_signal, save_is_due = self.step(batches)
-                if progress.step_in_epoch < self.steps and (stop_signal or save_is_due):
-                    self.finish_pending_step()
-                    self.checkpointer.save(progress, self.meter)
+            for read in self.step_batches(batches_to_skip):
+                stop_signal, save_is_due, batches = self.agree(read)
+                if stop_signal or save_is_due:
+                    self._save_between_steps()
                     self._stop_if_requested(stop_signal)
+                self._count_videos(read, len(read) - len(batches))
+                if batches and not self.warmed_up:
+                    self._show_first(batches[0]["video"])
+                lr = learning_rate(state.optimizer)
+                self.step(batches)
+                if progress.step_in_epoch < self.steps and self.checkpointer.is_due_after(progress.step):
+                    self._save_between_steps()
+        stop_signal = self.agree([]).stop_signal
         sync_buffers(state.model)
         row = {"epoch": progress.epoch, "step": progress.step, "lr": lr, **self.meter.summary(self.process.device)}
+        self._report_skipped(row)
         progress.epoch, progress.step_in_epoch, progress.unevaluated_epoch = progress.epoch + 1, 0, row
         self.meter = Meter()
         if stop_signal or self.settings.evaluates(row["epoch"]):
@@ -250,43 +264,55 @@ class Trainer:
         self.checkpointer.save(progress, self.meter, evaluated=accuracy is not None)
         self.run.record_epoch(row)
 
-    def step(self, batches: list[Batch]) -> tuple[int, int]:
-        """Issue one optimizer step, and read the result of the one before.
+    def agree(self, batches: list[Batch]) -> Agreement:
+        """Exchange with all processes, on the CPU, what comes next; each has read its batches of a step, or none.
+
+        It comes before the step, so that a process whose data does not come can still stop together with the others:
+        they wait for it here and not inside the step.
+        """
+        too_small = [
+            batch["video"] is None or (len(batch["skipped"]) > 0 and len(batch["label"]) < self.least_clips)
+            for batch in batches
+        ]
+        too_small += [False] * (self.settings.accumulation - len(batches))
+        requests = [self.signals.requested, self.checkpointer.is_due_by_clock(), *too_small]
+        stop_signal, save_is_due, *left_out = all_reduce_max(requests, self.cpu_group)
+        kept = [batch for batch, out in zip(batches, left_out, strict=False) if not out]
+        return Agreement(stop_signal, bool(save_is_due), kept)
+
+    def step(self, batches: list[Batch]) -> None:
+        """Issue one optimizer step, and read the result of the one before; without batches, the step is left out.
 
         While steps are skipped it waits for each of them, so that the run ends with the last one allowed.
-
-        Returns:
-            the signal by which any process was requested to stop (0: none), and whether a checkpoint is due.
         """
-        progress = self.progress
-        issued = self.train_step(
-            batches, epoch=progress.epoch, step_in_epoch=progress.step_in_epoch + 1, step=progress.step + 1
-        )
+        progress, lr = self.progress, learning_rate(self.state.optimizer)
+        position = {"epoch": progress.epoch, "step_in_epoch": progress.step_in_epoch + 1, "step": progress.step + 1}
+        issued = self.train_step(batches, **position) if batches else None
         self.finish_pending_step()  # cannot end the run here: while steps are skipped, none is pending
         self.pending = issued
-        requests = [self.signals.requested, self.checkpointer.is_due(issued.step)]
-        stop_signal, save_is_due = all_reduce_max(requests, self.cpu_group)
-        progress.step += 1  # as the scheduler did: they agree in every file, failed_model.pt too
+        progress.step += 1  # as the scheduler does: they agree in every file, failed_model.pt too
         progress.step_in_epoch += 1
-        if progress.loss_monitor.skipped_in_a_row or self.settings.max_bad_steps == 1:
+        if issued is None:
+            self.train_step.leave_out()
+            self._log_progress(**position, lr=lr)
+        elif progress.loss_monitor.skipped_in_a_row or self.settings.max_bad_steps == 1:
             self.finish_pending_step()
-        return stop_signal, save_is_due
 
     def step_batches(self, batches_to_skip: int) -> Iterator[list[Batch]]:
-        """The checked batches of each optimizer step that is left in the epoch; waiting for them is measured."""
-        accumulation = self.settings.accumulation
-        loader = itertools.islice(self.train_loader, batches_to_skip, None)
+        """The checked batches of each optimizer step that is left in the epoch; waiting for them is measured.
+
+        A requested stop ends the wait, and gives fewer batches.
+        """
+        loader = self.signals.interruptible(itertools.islice(self.train_loader, batches_to_skip, None))
         for step in range(self.progress.step_in_epoch, self.steps):
             batches: list[Batch] = []
             since = time.perf_counter()
-            for batch in itertools.islice(loader, accumulation):
-                self.meter.skipped_videos += check_batch(batch)
-                if batch["video"] is None:
-                    number = step * accumulation + len(batches) + 1
-                    raise DataError(f"none of the videos of training batch {number} could be read")
-                batches.append(batch)
+            with contextlib.suppress(WaitInterrupted):
+                for batch in itertools.islice(loader, self.settings.accumulation):
+                    check_batch(batch)
+                    batches.append(batch)
             self.meter.data_wait += time.perf_counter() - since
-            if not batches:
+            if not batches and not self.signals.requested:
                 raise DataError(f"the training loader ended before step {step + 1} of {self.steps}")
             yield batches
 
@@ -305,7 +331,7 @@ class Trainer:
                 usual = f"usual are {monitor.mean:.4g} +- {monitor.variance**0.5:.2g}"
                 position = f"epoch {step.epoch}, step {step.step_in_epoch}"
                 logger.warning("loss spike at %s: %.4g (%s)", position, result.loss, usual)
-        self._log_progress(step)
+        self._log_progress(step.epoch, step.step_in_epoch, step.step, step.lr)
 
     def warm_up(self, video: Tensor) -> None:
         """One forward and backward pass that changes nothing, before the first step of this process.
@@ -384,13 +410,56 @@ class Trainer:
         all_trained = progress.epoch >= self.settings.epochs and progress.unevaluated_epoch is None
         return all_trained or self._stops_early()
 
+    def _show_first(self, video: Tensor) -> None:
+        """What comes before the first step of this process."""
+        self.warm_up(video)
+        if self.resumed_from is None:
+            self.run.show_clips(video)
+
+    def _save_between_steps(self) -> None:
+        """Write last_model.pt unless it is there already; before the first step there is nothing to save."""
+        self.finish_pending_step()
+        if self.progress.step not in (0, self.checkpointer.saved_step):
+            self.checkpointer.save(self.progress, self.meter)
+
+    def _count_videos(self, batches: list[Batch], left_out: int) -> None:
+        """Count the videos of a step's batches, of which `left_out` are left out."""
+        meter, monitor, progress = self.meter, self.progress.loss_monitor, self.progress
+        skipped = sum(len(batch["skipped"]) for batch in batches)
+        meter.videos += skipped + sum(len(set(batch["index"].tolist())) for batch in batches)
+        meter.skipped_videos += skipped
+        if not left_out:
+            return
+        meter.skipped_batches += left_out
+        monitor.skipped_batches += left_out
+        if self.process.is_main:
+            logger.warning(
+                "epoch %d, step %d of %d: %d of %d batches left out, because fewer than %s of a process could be read "
+                "(%d batches in all)",
+                *(progress.epoch, progress.step_in_epoch + 1, self.steps, left_out, len(batches)),
+                *(f"{self.least_clips} clips", monitor.skipped_batches),
+            )
+
+    def _report_skipped(self, row: dict[str, Any]) -> None:
+        """Log the share of an epoch's videos that could not be read. Raises DataError if no batch was left."""
+        skipped, videos, batches = row["skipped_videos"], row["videos"], row["skipped_batches"]
+        if not skipped:
+            return
+        share = f"{skipped} of {videos} videos ({100 * skipped / videos:.1f}%)"
+        if batches == self.batches:
+            raise DataError(
+                f"epoch {row['epoch']}: no batch could be trained on, because {share} could not be read; the log says why"
+            )
+        logger.warning("epoch %d: %s skipped, %d of %d batches left out", *(row["epoch"], share, batches, self.batches))
+
     def _stop_if_requested(self, signal: int) -> None:
         if signal:
             barrier()  # the first process that exits ends the others
             progress = self.progress
             is_saved = self.checkpointer.saved_step == progress.step
             saved = "saved" if is_saved else "not saved, because steps are being skipped"
-            raise Stopped(signal, f"after {_position(progress, self.steps)}, {saved}")
+            where = f"after {_position(progress, self.steps)}, {saved}"
+            raise Stopped(signal, where if progress.step else "before the first step")
 
     @contextlib.contextmanager
     def _finishing_pending_step(self) -> Iterator[None]:
@@ -435,27 +504,27 @@ class Trainer:
             "lower learning rate or precision bf16 or fp32"
         )
 
-    def _log_progress(self, step: PendingStep) -> None:
+    def _log_progress(self, epoch: int, step_in_epoch: int, step: int, lr: float) -> None:
         """A log line and TensorBoard's points, each print_freq steps and after the last of an epoch."""
-        if step.step_in_epoch % self.settings.print_freq and step.step_in_epoch != self.steps:
+        if step_in_epoch % self.settings.print_freq and step_in_epoch != self.steps:
             return
         curves, self.meter.since_log = self.meter.since_log.curves(), StepSums()
         rate = self.meter.clips_per_second() * self.process.world_size
         line = progress_line(
-            step.epoch,
+            epoch,
             self.settings.epochs,
-            step.step_in_epoch,
+            step_in_epoch,
             self.steps,
             loss=curves.get("train/loss", math.nan),
-            lr=step.lr,
+            lr=lr,
             clips_per_second=rate,
-            seconds_left=self.eta.seconds(step.step),
+            seconds_left=self.eta.seconds(step),
         )
         logger.info(line)
         monitor = self.progress.loss_monitor
-        curves |= {"train/lr": step.lr, "train/clips_per_s": rate}
-        curves |= {"train/skipped_steps": monitor.skipped_steps, "train/loss_spikes": monitor.spikes}
-        self.run.scalars(curves, step.step)
+        curves |= {"train/lr": lr, "train/clips_per_s": rate, "train/loss_spikes": monitor.spikes}
+        curves |= {"train/skipped_steps": monitor.skipped_steps, "train/skipped_batches": monitor.skipped_batches}
+        self.run.scalars(curves, step)
 
 
 def _position(progress: Progress, steps: int) -> str:

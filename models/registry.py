@@ -32,6 +32,7 @@ and may have
                                 network.head: text can replace `head`; `tower` is CLIP's tower
     frozen_features(video), from_frozen(features)  -> (B, F), all that training does not change, and logits (B, K), the
                                 rest: network.cache_features. forward then takes a video or such features
+    least_clips                 clips that a training batch of one process must have; 1 without it
     misfit(values)              -> why weights under our names do not fit, if the model knows a better sentence than
                                 models.loading, else None
 """

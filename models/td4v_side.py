@@ -118,6 +118,11 @@ class TD4VSide(nn.Module):
             raise ValueError(f"the model was built for {self.frames} frames and got {video.shape[1]}")
         return self.tower.patchify(video.flatten(0, 1))
 
+    @property
+    def least_clips(self) -> int:
+        """Clips that a training batch of a process must have; synchronised BatchNorm sees those of all processes."""
+        return 2 if type(self.side.norm) is nn.BatchNorm1d else 1
+
     def run_tower(self, patches: Tensor) -> Iterator[Tensor]:
         """The output of each block in turn, without gradients: (B*T, N, 3*P*P) -> (B*T, 1 + N, D) a block."""
         with torch.no_grad():
@@ -129,7 +134,7 @@ class TD4VSide(nn.Module):
     def run_side_network(self, patches: Tensor, tower_tokens: Iterable[Tensor]) -> Tensor:
         """The stem on the pixels, then one level for each block of the tower: (B*T, N, 3*P*P) -> (B, n)."""
         volume = patches.unflatten(1, self.tower.grid).unflatten(0, (-1, self.frames))  # (B, T, H, W, 3*P*P)
-        if self.training and len(volume) == 1 and type(self.side.norm) is nn.BatchNorm1d:
+        if self.training and len(volume) < self.least_clips:
             raise ValueError(
                 "side-tuning needs at least two clips a process in training (data.batch_size), or network.sync_bn over "
                 "several processes: the features of one clip are constant after the last BatchNorm"

@@ -50,6 +50,7 @@ def main(command: list[str]) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ["TD4V_GRACE"] = str(grace)  # workers end themselves so long after a launcher that is killed
     # A store that outlives a restart holds the addresses of dead processes, and new ones would use them.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return launch([*arguments, *command], STOP, grace, node)
