@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 
+from common.console import Parser, expanded
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line of the published script; --weights may be a run folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--weights", help="a run folder, for its model_best.pt, or a checkpoint, ours or the authors'")
-    parser.add_argument("--config", help="a YAML file (default: the configuration in the checkpoint)")
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "--weights", type=expanded, help="a run folder, for its model_best.pt, or a checkpoint, ours or the authors'"
+    )
+    parser.add_argument("--config", type=expanded, help="a YAML file (default: the configuration in the checkpoint)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8"
     )
@@ -28,7 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--test_clips", type=int, default=1, help="clips along a video")
     parser.add_argument("--dense", action="store_true", help="dense sampling, a span of 128 frames a clip")
-    parser.add_argument("--json", help="where the results go (default: beside the weights, or OUTPUT_DIR/DATASET/ARCH)")
+    parser.add_argument(
+        "--json", type=expanded, help="where the results go (default: beside the weights, or OUTPUT_DIR/DATASET/ARCH)"
+    )
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: CUDA if there is a GPU")
     return parser.parse_args()

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import argparse
 
+from common.console import Parser, expanded
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; `--log_time` and `--precision` are the published script's."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", "-cfg", required=True, help="a YAML file, see configs/")
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", "-cfg", required=True, type=expanded, help="a YAML file, see configs/")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. solver.lr=5e-4"
     )
     parser.add_argument(
-        "--output", help="run folder (default: the unfinished run of this configuration, else a new one)"
+        "--output", type=expanded, help="run folder (default: the unfinished run of this configuration, else a new one)"
     )
-    parser.add_argument("--log_time", help="name of the run in OUTPUT_DIR/DATASET/ARCH (default: the time)")
+    parser.add_argument(
+        "--log_time", type=expanded, help="name of the run in OUTPUT_DIR/DATASET/ARCH (default: the time)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start a new run even if one can be resumed")
     parser.add_argument("--dry-run", action="store_true", help="one batch of each kind, to see time and memory")
     parser.add_argument("--precision", choices=["amp", "fp16", "bf16", "fp32"], help="instead of solver.precision")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from common.text import printable
+
 _RULES = {"l": "-{}-", "r": "-{}:", "c": ":{}:"}
 
 
@@ -12,7 +14,7 @@ def markdown_table(columns: Sequence[object], rows: Iterable[Sequence[object]], 
 
     Args:
         columns: the headings.
-        rows: one value a column; None gives an empty cell. `|` is escaped and a line break becomes a space.
+        rows: one value a column; None gives an empty cell. `|` and control characters are escaped, and a line break becomes a space.
         align: one letter a column, "l", "r" or "c" (e.g. "lrr"); None aligns all columns left.
 
     Returns:
@@ -41,7 +43,7 @@ def format_bytes(count: float) -> str:
 
 
 def _cell(value: object) -> str:
-    return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "" if value is None else printable(str(value).replace("|", "\\|").replace("\n", " "))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], align: str) -> str:

@@ -18,7 +18,10 @@ from typing import Any, Literal, NewType
 
 import yaml
 
+from common.paths import expand
+
 Ratio = NewType("Ratio", float)  # a positive number, written as a number or as a fraction such as "1/6"
+PathText = NewType("PathText", str)  # a path, in which ~ and $VARIABLES are expanded
 BASE = "base"  # the key of a file that names the file it builds on
 
 
@@ -53,7 +56,7 @@ def read_yaml(path: Path, aliases: Mapping[str, str], children: tuple[Path, ...]
             return values, _renamed_places(places, aliases)
         if not isinstance(base, str):
             raise ConfigError(f"{BASE}: must be the path of another configuration, not {base!r}")
-        base_path = Path(os.path.normpath(path.parent / base))
+        base_path = Path(os.path.normpath(path.parent / _expanded(base, BASE)))
         chain = (*children, path)
         if base_path.resolve() in [child.resolve() for child in chain]:
             raise ConfigError(f"{BASE}: the base files form a circle: {' -> '.join(map(str, (*chain, base_path)))}")
@@ -177,6 +180,8 @@ class Filler:
                 return Ratio(parse_ratio(value))
             except ValueError as error:
                 raise ConfigError(f"{key}: {error}") from None
+        if kind is PathText and isinstance(value, str):
+            return PathText(_expanded(value, key))
         if origin is Literal:
             return _choose(arguments, value, key)
         if origin is tuple and isinstance(value, (list, tuple, str, int, float)):
@@ -273,12 +278,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def all_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a dataclass and of the dataclasses in it, with its type."""
+    for name, kind in typing.get_type_hints(cls).items():
+        yield _join(prefix, name), kind
+        if dataclasses.is_dataclass(inner_kind(kind)):
+            yield from all_fields(inner_kind(kind), _join(prefix, name))
+
+
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a dataclass and of the dataclasses in it."""
-    for name, kind in typing.get_type_hints(cls).items():
-        yield _join(prefix, name)
-        if dataclasses.is_dataclass(inner_kind(kind)):
-            yield from all_keys(inner_kind(kind), _join(prefix, name))
+    return (key for key, _ in all_fields(cls, prefix))
 
 
 def is_optional(kind: Any) -> bool:
@@ -358,6 +368,13 @@ def _as_list(value: Any, kind: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
+def _expanded(path: str, key: str) -> str:
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
 def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"a list of {_describe(typing.get_args(kind)[0]).removeprefix('a ').removeprefix('an ')}s"
@@ -366,6 +383,7 @@ def _describe(kind: Any) -> str:
         int: "a whole number",
         float: "a number",
         str: "a text",
+        PathText: "a path",
         Ratio: "a number or a fraction such as '1/6'",
     }
     return names.get(kind, "a section of keys" if typing.get_origin(kind) is dict else str(kind))

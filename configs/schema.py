@@ -21,6 +21,7 @@ from configs import parse
 from configs.parse import (
     ConfigError,
     Filler,
+    PathText,
     Ratio,
     did_you_mean,
     nearest,
@@ -82,13 +83,13 @@ class DataConfig:
     workers: int = 4  # processes that load videos, in each training process
     image_tmpl: str = "{:06d}.jpg"  # RGB: the file name of a frame by its number
     index_base: Literal[0, 1] = 1  # RGB: the number of a video's first frame
-    train_root: Optional[str] = None  # folder of the training videos
-    val_root: Optional[str] = None  # folder of the validation videos
-    test_root: Optional[str] = None  # null: val_root
-    train_list: Optional[str] = None  # file of the training videos, one row each
-    val_list: Optional[str] = None  # file of the validation videos
-    test_list: Optional[str] = None  # null: val_list
-    label_list: Optional[str] = None  # csv of the class names with a header line, `id,name`
+    train_root: Optional[PathText] = None  # folder of the training videos
+    val_root: Optional[PathText] = None  # folder of the validation videos
+    test_root: Optional[PathText] = None  # null: val_root
+    train_list: Optional[PathText] = None  # file of the training videos, one row each
+    val_list: Optional[PathText] = None  # file of the validation videos
+    test_list: Optional[PathText] = None  # null: val_list
+    label_list: Optional[PathText] = None  # csv of the class names with a header line, `id,name`
     input_size: int = 224  # side of the clips that the model sees
     scale_size: Optional[int] = None  # short side before cropping; null: 256 for input_size 224, else input_size
     random_shift: bool = True  # false: training takes the frames that validation takes
@@ -291,7 +292,7 @@ class NetworkConfig:
 
     arch: str = "ViT-B/16"  # OpenAI's name, a ViT of open_clip or timm, or `custom` with vision
     init: bool = True  # load pretrained weights
-    weights: Optional[str] = None  # a tag or a file; null: clip_pretrain/, else OpenAI's or timm's tag
+    weights: Optional[PathText] = None  # a tag or a file; null: clip_pretrain/, else OpenAI's or timm's tag
     model: Optional[str] = None  # a name of models.registry.MODELS; null: td4v_finetune if fine_tuning, else td4v_side
     fine_tuning: bool = False  # the published switch between TD4V's two models
     head: Literal["linear", "text"] = "linear"  # the classifier; text: CLIP's embeddings of the class names
@@ -439,7 +440,7 @@ class LoggingConfig:
     print_freq: int = 20  # steps between two lines of the log
     eval_freq: int = 1  # epochs between two validations
     skip_epoch: tuple[int, ...] = ()  # epochs, counted from 0, that are not validated; the last one always is
-    output_dir: str = "exp"  # runs go to output_dir/dataset/arch
+    output_dir: PathText = PathText("exp")  # runs go to output_dir/dataset/arch
     clips: int = 2  # input clips shown in TensorBoard at the start
 
     def check(self) -> None:
@@ -469,8 +470,8 @@ class Config:
     solver: SolverConfig = field(default_factory=SolverConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    resume: Optional[str] = None  # a checkpoint: continue that run
-    pretrain: Optional[str] = None  # a checkpoint: start from its weights
+    resume: Optional[PathText] = None  # a checkpoint: continue that run
+    pretrain: Optional[PathText] = None  # a checkpoint: start from its weights
     pretrain_head: Literal["keep", "drop"] = "keep"  # drop: a new classifier instead of the checkpoint's
     seed: int = 1024
 

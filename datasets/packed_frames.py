@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from common.console import Parser, log_to_console
 from common.files import try_lock, write_atomic
 from common.tables import format_bytes
 from common.workers import Workers, num_cores, progress
@@ -227,7 +228,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code: 0, 1 with a sentence on stderr, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m datasets.packed_frames",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error("--jobs must be 1 or more")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     try:
         names = FrameNames(arguments.image_tmpl, arguments.index_base)
         pack(arguments.frames, arguments.out, names, arguments.jobs)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from common.console import LineFormatter
 from engine.distributed import Process
 
 logger = logging.getLogger("td4v")
@@ -29,7 +30,7 @@ def setup_logging(process: Process, folder: Path | None = None) -> None:
     for handler in handlers:
         handler.set_name("td4v")
         handler.setLevel(logging.INFO if process.is_main else logging.WARNING)
-        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{rank} %(message)s"))
+        handler.setFormatter(LineFormatter(f"%(asctime)s %(levelname)s{rank} %(message)s"))
         logger.addHandler(handler)
     warnings.showwarning = _log_warning
 

@@ -142,7 +142,9 @@ def write(path: Path, accuracy: Accuracy, names: Sequence[str] | None, about: di
     title = f"top-1 {accuracy.top1:.2f} %, mean class {accuracy.mean_class:.2f} %, {accuracy.videos} videos"
     _write(files["plot"], lambda file: draw(file, accuracy.confusion, names, title))
     if worst:
-        logger.info("most often confused:\n%s", "\n".join(f"  {each.sentence(names)}" for each in worst))
+        logger.info("most often confused:")
+        for each in worst:
+            logger.info("  %s", each.sentence(names))
     logger.info("results: %s and, beside it, %s", path, ", ".join(file.name for file in files.values()))
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from common.console import Parser, show
 from common.tables import markdown_table
 from scripts.cli import positive_int
 
@@ -25,7 +26,7 @@ CLASSES = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.check_arch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arch", nargs="+", help="as network.arch: a name of OpenAI's, open_clip's or timm's")
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells, complete = check(arch, models, options)
         rows.append(cells)
         works = works and complete
-    print(markdown_table(["arch", "tower", *models, "to do"], rows), end="")
+    show(markdown_table(["arch", "tower", *models, "to do"], rows))
     return 0 if works else 1
 
 

@@ -5,7 +5,6 @@ python -m scripts.compare_runs exp/somethingv2 [RUN...] [--metric mean_class] [-
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.console import Parser, expanded, log_to_console, show
 from scripts.cli import write_json, write_text
 from scripts.reports import UNKNOWN, dict_table, short_revision
 from scripts.run_reader import Row, Run, RunReadError, find_runs
@@ -254,14 +254,16 @@ def output_files(out: str) -> dict[str, Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.compare_runs", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder with runs below it")
-    parser.add_argument("--out", default="exp/compare", metavar="NAME",
+    parser = Parser(prog="python -m scripts.compare_runs", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "runs", type=expanded, nargs="+", metavar="RUN", help="a run folder, or a folder with runs below it"
+    )
+    parser.add_argument("--out", type=expanded, default="exp/compare", metavar="NAME",
                         help="folder (FOLDER/), or name of the files without suffix (default: %(default)s)")  # fmt: skip
     parser.add_argument("--metric", choices=METRICS, default="top1",
                         help="the score that chooses the best epoch and is plotted (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     try:
         runs = find_runs(options.runs)
         text = report(runs, options.metric)
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RunReadError, OSError) as error:
         logger.error("%s", error)
         return 1
-    print(text, end="")
+    show(text)
     logger.info("%s", listed(files.values()))
     return 0
 

@@ -8,7 +8,6 @@ file names its schema in a line that the YAML language server reads: `# yaml-lan
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -23,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.parse import BASE, Ratio, has_default, inner_kind
+from common.console import Parser, show
+from configs.parse import BASE, PathText, Ratio, has_default, inner_kind
 from configs.schema import ALIASES, IGNORED_KEYS, Config
 from models.registry import MODELS
 from scripts.cli import run, write_text
@@ -34,6 +34,7 @@ SIMPLE = {
     int: {"type": "integer"},
     float: {"type": "number"},
     str: {"type": "string"},
+    PathText: {"type": "string", "minLength": 1},
     Ratio: {
         "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string", "pattern": r"^\s*\d+\s*/\s*\d+\s*$"}]
     },
@@ -162,11 +163,11 @@ def schema_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.config_schema", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.config_schema", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file to write (default: print the schema)")
     out = parser.parse_args(arguments).out
     if out is None:
-        print(schema_text(), end="")
+        show(schema_text())
     else:
         return run(functools.partial(write_text, out, schema_text()))
     return 0

@@ -9,9 +9,7 @@ order of the runs nor a common factor of the weights changes the result.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import Parser, expanded, log_to_console, show
 from common.tables import markdown_table
 from scripts.cli import run
 
@@ -45,15 +44,13 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.ensemble", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m scripts.ensemble", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("scores", nargs="+", type=Path, metavar="X.npz", help="written by test_vision.py; two or more")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a file (default: all the same)")
-    parser.add_argument("--out", default="ensemble", metavar="NAME",
+    parser.add_argument("--out", type=expanded, default="ensemble", metavar="NAME",
                         help="results: NAME.json, NAME.npz, ... (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     target = Path(f"{options.out.removesuffix('.json')}.json")
     return run(lambda: ensemble(options.scores, options.weights, target))
 
@@ -79,7 +76,7 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
     check_runs(runs)
     score = mean_score([run.saved.table.score for run in runs], weights)
     accuracy = _accuracy(runs[0].saved.table, score)
-    print(table(runs, accuracy), end="", flush=True)
+    show(table(runs, accuracy))
     names = next((run.saved.names for run in runs if run.saved.names is not None), None)
     write(target, accuracy, names, {"runs": [_to_dict(run) for run in runs], "meta": run_info()})
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import Parser, log_to_console, show
 from common.tables import markdown_table
 from common.text import plural
 from configs.schema import Config, ConfigError, load_config
@@ -35,9 +36,7 @@ class ExportError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.export", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m scripts.export", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="last_model.pt, model_best.pt, or a file of the authors' code")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="ends with .safetensors or .pt")
     parser.add_argument("--full", action="store_true", help="include the frozen weights")
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="overrides of --config")  # fmt: skip
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log_to_console(logging.WARNING)
     return run(lambda: write_export(options))
 
 
@@ -61,7 +60,7 @@ def write_export(options: argparse.Namespace) -> None:
     exported = checkpoint_file.Checkpoint(options.out, export(source, options.full, config))
     write = checkpoint_file.save if options.out.suffix == ".pt" else checkpoint_file.save_safetensors
     write(options.out, exported.content)
-    print(table([source, exported]), end="", flush=True)
+    show(table([source, exported]))
 
 
 def check_target(source: Path, target: Path) -> None:

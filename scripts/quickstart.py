@@ -5,8 +5,6 @@ python -m scripts.quickstart --output quickstart --seeds 0 1 2
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import sys
 import time
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import Parser, log_to_console
 from common.tables import markdown_table
 from common.text import plural
 from scripts.cli import ROOT, default_jobs, positive_int, run, write_text
@@ -51,7 +50,7 @@ class QuickstartError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, which is 1 if a step fails or a variant does not reach what it must."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.quickstart", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.quickstart", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="FOLDER",
                         help="for data, runs, table.md and quickstart.png (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive_int, default=default_jobs(), metavar="N",
                         help="runs at a time (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to_console(stream=sys.stdout)
     return run(
         lambda: quickstart(options.output.resolve(), options.seeds, options.short, options.jobs),
         interrupted="interrupted; rerun the command to resume it",

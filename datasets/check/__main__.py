@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.console import Parser, expanded, log_lines, log_to_console
 from common.tables import markdown_table
 from common.workers import num_cores, progress
 from configs.schema import ConfigError, DataConfig, load_config
@@ -40,8 +41,8 @@ logger = logging.getLogger("td4v")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m datasets.check", description=__doc__.splitlines()[0])
-    parser.add_argument("config", help="a YAML file, see configs/")
+    parser = Parser(prog="python -m datasets.check", description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=expanded, help="a YAML file, see configs/")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. data.workers=8"
     )
@@ -164,7 +165,7 @@ def _measure(
 
 def _add_section(report: Report, title: str, text: str) -> None:
     report.sections[title] = text
-    logger.info("\n%s\n", text.rstrip())
+    log_lines(logger, f"\n{text.rstrip()}\n")
 
 
 def _add_finding(report: Report, finding: Finding) -> None:
@@ -201,7 +202,7 @@ def _not_negative(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     command = shlex.join(["python", "-m", "datasets.check", *(sys.argv[1:] if argv is None else argv)])
     try:
         return 1 if check(options, command).of("problem") else 0

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from common.text import printable
+
 Level = Literal["problem", "warning", "note"]
 
 
@@ -51,18 +53,22 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write report.md and report.json. Raises OSError."""
-        parts = [f"# Data check of {self.config_file}", f"**{self.verdict()}**", f"`{self.command}`"]
+        parts = [
+            f"# Data check of {printable(self.config_file)}",
+            f"**{self.verdict()}**",
+            f"`{printable(self.command)}`",
+        ]
         for title, text in self.sections.items():
             parts += [f"## {title}", text.rstrip()]
         for level in ("problem", "warning", "note"):
             if found := self.of(level):
-                parts += [f"## {level.capitalize()}s", "\n".join(f"- {finding}" for finding in found)]
+                parts += [f"## {level.capitalize()}s", "\n".join(f"- {printable(str(finding))}" for finding in found)]
         for title, file in self.figures.items():
             parts += [f"## {title}", f"![{title}]({file})"]
-        config = json.dumps(self.config, indent=2, ensure_ascii=False)
+        config = printable(json.dumps(self.config, indent=2, ensure_ascii=False), lines=True)
         parts += ["## Configuration", f"```json\n{config}\n```"]
         (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        content = json.dumps({"verdict": self.verdict(), **asdict(self)}, indent=1, ensure_ascii=False)
+        content = json.dumps({"verdict": self.verdict(), **asdict(self)}, indent=1)
         (folder / "report.json").write_text(content + "\n", encoding="utf-8")
 
 

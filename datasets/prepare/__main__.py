@@ -9,6 +9,7 @@ import argparse
 import logging
 from pathlib import Path
 
+from common.console import Parser, log_to_console
 from common.workers import num_cores
 from datasets.decoders import PACKAGES
 from datasets.prepare.decode import LARGEST_LOSS, FrameSettings
@@ -23,7 +24,7 @@ logger = logging.getLogger("td4v")
 
 def make_parser() -> argparse.ArgumentParser:
     """One subcommand a dataset; `folder` has options of its own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m datasets.prepare",
         description="Turns a dataset's downloads into frames (or checked videos), lists, labels and a configuration "
         "snippet. `python -m datasets.prepare DATASET --help` lists the options.",
@@ -111,7 +112,7 @@ def parse_options(argv: list[str] | None) -> Options:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 after an error, 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     options = None
     try:
         options = parse_options(argv)

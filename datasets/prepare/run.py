@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
+from common.console import log_lines
 from datasets.decoders import PACKAGES, Decoder
 from datasets.prepare.annotation_files import AnnotationFileMissing, AnnotationFiles
 from datasets.prepare.archives import find_archives, unpack
@@ -125,7 +126,7 @@ def prepare(options: Options) -> Report:
         if options.dataset == "folder" and not plan.frame_names:
             report.identical_across_splits = _identical_videos(catalogue.root, found, outcomes)
         report.write(options.out)
-        logger.info("%s", report.table())
+        log_lines(logger, report.table())
         _check_usable(report, options)
         _write_lists(options, plan, catalogue.root, split, found=found, outcomes=outcomes, store=store)
     return report
@@ -311,4 +312,5 @@ def _write_lists(
         extracted=store is not None,
         decoder=options.decoder,
     )
-    logger.info("%s:\n%s", out / "config_snippet.yaml", snippet)
+    logger.info("%s:", out / "config_snippet.yaml")
+    log_lines(logger, snippet)

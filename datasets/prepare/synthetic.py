@@ -18,7 +18,6 @@ The steps survive only if all eight frames are used: `num_segments: 8`, and `ran
 
 from __future__ import annotations
 
-import argparse
 import colorsys
 import io
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common.console import Parser, log_to_console
 from datasets.prepare.output_dir import write_labels, write_rows, write_text
 from datasets.prepare.plan import PrepareError
 
@@ -169,14 +169,14 @@ def _write_scene(root: Path, split: str, scene: int, rng: np.random.Generator, s
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m datasets.prepare.synthetic", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m datasets.prepare.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, default=256, help="training videos, four a scene (default: 256)")
     parser.add_argument("--val", type=int, default=128, help="validation videos, four a scene (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--size", type=int, default=64, help="height and width in pixels (default: 64)")
     options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     try:
         made = make(**vars(options))
     except (PrepareError, OSError) as error:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.console import Parser, expanded, log_to_console, show
 from scripts.cli import default_jobs, find_device, positive_int, run, write_json, write_text
 
 logger = logging.getLogger("td4v")
@@ -21,7 +22,7 @@ ACCURACY = ("configs/compare_gym10.yaml", QUICKSTART)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.compare_models",
         description=__doc__.splitlines()[0],
         epilog="A CONFIG or MODEL may carry overrides: configs/hmdb51.yaml+data.num_segments=16, "
@@ -31,9 +32,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("exp/models"), metavar="FOLDER",
                         help="for models.md, models.json, models.png and all runs (default: %(default)s)")  # fmt: skip
     parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all")
-    parser.add_argument("--costs", default="configs/hmdb51.yaml", metavar="CONFIG",
+    parser.add_argument("--costs", type=expanded, default="configs/hmdb51.yaml", metavar="CONFIG",
                         help="whose costs are measured (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--accuracy", nargs="+", metavar="CONFIG", default=ACCURACY,
+    parser.add_argument("--accuracy", type=expanded, nargs="+", metavar="CONFIG", default=ACCURACY,
                         help=f"what is trained and tested (default: {' '.join(ACCURACY)})")  # fmt: skip
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="overrides of all configurations")  # fmt: skip
@@ -52,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     command = ["python", "-m", "scripts.compare_models", *(sys.argv[1:] if argv is None else argv)]
     no_memory = f"out of memory in counting FLOPs of {options.costs}; --skip costs does without them"
     return run(
@@ -85,7 +86,7 @@ def compare(options: argparse.Namespace, command: list[str]) -> None:
         costs = [measured_cost(options, model, config, device) for model, config in cases]
     rows, made_by = [row for row, _ in costs], {row.label: (revision,) for row, revision in costs}
     if rows:
-        print(summary(rows) + costs_caption(made_by, meta), end="", flush=True)
+        show(summary(rows) + costs_caption(made_by, meta))
     if options.skip == "accuracy":
         accuracies = finished_accuracies(options, models, paths)
     else:
@@ -93,7 +94,7 @@ def compare(options: argparse.Namespace, command: list[str]) -> None:
         results = dict(zip(experiments, run_experiments(experiments, options.jobs, device.type), strict=True))
         accuracies = [accuracy_of(name, plan, results) for name, plan in plans.items()]
     for accuracy in accuracies:
-        print(f"\nTop-1 on {accuracy.name}, %:\n\n{accuracy_table(accuracy)}", end="", flush=True)
+        show(f"\nTop-1 on {accuracy.name}, %:\n\n{accuracy_table(accuracy)}")
     revisions = {revision for _, revision in costs}
     revisions |= {revision for accuracy in accuracies for scores in accuracy.models for revision in scores.revisions}
     meta |= {"revisions": sorted(revisions)}

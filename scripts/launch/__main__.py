@@ -12,6 +12,8 @@ import socket
 import sys
 from collections.abc import Mapping
 
+from common.console import log_to_console
+
 STOP = {  # signals that stop the run, and the launcher's exit status
     signal.SIGTERM: 75,
     signal.SIGUSR1: 75,
@@ -29,7 +31,7 @@ def main(command: list[str]) -> int:
     """Run `command`, a script and its arguments; returns the exit status, see elastic_agent.launch."""
     for number, status in STOP.items():  # importing torch and waiting for other machines take time
         signal.signal(number, lambda *_, status=status: os._exit(status))
-    logging.basicConfig(format="%(message)s")
+    log_to_console(logging.WARNING)
     level = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ["TORCH_CPP_LOG_LEVEL"] = level or "ERROR"  # a machine that leaves would log a page of C++ addresses
     import torch

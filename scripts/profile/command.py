@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import Parser, expanded, log_to_console, show
 from scripts.cli import find_device, positive_int, run, write_json, write_text
 
 if TYPE_CHECKING:
@@ -26,15 +27,17 @@ FILES = ("profile.md", "profile.json", "saved_bytes.png", "scaling.png")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scripts.profile",
         description=__doc__.splitlines()[0],
         epilog="CONFIG is a YAML file, with overrides if need be: configs/hmdb51.yaml+network.recompute=true. Without the "
         "file (+network.recompute=true) it changes the first one. Weights and video are random.",
     )
     several: dict[str, Any] = {"type": positive_int, "nargs": "+"}
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
-    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="CONFIG", help="others to measure")
+    parser.add_argument("config", type=expanded, metavar="CONFIG", help="a YAML file, see configs/")
+    parser.add_argument(
+        "--compare", type=expanded, nargs="+", action="extend", default=[], metavar="CONFIG", help="others to measure"
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="overrides of all configurations")  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA if there is a GPU")
@@ -54,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     command = ["python", "-m", "scripts.profile", *(sys.argv[1:] if argv is None else argv)]
     return run(
         lambda: profile(options, command),
@@ -95,7 +98,7 @@ def profile(options: argparse.Namespace, command: list[str]) -> None:
             write(rows, meta, scales, options.output)  # with the matrix rate measured last
     finally:
         draw(rows, scales, options.output)
-    print(summary(rows) + (f"\n{scaling(rows)}" if scales else ""), end="")
+    show(summary(rows) + (f"\n{scaling(rows)}" if scales else ""))
     files = [name for name in FILES if (options.output / name).exists()]
     logger.info("weights and video were random; %s in %s", ", ".join(files), options.output)
 

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 from dotmap import DotMap
 
-from configs.parse import all_keys
+from configs.parse import PathText, all_fields, all_keys, flatten, inner_kind
 from configs.schema import (
     CLIP_STD,
     Config,
     ConfigError,
+    DataConfig,
+    LoggingConfig,
+    NetworkConfig,
     check_same_run,
     difference,
     fill_from_checkpoint,
@@ -22,6 +25,7 @@ from configs.schema import (
     require_data_paths,
 )
 from configs.synonyms import SYNONYMS
+from scripts.config_schema import field_comments
 
 ROOT = Path(__file__).parents[2]
 
@@ -488,3 +492,49 @@ def test_what_is_not_set_is_named_together(write):
     with pytest.raises(ConfigError, match=r"a\.yaml: data\.val_root is not set; write it into the file"):
         require_data_paths(config, ("test",), "a.yaml")
     require_data_paths(load_config(write(SMALL), ["data.val_list=v", "data.test_root=r"]), ("test",), "a.yaml")
+
+
+def _path_keys() -> list[str]:
+    return [key for key, kind in all_fields(Config) if inner_kind(kind) is PathText]
+
+
+def test_every_key_that_names_a_file_or_folder_is_a_path():
+    """A field of plain text must not be one by its comment or its name."""
+    comments = {
+        key: comment
+        for prefix, cls in (("data", DataConfig), ("network", NetworkConfig), ("logging", LoggingConfig), ("", Config))
+        for key, comment in ((f"{prefix}.{name}".strip("."), text) for name, text in field_comments(cls).items())
+    }
+    for key, kind in all_fields(Config):
+        if inner_kind(kind) is str:
+            assert not re.search(r"(root|list|dir|file|path|folder|resume|pretrain|weights)$", key), key
+            assert not re.search(r"^(a )?(folder|file|csv|checkpoint|path)\b", comments.get(key, "")), key
+    assert {"data.train_root", "data.label_list", "network.weights", "logging.output_dir", "resume"} < {*_path_keys()}
+
+
+def test_paths_are_expanded_in_every_path_key(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for key in _path_keys():
+        for given, path in (("~/x", "/home/me/x"), ("$DATA/x", "/data/x"), ("'${DATA}/x y'", "/data/x y"), ("x", "x")):
+            config = load_config(write(SMALL), [f"{key}={given}"])
+            assert flatten(config.to_dict())[key] == path
+            assert load_config(config.to_dict()) == config
+        with pytest.raises(ConfigError, match=rf"{key}: \$NOWHERE/x: the variable \$NOWHERE is not set"):
+            load_config(write(SMALL), [f"{key}=$NOWHERE/x"])
+        with pytest.raises(ConfigError, match=f"{key}: the path is empty"):
+            load_config(write(SMALL), [f"{key}=''"])
+    text = write(SMALL + "logging: {output_dir: ~no_such_user/x}\n")
+    with pytest.raises(
+        ConfigError, match=r"config.yaml, line 2: logging.output_dir: .*there is no user 'no_such_user'"
+    ):
+        load_config(text)
+
+
+def test_a_base_is_expanded(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("BASES", str(tmp_path))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    assert load_config(write("base: $BASES/small.yaml\n")).data.num_classes == 5
+    with pytest.raises(ConfigError, match=r"config.yaml, line 1: base: \$NOWHERE/x: the variable"):
+        load_config(write("base: $NOWHERE/x\n"))

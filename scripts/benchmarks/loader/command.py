@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.console import Parser, expanded, show
 from common.tables import markdown_table
 from scripts.cli import positive_int, run, write_json, write_text
 from scripts.reports import spread
@@ -296,8 +297,10 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.loader", description=__doc__.splitlines()[0])
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="configurations, or snippets of datasets.prepare")
+    parser = Parser(prog="python -m scripts.benchmarks.loader", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "configs", type=expanded, nargs="+", metavar="CONFIG", help="configurations, or snippets of datasets.prepare"
+    )
     parser.add_argument("--videos", type=positive_int, default=160, help="videos of a pass (default: %(default)s)")
     parser.add_argument("--repeats", type=positive_int, default=5, help="passes that count (default: %(default)s)")
     parser.add_argument("--core", type=int, help="the core to measure on (default: the last that is allowed)")
@@ -329,5 +332,5 @@ def benchmark(options: argparse.Namespace) -> None:
     write_json(options.out / "result.json", {"meta": meta, "results": [asdict(result) for result in results]})
     write_text(options.out / "table.md", table(results))
     draw(results, options.out / "stages.png")
-    print(table(results), end="")
+    show(table(results))
     logger.info("%s: table.md, result.json, stages.png", options.out)

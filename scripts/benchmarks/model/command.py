@@ -16,12 +16,12 @@ import argparse
 import logging
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.console import Parser, expanded, log_to_console, show
 from common.tables import markdown_table
 from scripts.cli import find_device, positive_int, run, write_json, write_text
 from scripts.reports import spread
@@ -287,8 +287,10 @@ def configurations(options: argparse.Namespace) -> list[tuple[str, Config]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m scripts.benchmarks.model", description=__doc__.splitlines()[0])
-    parser.add_argument("configs", nargs="*", default=CONFIGS, metavar="CONFIG", help=f"default: {' '.join(CONFIGS)}")
+    parser = Parser(prog="python -m scripts.benchmarks.model", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "configs", type=expanded, nargs="*", default=CONFIGS, metavar="CONFIG", help=f"default: {' '.join(CONFIGS)}"
+    )
     parser.add_argument("--models", nargs="+", choices=MODEL_NAMES, help="instead of each configuration's own")
     parser.add_argument("--batch", type=positive_int, default=2, help="clips (default: %(default)s)")
     parser.add_argument("--frames", type=positive_int, help="frames a clip, instead of data.num_segments")
@@ -301,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.batch < 2 or options.frames == 1:
         parser.error("--batch and --frames must be at least 2")
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log_to_console(logging.WARNING)
     no_memory = f"a batch of {options.batch} clips does not fit into memory: choose a smaller --batch"
     return run(lambda: benchmark(options), out_of_memory=no_memory)
 
@@ -322,7 +324,7 @@ def benchmark(options: argparse.Namespace) -> int:
     failures = [failure for result in results for failure in result.failures()]
     for failure in failures:
         logger.error("%s", failure)
-    print(report(results), end="")
+    show(report(results))
     return 1 if failures else 0
 
 
