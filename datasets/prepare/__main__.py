@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name, form in FORMATS.items():
         dataset = datasets.add_parser(name, help=form.title, description=f"Prepares {form.title}.")
         dataset.add_argument(
-            "--annotations", type=_path, help="folder of the published annotation files, or of archives with them"
+            "--annotations", type=Path, help="folder of the published annotation files, or of archives with them"
         )
         _add_common(dataset)
         dataset.add_argument("--split", type=int, default=1, help="number of the published split (default: 1)")
@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Prepares any videos, or folders of frames, in class folders (CLASS/.../VIDEO), without annotation "
         "files. Folders train, val and test around the class folders are taken as the split.",
     )
-    folder.add_argument("--annotations", type=_path, help=argparse.SUPPRESS)
+    folder.add_argument("--annotations", type=Path, help=argparse.SUPPRESS)
     _add_common(folder)
     folder.add_argument(
         "--group-pattern",
@@ -61,14 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _path(text: str) -> Path:
-    """Shells leave `~` as it is in `--out=~/data`."""
-    return Path(text).expanduser()
-
-
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--videos", type=_path, required=True, help="folder of the videos, or of archives with them")
-    parser.add_argument("--out", type=_path, required=True, help="folder to write to")
+    parser.add_argument("--videos", type=Path, required=True, help="folder of the videos, or of archives with them")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--frames", action="store_true", default=True, help="one folder of JPEGs a video (default)")
     kind.add_argument("--pack", action="store_true", help="one zip of JPEGs a video: fewer files, the same frames")
