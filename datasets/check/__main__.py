@@ -25,19 +25,6 @@ from pathlib import Path
 from common.console import Parser, expanded, log_lines, log_to_console
 from common.tables import markdown_table
 from common.workers import num_cores, progress
-from configs.schema import ConfigError, DataConfig, load_config
-from datasets.annotation import AnnotationError
-from datasets.check.figures import contact_sheet, plot_balance
-from datasets.check.lists import balance_table, findings_between, findings_of, label_names, open_lists, values_of
-from datasets.check.report import Finding, Report
-from datasets.check.rows import RowChecker, check_rows
-from datasets.check.speed import advise, measure, need_of_run
-from datasets.readers import ReadError
-
-MAX_LOGGED = 20  # problems; the report has all
-FILES = ("report.md", "report.json", "contact_sheet.png", "class_balance.png")
-
-logger = logging.getLogger("td4v")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +55,39 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {number}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    return number
+
+
+if __name__ == "__main__":
+    parse_arguments(None)  # before the imports below, which take seconds, so that --help answers at once
+
+from configs.schema import ConfigError, DataConfig, load_config
+from datasets.annotation import AnnotationError
+from datasets.check.doubts import row_doubts
+from datasets.check.figures import contact_sheet, plot_balance
+from datasets.check.lists import balance_table, findings_between, findings_of, label_names, open_lists, values_of
+from datasets.check.report import Finding, Report
+from datasets.check.rows import RowChecker, check_rows
+from datasets.check.speed import advise, measure, need_of_run
+from datasets.readers import ReadError
+
+MAX_LOGGED = 20  # problems; the report has all
+FILES = ("report.md", "report.json", "contact_sheet.png", "class_balance.png")
+
+logger = logging.getLogger("td4v")
+
+
 def check(options: argparse.Namespace, command: str) -> Report:
     """Run all steps, and write the figures and the report.
 
@@ -93,6 +113,7 @@ def check(options: argparse.Namespace, command: str) -> Report:
         results = progress(results, len(records), f"checking {checked.split}")
         checked.results = sorted(results, key=lambda result: result.record.line)
         report.findings += findings_of(checked, data, names)
+        report.findings += row_doubts(checked, names)
         report.values[checked.split] = values_of(checked, data)
     report.findings += findings_between(lists)
     _log(report.findings)
@@ -183,20 +204,6 @@ def _log(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.level == "warning":
             logger.warning("warning: %s", finding)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {number}")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

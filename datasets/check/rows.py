@@ -27,6 +27,7 @@ class RowResult:
 
     record: VideoRecord
     frames: int | None = None  # None: unknown
+    unused: int = 0  # frames that no clip shows, because the list does not declare them
     size: tuple[int, int] | None = None  # (width, height) in pixels; None: unknown
     num_bytes: int = 0  # of the video, or of the frames' files, packed or not
     problems: tuple[tuple[str, str], ...] = ()  # (kind, sentence)
@@ -73,9 +74,8 @@ class RowChecker:
         if stored != path:
             sizes = PackedVideo(stored).sizes()
         else:
-            sizes = _file_sizes(
-                os.path.dirname(os.path.join(path, reader.names.name(0)))
-            )  # a template may name a folder too
+            # A template may name a folder too.
+            sizes = _file_sizes(os.path.dirname(os.path.join(path, reader.names.name(0))))
         names = [name(index) for index in range(declared)]
         missing = [name for name in names if name not in sizes]
         num_bytes = sum(sizes.get(name, 0) for name in names)
@@ -91,8 +91,12 @@ class RowChecker:
         existing = declared
         while name(existing) in sizes:
             existing += 1
+        notes = _note_more_frames(path, existing, declared)
+        if (zeroth := name(-1)) in sizes:  # with data.index_base 1
+            text = f"{path}: holds {zeroth} too, and the first frame that is read is {name(0)}: is data.index_base 0?"
+            notes += (("more frames", text),)
         size = self._decode(reader.open(path, declared), first=0)
-        return replace(result, size=size, notes=_note_more_frames(path, existing, declared))
+        return replace(result, size=size, notes=notes, unused=existing - declared + (zeroth in sizes))
 
     def _check_video(self, record: VideoRecord, path: str) -> RowResult:
         clip = self.source.reader.open(path, record.num_frames)

@@ -155,6 +155,42 @@ def test_a_broken_middle_frame_is_found_by_decoding_everything(dataset):
     assert code == 1 and kind == "unreadable" and line == 1 and str(jpeg) in message
 
 
+def test_rows_that_are_probably_not_what_was_meant_are_warnings(dataset):
+    file, frames = dataset / "train.txt", dataset / "frames"
+    rows = [row.rsplit(maxsplit=2) for row in file.read_text().splitlines()]
+    names = [line.split(",")[1] for line in (dataset / "labels.csv").read_text().splitlines()[1:]]
+    folders = {0: names[int(rows[0][2])].title().replace(" ", "_"), 1: names[3 - int(rows[1][2])].upper()}
+    for number, folder in folders.items():  # the first in the folder of its class, the second in another's
+        path = f"train/{folder}/{number}"
+        shutil.move(frames / rows[number][0], frames / path)
+        rows[number][0] = path
+    rows[2][1] = "5"
+    rows[3][1] = "1"
+    for jpeg in (frames / rows[3][0]).iterdir():
+        Image.new("RGB", (40, 31)).save(jpeg)
+    shutil.copy(frames / rows[4][0] / "000001.jpg", frames / rows[4][0] / "000000.jpg")
+    file.write_text("\n".join(map(" ".join, rows)))
+    code, report = run(dataset)
+    warnings = {kind: message for kind, _, message in findings(report, "warning")}
+    assert code == 0 and sorted(warnings) == ["class folders", "one frame", "tiny videos", "unused frames"]
+    label = int(rows[1][2])
+    assert warnings["class folders"] == (
+        f"1 video in the folder of another class: {rows[1][0]} (line 2) has label {label} ({names[label]})"
+    )
+    assert f"{rows[2][0]} (line 3): 3 beside the declared 5" in warnings["unused frames"]
+    assert warnings["unused frames"].startswith("3 of 8 videos hold frames")
+    assert warnings["tiny videos"].endswith(f"less than 32 pixels: {rows[3][0]} (line 4): 40x31")
+    assert warnings["one frame"].endswith(f"have one frame: {rows[3][0]} (line 4): 1")
+    assert any("000000.jpg too" in text and line == 5 for _, line, text in findings(report, "note"))
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import runpy, sys; sys.argv = ['check', '--help']; runpy.run_module('datasets.check', run_name='__main__')"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.rstrip().endswith("False")
+
+
 def test_labels(dataset, caplog):
     rows = (dataset / "train.txt").read_text().splitlines()
     rows[1], rows[6] = f"{rows[1][:-1]}4", f"{rows[6][:-1]}77"
