@@ -17,6 +17,8 @@ from engine.signals import INTERRUPTED, Stopped, leaving_at_once
 
 logger = logging.getLogger("td4v")
 
+WORKERS_END_S = 5.0  # for the loaders' workers to end when the run is stopped
+
 
 def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
     """Call `main` and end this process with the right exit status.
@@ -32,11 +34,13 @@ def run(main: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
             barrier()
     except KeyboardInterrupt:
         logger.error("interrupted: last_model.pt, if there is one, holds what was saved last")
-        _end_at_once(INTERRUPTED)
+        status = INTERRUPTED
+        _end_workers(status)
     except Stopped as stopped:
         if _rank() == 0:
             logger.warning("%s", stopped)
-        _end_at_once(stopped.status)
+        status = stopped.status
+        _end_workers(status)
     except Exception as error:
         if _rank() > 0:
             time.sleep(2)  # if rank 0 failed alike it has logged that, and torchrun ends this process meanwhile
@@ -65,10 +69,22 @@ def leave(status: int) -> None:
         raise SystemExit(status)
 
 
+def _end_workers(status: int) -> None:
+    """End the loaders' workers, which may be waiting for a disk; if one cannot be ended, this process ends at once.
+
+    An orderly exit would wait some seconds for each of them, or for ever.
+    """
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    until = time.monotonic() + WORKERS_END_S
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+    if any(worker.is_alive() for worker in workers):
+        _end_at_once(status)
+
+
 def _end_at_once(status: int) -> None:
-    """End this process and the loaders' workers; an orderly exit would wait for one that waits for a disk."""
-    for child in multiprocessing.active_children():
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
