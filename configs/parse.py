@@ -16,12 +16,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NewType
 
-import yaml
-
 from common.paths import expand
+from configs.yaml_text import MAX_SIZE, NotYamlError, YamlError, decode, read_yaml_text
 
 Ratio = NewType("Ratio", float)  # a positive number, written as a number or as a fraction such as "1/6"
 PathText = NewType("PathText", str)  # a path, in which ~ and $VARIABLES are expanded
+MAX_INT = 2**31  # what libraries take as a number of something
 BASE = "base"  # the key of a file that names the file it builds on
 
 
@@ -77,9 +77,9 @@ def apply_override(values: dict[str, Any], override: str, aliases: Mapping[str, 
     key = aliases.get(".".join(parts), ".".join(parts))
     parts = key.split(".")
     try:
-        value = yaml.safe_load(text) if text.strip() else None
-    except yaml.YAMLError:
-        value = text  # such as {:05d}.jpg, which opens like a mapping; the type is checked with the rest
+        value = _read_value(text) if text.strip() else None
+    except YamlError as error:
+        raise ConfigError(f"--set {_shown(override)}: {error}") from None
     section = values
     for part in parts[:-1]:
         if section.get(part) is None:
@@ -146,7 +146,7 @@ class Filler:
 
     def _fill(self, cls: type, values: Any, path: str) -> Any:
         if not isinstance(values, dict):
-            raise ConfigError(f"{path or 'the configuration'}: must be a section of keys, not {values!r}")
+            raise ConfigError(f"{path or 'the configuration'}: must be a section of keys, not {_shown(values)}")
         kinds = typing.get_type_hints(cls)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         filled = {}
@@ -187,8 +187,10 @@ class Filler:
         if origin is tuple and isinstance(value, (list, tuple, str, int, float)):
             try:
                 items = _as_list(value, arguments[0])
-            except yaml.YAMLError:
+            except NotYamlError:
                 raise ConfigError(f"{key}: {value!r} is not a list; write it as 1,2 or [1, 2]") from None
+            except YamlError as error:
+                raise ConfigError(f"{key}: {error}") from None
             kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else arguments
             if len(kinds) != len(items):
                 raise ConfigError(f"{key}: must hold {len(kinds)} values, not {len(items)}")
@@ -199,6 +201,7 @@ class Filler:
         if kind in (int, float) and isinstance(value, bool):
             pass  # a bool is an int in Python, but not in a configuration
         elif kind in (bool, int, str) and isinstance(value, kind):
+            require(kind is not int or abs(value) < MAX_INT, key, f"must be below {MAX_INT:,}")
             return value
         elif kind is float and isinstance(value, (int, float, str)):
             try:
@@ -209,7 +212,7 @@ class Filler:
                 if not float("-inf") < number < float("inf"):
                     raise ConfigError(f"{key}: must be a finite number")
                 return number
-        raise ConfigError(f"{key}: must be {_describe(kind)}, not {value!r}")
+        raise ConfigError(f"{key}: must be {_describe(kind)}, not {_shown(value)}{_quotes_hint(kind, value)}")
 
     def _hint(self, name: str, section: str, siblings: Sequence[str]) -> str:
         """Which key was meant: a synonym's, one like it in the section, the same or one like it elsewhere."""
@@ -309,34 +312,29 @@ def has_default(field: dataclasses.Field) -> bool:
 def _parse_yaml(path: Path, name: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The values of one file and the line of each dotted key."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name}: cannot read this configuration ({reason})") from None
-    try:
-        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader), "", name))
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        with open(path, "rb") as file:
+            content = file.read(MAX_SIZE + 1)
+        values, lines = read_yaml_text(decode(content))
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot read this configuration ({error.strerror or error})") from None
+    except YamlError as error:
+        raise ConfigError(f"{name}, line {error.line}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: must hold sections of keys, such as data, network and solver")
     return values, lines
 
 
-def _key_lines(node: yaml.Node | None, prefix: str, name: str) -> Iterator[tuple[str, int]]:
-    """The line of every dotted key. Raises ConfigError for a key given twice, which PyYAML lets pass."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key_node, value_node in node.value:
-        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
-        if key in seen:
-            raise ConfigError(f"{name}, line {line}: {key} is given twice")
-        seen.add(key)
-        yield key, line
-        yield from _key_lines(value_node, f"{key}.", name)
+def _read_value(text: str) -> Any:
+    """The value of an override. Text that breaks YAML's grammar, such as {:05d}.jpg, is meant as it stands.
+
+    Raises YamlError.
+    """
+    try:
+        value = read_yaml_text(text)[0]
+    except NotYamlError:
+        return text
+    is_cut = isinstance(value, str) and " #" in text and text.lstrip()[0] not in "'\""
+    return text.strip() if is_cut else value  # a comment in a file, but part of a name here
 
 
 def _renamed_places(places: dict[str, str], aliases: Mapping[str, str]) -> dict[str, str]:
@@ -358,13 +356,13 @@ def _choose(choices: tuple[Any, ...], value: Any, key: str) -> Any:
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     hint = did_you_mean(str(value), map(str, choices))
-    raise ConfigError(f"{key}: must be one of {', '.join(map(str, choices))}, not {value!r}{hint}")
+    raise ConfigError(f"{key}: must be one of {', '.join(map(str, choices))}, not {_shown(value)}{hint}")
 
 
 def _as_list(value: Any, kind: Any) -> Sequence[Any]:
     """A list, which may be written without its brackets: `1,3,4`, or one value alone. A text with commas is one text."""
     if isinstance(value, str) and kind is not str:
-        return [yaml.safe_load(part) for part in value.split(",")]
+        return [read_yaml_text(part)[0] for part in value.split(",")]
     return value if isinstance(value, (list, tuple)) else [value]
 
 
@@ -387,6 +385,20 @@ def _describe(kind: Any) -> str:
         Ratio: "a number or a fraction such as '1/6'",
     }
     return names.get(kind, "a section of keys" if typing.get_origin(kind) is dict else str(kind))
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _quotes_hint(kind: Any, value: Any) -> str:
+    """What to do where YAML reads a text as something else."""
+    if kind not in (str, PathText) or isinstance(value, (list, tuple)):
+        return ""
+    words = " (YAML reads yes, no, on and off as true and false)" if isinstance(value, bool) else ""
+    return f"; put it in quotes{words}"
 
 
 def _join(section: str, name: str) -> str:

@@ -124,7 +124,14 @@ class DataConfig:
             f"must be at least 2, not {self.num_segments}: the models compare neighbouring frames",
         )
         require(self.workers >= 0, "data.workers", f"must not be negative, not {self.workers}")
-        require(all(value > 0 for value in self.std or ()), "data.std", "must hold three positive numbers")
+        mean, std = list(self.mean or ()), list(self.std or ())
+        scale = "for pixels in 0..1, so those in 0..255 are divided by 255"
+        require(
+            all(0 <= each <= 1 for each in mean), "data.mean", f"must hold three numbers from 0 to 1, {scale}: {mean}"
+        )
+        require(
+            all(0 < each <= 1 for each in std), "data.std", f"must hold three positive numbers up to 1, {scale}: {std}"
+        )
         if self.scale_size is not None:
             require(
                 self.scale_size >= self.input_size,
@@ -308,7 +315,7 @@ class NetworkConfig:
     options: dict[str, Any] = field(default_factory=dict)  # the model's own: the fields of Options in its file
 
     def check(self) -> None:
-        require_between(self, "network", 0, 1, "drop_fc")
+        require(0 <= self.drop_fc < 1, "network.drop_fc", f"must lie in [0, 1), not {self.drop_fc:g}")
         require(
             not self.fine_tuning or self.model != "td4v_side",
             "network.fine_tuning",
@@ -446,6 +453,7 @@ class LoggingConfig:
     def check(self) -> None:
         require_positive(self, "logging", "print_freq", "eval_freq")
         require(self.clips >= 0, "logging.clips", "must not be negative")
+        require(min(self.skip_epoch, default=0) >= 0, "logging.skip_epoch", "counts epochs from 0")
 
 
 @dataclass(frozen=True)
@@ -530,12 +538,12 @@ class Config:
         return DotMap(self.to_dict(), _dynamic=False)
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration of the published layout.
 
     Args:
-        source: a YAML file, which may build on another (`base: other.yaml`), or a mapping of sections, such as a
-            DotMap or what `Config.to_dict` returns. A mapping has no `base`: there is no folder to find it from.
+        source: a YAML file, which may build on another (`base: other.yaml`), or a Config, or a mapping of sections, such
+            as a DotMap or what `Config.to_dict` returns. A mapping has no `base`: there is no folder to find it from.
         overrides: `a.b=value` strings; the value is read as YAML, applied after the file, later ones win. A list may
             be written without brackets: `solver.betas=0.9,0.95`.
 
@@ -547,8 +555,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
             other. The message is one sentence with the file, the line, if there is one, and the dotted key.
     """
     places: dict[str, str] = {}
-    if isinstance(source, Mapping):
-        values, name = parse.plain(source), ""
+    if isinstance(source, (Config, Mapping)):
+        values, name = parse.plain(source.to_dict() if isinstance(source, Config) else source), ""
+    elif not isinstance(source, (str, Path)):
+        raise ConfigError(f"a configuration is read from a path, a mapping or a Config, not from {source!r}")
     else:
         values, places = parse.read_yaml(Path(source), ALIASES)
         name = str(source)
@@ -556,9 +566,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         if parse.BASE in values:
             raise ConfigError("base: only a file can build on another; load that file and give the rest as overrides")
         parse.rename_aliases(values, ALIASES)
+        kinds = dict(parse.all_fields(Config))
         for override in overrides:
             key = parse.apply_override(values, override, ALIASES)
             places[key] = f"{name} with --set {override}".strip()
+            if not override.partition("=")[2].strip():
+                kind = kinds.get(key)
+                may_be_empty = parse.is_optional(kind) or typing.get_origin(kind) is tuple
+                require(may_be_empty, key, "has no value: write one, or leave the override out")
         filler = Filler(Config, ignored=IGNORED_KEYS, synonyms=SYNONYMS)
         config = filler.fill(values)
     except ConfigError as error:

@@ -157,7 +157,11 @@ def test_fine_tuning_switch(write):
         ("network:\n  arch: custom\n", "network.vision: goes with network.arch: custom"),
         ("network:\n  weights: x.pt\n  init: false\n", "network.weights: is given, but network.init is false"),
         ("resume: a.pt\npretrain: b.pt\n", "pretrain: and resume are both given"),
-        ("solver:\n  lr: [1\n", "not valid YAML"),
+        ("solver:\n  lr: [1\n", "line 4: not valid YAML (expected ',' or ']', but got '<stream end>', begun in line 3)"),
+        ("seed: 3000000000\n", "line 2: seed: must be below 2,147,483,648"),
+        ("network:\n  drop_fc: 1\n", "network.drop_fc: must lie in [0, 1), not 1"),
+        ("logging:\n  skip_epoch: [-1]\n", "logging.skip_epoch: counts epochs from 0"),
+        ("solver:\n  lr: -1\n", "solver.lr: must be above 0, not -1"),
     ],
 )  # fmt: skip
 def test_errors_name_the_key(write, addition, message):
@@ -178,12 +182,38 @@ def test_errors_name_the_key(write, addition, message):
         ("network.metod=x", "did you mean network.model?"),
         ("solver.lr", "--set solver.lr: write it as section.key=value"),
         ("seed.x=1", "seed: must be a whole number"),
+        ("data.mean=123,117,104", "data.mean: must hold three numbers from 0 to 1, for pixels in 0..1"),
+        ("data.std=0,1,1", "data.std: must hold three positive numbers up to 1"),
+        ("solver.lr=", "solver.lr: has no value: write one, or leave the override out"),
+        ("network.options.feature= ", "network.options.feature: has no value"),
+        ("network=", "network: has no value"),
+        ("data.num_classes=051", "--set 'data.num_classes=051': YAML reads 051 as the octal number 41; write 51"),
+        ("resume=!!python/object:os.x {}", "the tag !!python/object:os.x is not read"),
+        ("data.dataset=no", "data.dataset: must be a text, not False; put it in quotes (YAML reads yes, no, on and off"),
+        ("logging.skip_epoch=010,2", "logging.skip_epoch: YAML reads 010 as the octal number 8"),
     ],
 )  # fmt: skip
 def test_bad_overrides(write, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(write(SMALL), [override])
     assert message in str(caught.value)
+
+
+def test_a_number_sign_in_an_override_is_no_comment(write):
+    assert load_config(write(SMALL), ["data.train_root=/videos #1/x"]).data.train_root == "/videos #1/x"
+
+
+def test_empty_overrides_mean_none_where_there_may_be_none(write):
+    config = load_config(write(SMALL + "logging: {skip_epoch: [1]}\n"), ["data.train_list=", "logging.skip_epoch="])
+    assert config.data.train_list is None and config.logging.skip_epoch == ()
+
+
+def test_a_config_is_a_source_and_other_objects_are_refused(write):
+    config = load_config(write(SMALL))
+    assert load_config(config, ["seed=3"]) == dataclasses.replace(config, seed=3)
+    for source in (5, None, [], b"x"):
+        with pytest.raises(ConfigError, match="is read from a path, a mapping or a Config, not from"):
+            load_config(source)
 
 
 def test_missing_and_empty_files(tmp_path, write):
