@@ -345,7 +345,9 @@ def build_text_head(
         projection = torch.randn(tower.width, sizes.embed) * tower.width**-0.5
         scale = torch.tensor(math.log(1 / 0.07))
     else:
-        check_fit({"proj": weights.projection}, {"proj": torch.empty(tower.width, sizes.embed)}, file.path, tower.name)
+        own = {"proj": torch.zeros(tower.width, sizes.embed), "logit_scale": torch.zeros(())}
+        found = {"proj": weights.projection, "logit_scale": weights.logit_scale}
+        check_fit(found, own, file.path, tower.name)
         projection, scale = weights.projection.clone(), weights.logit_scale.clone()
     if text.tuned != "tower" and not filled:
         random = torch.randn(classes, sizes.embed)

@@ -606,8 +606,9 @@ def require_data_paths(config: Config, splits: Sequence[Literal["train", "val", 
                 missing.append(f"data.{keys[-1]}")
     if missing:
         verb, them = ("are", "them") if len(missing) > 1 else ("is", "it")
+        write = f"write {them} into the file, or " if Path(source).suffix in (".yaml", ".yml") else ""
         raise ConfigError(
-            f"{source}: {', '.join(missing)} {verb} not set; write {them} into the file, or use --set {missing[0]}=PATH"
+            f"{source}: {', '.join(missing)} {verb} not set; {write}set {them} by --set {missing[0]}=PATH"
         )
 
 

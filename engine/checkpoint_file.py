@@ -6,15 +6,9 @@ step_00000123.pt.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import io
 import json
 import logging
 import os
-import pickle
-import pickletools
-import re
 import shutil
 import zipfile
 import zlib
@@ -23,14 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy
-import safetensors
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from common import weights_file
 from common.files import write_atomic
+from common.weights_file import WeightsFile, WeightsFileError
 from engine.errors import EngineError
 
 logger = logging.getLogger("td4v")
@@ -56,14 +49,6 @@ RUN_KEYS: dict[str, type] = {
     "meta": dict,  # versions, git revision, data lists
 }
 _METADATA, _CHECKSUMS = "td4v", "td4v_crc32"  # keys of the metadata in a safetensors file that save_safetensors wrote
-_REFUSED = r"[Uu]nsupported (global|GLOBAL|class)|add_safe_globals"  # the unpickler's words for what would run code
-_CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"}
-# NumPy's numbers, which OpenMMLab's runners leave in their checkpoints (`meta`), by the names that files have for them.
-_NUMBER = numpy.float64(0).__reduce__()[0]
-_NUMBERS = [
-    *((_NUMBER, f"numpy.{package}.multiarray.scalar") for package in ("core", "_core")), numpy.dtype, codecs.encode,
-    *(type(numpy.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")),
-]  # fmt: skip
 
 
 class CheckpointError(EngineError):
@@ -81,23 +66,17 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, without "module." if every name has it.
 
-        It stands under `model_state_dict`, `state_dict` or `model`, or is the content itself. Averaged weights of a
-        run (`ema_state_dict`) replace the others: they are the ones that were validated.
+        common.weights_file says where it stands. Averaged weights (`ema_state_dict` of a run) replace the others: they
+        are the ones that were validated.
 
         Raises:
-            CheckpointError: there are no named tensors.
+            CheckpointError: there are no named tensors, or strange ones.
         """
-        keys = ("model_state_dict", "state_dict", "model")
-        weights = next((self.content[key] for key in keys if key in self.content), self.content)
-        if not weights or not _is_state_dict(weights):
-            found = ", ".join(map(str, list(self.content)[:5])) or "nothing"
-            raise CheckpointError(f"{self.path}: no model weights in this checkpoint, which holds {found}")
-        if all(name.startswith("module.") for name in weights):
-            weights = {name.removeprefix("module."): value for name, value in weights.items()}
-        averaged = self.content.get("ema_state_dict") or {}
-        if not _is_state_dict(averaged):
-            raise CheckpointError(f"{self.path}: its averaged weights are no named tensors")
-        return {**weights, **averaged}
+        try:
+            weights = weights_file.named_tensors(self.path, self.content)
+        except WeightsFileError as error:
+            raise CheckpointError(str(error)) from None
+        return weights_file.without_wrappers(weights, prefixes=("module.",))
 
     @property
     def has_backbone(self) -> bool:
@@ -154,30 +133,15 @@ def load(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: is a folder; name a checkpoint in it, such as {path / LAST}")
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint{_instead_of(path)}")
-    data = b""
     try:
-        if path.suffix == ".safetensors":
-            return Checkpoint(path, _load_safetensors(path))
-        data = path.read_bytes()
-        _check_archive(data, path)
-        with torch.serialization.safe_globals(_NUMBERS):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        file = weights_file.read(path)
+    except WeightsFileError as error:
+        raise CheckpointError(str(error)) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({_first_line(error)})") from None
-    except Exception as error:  # the unpickler answers garbage with any kind of error
-        if isinstance(error, pickle.UnpicklingError) and (re.search(_REFUSED, str(error)) or _calls_something(data)):
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f" ({found[1]})" if found else ""
-            advice = "; save its NumPy arrays as tensors" if what.endswith("multiarray._reconstruct)") else ""
-            raise CheckpointError(
-                f"{path}: holds pickled code besides tensors and plain values{what}, refused{advice}"
-            ) from None
-        raise CheckpointError(f"{path}: truncated, damaged or not a checkpoint") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a checkpoint but a {type(content).__name__}")
-    return Checkpoint(path, content)
+    if file.is_torchscript:
+        raise CheckpointError(f"{path}: a TorchScript program, refused: a checkpoint holds tensors and plain values")
+    return Checkpoint(path, _with_metadata(file) if {_METADATA, _CHECKSUMS} & file.metadata.keys() else file.content)
 
 
 def _instead_of(path: Path) -> str:
@@ -321,45 +285,17 @@ def _previous(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_????????.pt"), reverse=True)
 
 
-def _check_archive(data: bytes, path: Path) -> None:
-    """Compare the checksums of a zip archive, which torch writes; its older format has none and passes."""
-    if data[:4] != b"PK\x03\x04":
-        return
+def _with_metadata(file: WeightsFile) -> dict[str, Any]:
+    """The content of a file of save_safetensors, whose checksums are compared."""
+    tensors, rest = file.content, file.metadata.get(_METADATA, "")
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            part = archive.testzip()
-            # If the bit that marks a folder is flipped, zipfile finds no fault, and torch reads uninitialised memory.
-            part = part or next((info.filename for info in archive.infolist() if info.external_attr & 0x10), None)
-            is_program = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # zipfile answers a damaged archive with any kind of error
-        raise CheckpointError(f"{path}: truncated or damaged") from None
-    if part is not None:
-        raise CheckpointError(f"{path}: damaged, its part {part} is not what was written")
-    if is_program:
-        raise CheckpointError(f"{path}: a TorchScript program, refused: a checkpoint holds tensors and plain values")
-
-
-def _calls_something(data: bytes) -> bool:
-    """Whether a plain pickle calls something when it is read; nothing in it is run to find out."""
-    with contextlib.suppress(Exception):
-        return any(word.name in _CALLS for word, _, _ in list(pickletools.genops(data)))
-    return False
-
-
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({_first_line(error)})") from None
-    if not {_METADATA, _CHECKSUMS} & metadata.keys():
-        return tensors  # not written by us
-    found = _checksums(tensors, metadata.get(_METADATA, ""))
-    written = json.loads(metadata.get(_CHECKSUMS, "{}"))
+        content, written = json.loads(rest), json.loads(file.metadata.get(_CHECKSUMS, "{}"))
+    except ValueError:
+        raise CheckpointError(f"{file.path}: damaged, its metadata is not what was written") from None
+    found = _checksums(tensors, rest)
     if unlike := [name for name in sorted(found.keys() | written.keys()) if found.get(name) != written.get(name)]:
-        raise CheckpointError(f"{path}: damaged, its part {unlike[0]} is not what was written")
-    return {**json.loads(metadata[_METADATA]), "model_state_dict": tensors}
+        raise CheckpointError(f"{file.path}: damaged, its part {unlike[0]} is not what was written")
+    return {**content, "model_state_dict": tensors}
 
 
 def _checksums(tensors: dict[str, Tensor], rest: str) -> dict[str, int]:
@@ -369,12 +305,6 @@ def _checksums(tensors: dict[str, Tensor], rest: str) -> dict[str, int]:
         kind = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode())
         found[name] = zlib.crc32(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), kind)
     return found
-
-
-def _is_state_dict(weights: Any) -> bool:
-    return isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    )
 
 
 def _system_error(error: BaseException) -> BaseException:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clip.text_head import head_kind
+from common.weights_file import PREFIXES, unusable, without_wrappers
 from configs.schema import ConfigError
 from models.parameters import frozen_identity
 from models.registry import MODELS
@@ -34,7 +35,7 @@ def load_weights(
 
     Args:
         model: from `models.registry.build_model`.
-        state_dict: under our names or those of a model's `from_published`, with or without `module.`.
+        state_dict: under our names or those of a model's `from_published`, with or without a wrapper's prefix.
         source: the file, for messages.
         drop_head: ignore the classifier in the file and keep the model's.
         backbone: `frozen_identity` of the weights that the file does not hold; the model's must be the same.
@@ -43,7 +44,8 @@ def load_weights(
         WeightsError: other frozen weights, another model, another number of classes or frames, any other
             difference. Nothing is loaded then.
     """
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in model.state_dict())]
+    state_dict = without_wrappers(state_dict, prefixes)
     saved, name_in_file = _with_our_names(state_dict, source)
     current = model.state_dict()
     _keep_class_names(model, saved, current, source)
@@ -154,7 +156,7 @@ class _Comparison:
         reshaped = [key for key in shared if self.saved[key].shape != self.current[key].shape]
         if missing or unexpected:
             return self._explain_names(missing, unexpected)
-        return self._explain_shapes(reshaped) if reshaped else None
+        return self._explain_shapes(reshaped) if reshaped else unusable(self.saved, self.current)
 
     def _may_lack(self, key: str) -> bool:
         return self.may_lack_frozen and key in self.frozen
@@ -175,6 +177,8 @@ class _Comparison:
                     "start a new classifier, name the file in pretrain and set pretrain_head: drop"
                 )
             problem = "its classifier does not fit" if unexpected else "its classifier is incomplete"
+        elif len(in_file) == 1 and in_file[0] not in in_model:
+            problem = f"all keys begin with {in_file[0]}., which is no part of this network"
         elif in_file != in_model:
             problem = "holds the weights of another model or another network"
         else:

@@ -26,8 +26,8 @@ PACKAGES = (
 ALLOWED = {
     "common": ("common",),
     "configs": ("configs", "common"),
-    "clip": ("clip", "configs.schema"),
-    "models": ("models", "clip", "configs.schema"),
+    "clip": ("clip", "common", "configs.schema"),
+    "models": ("models", "clip", "common", "configs.schema"),
     "engine": ("engine", "common", "configs.schema"),
     "datasets": ("datasets", "common", "configs.schema"),
     "scripts": (

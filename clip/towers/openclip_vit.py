@@ -6,6 +6,7 @@ Letters: M images (B clips x T frames), N patch tokens, D width, P patch size.
 from __future__ import annotations
 
 import logging
+import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -323,7 +324,14 @@ def _load(tower: OpenClipTower, weights: ClipWeights) -> None:
         )
     values = weights.visual()
     values.pop("proj", None)
-    if "positional_embedding" in values:
+    positions = values.get("positional_embedding", torch.empty(0))
+    if positions.ndim == 2:
+        count = max(len(positions) - 1, 0)  # without the class token's
+        if math.isqrt(count) ** 2 != count:
+            raise TowerError(
+                f"{weights.path}: its visual.positional_embedding holds {count} positions, which are no "
+                "square grid; only square images are supported"
+            )
         resized = {"visual.positional_embedding": values["positional_embedding"]}
         resize_pos_embed(resized, SimpleNamespace(visual=tower.visual))
         values["positional_embedding"] = resized["visual.positional_embedding"]

@@ -6,7 +6,7 @@ Letters: M images (B clips x T frames), N patch tokens, p tokens before them, L 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from clip.ops import as_is, working_dtype
 from clip.towers.base import Block, Tower, TowerError
-from clip.towers.weights import check_fit, find_weights, first_line
+from clip.towers.weights import check_fit, find_weights, first_line, read_file
+from common.weights_file import WeightsFileError, named_tensors, without_wrappers
 
 logger = logging.getLogger("td4v")
 
@@ -311,13 +312,9 @@ def _load(tower: TimmTower, path: Path) -> None:
     """Read a file, bring it into timm's own layout by timm's own filter, and load all that the tower has."""
     model = tower.model
     try:
-        values = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception as error:  # whatever a file without weights leads to
-        raise TowerError(
-            f"{path}: cannot be read as weights of {tower.name} ({type(error).__name__}: {first_line(error)})"
-        ) from None
-    if not isinstance(values, Mapping):
-        raise TowerError(f"{path}: holds no state_dict")
+        values = without_wrappers(named_tensors(path, read_file(path).content))
+    except WeightsFileError as error:
+        raise TowerError(str(error)) from None
     try:
         values = _filter(model)(values, model)
     except Exception as error:  # whatever timm raises for another model's weights

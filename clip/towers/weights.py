@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor
 
 from clip.towers.base import TowerError
+from common import weights_file
+from common.weights_file import WeightsFile, WeightsFileError, named_tensors, unusable, without_wrappers
 
 # OpenAI's names, the open_clip models that have their activation, and the archives users put into clip_pretrain/.
 OPENAI = {
@@ -76,9 +77,9 @@ class ClipWeights:
 
     A tag's file is downloaded, and a file is read, once, when they are first needed.
 
-    Reads safetensors and torch files (`.bin`, `.pt`; bare or under `state_dict`, with or without `module.`) in the
-    layouts of open_clip and of Hugging Face's transformers (CLIPModel, CLIPVisionModel), and OpenAI's own TorchScript
-    archives in half precision.
+    Reads safetensors and torch files, whatever common.weights_file finds in them, in the layouts of open_clip and of
+    Hugging Face's transformers (CLIPModel, CLIPVisionModel), and OpenAI's own TorchScript archives in half precision,
+    whose code is not run.
 
     Args:
         arch: OpenAI's or open_clip's name of the model.
@@ -122,14 +123,14 @@ class ClipWeights:
         """
         if self._tag is not None:
             return bool(self._tag.get("quick_gelu", False))
-        if self._is_torchscript:
+        if self._file.is_torchscript:
             return True
         openclip_config, config = (self.path.with_name(name) for name in ("open_clip_config.json", "config.json"))
         if openclip_config.is_file():
-            values = json.loads(openclip_config.read_text())
+            values = _read_json(openclip_config)
             return bool(values.get("model_cfg", values).get("quick_gelu", False))
         if config.is_file():
-            activation = json.loads(config.read_text()).get("vision_config", {}).get("hidden_act")
+            activation = _read_json(config).get("vision_config", {}).get("hidden_act")
             return None if activation is None else activation == "quick_gelu"
         return None
 
@@ -142,43 +143,27 @@ class ClipWeights:
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under open_clip's names, in the file's dtypes."""
-        path = self.path
         try:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                values = load_file(path)
-            elif self._is_torchscript:
-                values = torch.jit.load(str(path), map_location="cpu").state_dict()
-            else:
-                values = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a file without weights leads to
-            raise TowerError(
-                f"{path}: cannot be read as CLIP weights ({type(error).__name__}: {first_line(error)})"
-            ) from None
-        values = values.get("state_dict", values) if isinstance(values, Mapping) else values
-        if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
-            raise TowerError(f"{path}: holds no state_dict")
-        values = {key.removeprefix("module."): value for key, value in values.items()}
+            values = without_wrappers(named_tensors(self.path, self._file.content))
+        except WeightsFileError as error:
+            raise TowerError(str(error)) from None
         return _from_transformers(values) if "vision_model.embeddings.class_embedding" in values else values
 
     @cached_property
-    def _is_torchscript(self) -> bool:
-        """Whether the file is a TorchScript archive: those hold code and constants beside the tensors."""
-        if self.path.suffix == ".safetensors" or not zipfile.is_zipfile(self.path):
-            return False
-        with zipfile.ZipFile(self.path) as archive:
-            return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+    def _file(self) -> WeightsFile:
+        return read_file(self.path)
 
     def visual(self) -> dict[str, Tensor]:
         """The vision tower's weights under open_clip's names without `visual.`, in float32."""
         values, prefix = self.state_dict, "visual."
         if not any(key.startswith(prefix) for key in values) and "conv1.weight" in values:
             prefix = ""  # a file of the vision tower alone
-        visual = {key.removeprefix(prefix): value.float() for key, value in values.items() if key.startswith(prefix)}
+        visual = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
         if "conv1.weight" not in visual:
-            raise TowerError(f"{self.path}: holds no CLIP vision transformer (no visual.conv1.weight)")
-        return visual
+            first = {key.split(".")[0] for key in values}
+            begin = f"; all keys begin with {first.pop()}." if len(first) == 1 else ""
+            raise TowerError(f"{self.path}: holds no CLIP vision transformer (no visual.conv1.weight{begin})")
+        return self._floats(visual)
 
     def text(self) -> TextWeights:
         """Everything but the vision tower.
@@ -193,14 +178,32 @@ class ClipWeights:
             if key not in found:
                 raise TowerError(f"{self.path}: network.head text needs a complete CLIP, and this file has no {key}")
         return TextWeights(
-            text={key: value.float() for key, value in text.items()},
+            text=self._floats(text),
             projection=values["visual.proj"].float(),
             logit_scale=values["logit_scale"].float().reshape(()),
         )
 
+    def _floats(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values in float32. Raises TowerError for integers, which are no weights."""
+        if odd := next((key for key, value in values.items() if not value.is_floating_point()), None):
+            raise TowerError(
+                f"{self.path}: its {odd} holds {str(values[odd].dtype).removeprefix('torch.')}, not floats"
+            )
+        return {key: value.float() for key, value in values.items()}
+
+
+def read_file(path: Path) -> WeightsFile:
+    """As common.weights_file.read, for a tower. Raises TowerError."""
+    try:
+        return weights_file.read(path)
+    except WeightsFileError as error:
+        raise TowerError(str(error)) from None
+    except OSError as error:
+        raise TowerError(f"{path}: cannot be read ({error.strerror})") from None
+
 
 def check_fit(values: Mapping[str, Tensor], model: Mapping[str, Tensor], path: str | Path, name: str) -> None:
-    """Raise TowerError unless `values` of the file `path` has the names and shapes of `model`, a state dict."""
+    """Raise TowerError unless `values` of the file `path` can replace all of `model`, a state dict."""
     unfit = [key for key in model if key not in values or values[key].shape != model[key].shape]
     unexpected = [key for key in values if key not in model]
     if unfit or unexpected:
@@ -211,6 +214,18 @@ def check_fit(values: Mapping[str, Tensor], model: Mapping[str, Tensor], path: s
             f"{path}: does not fit {name}: {len(unfit) + len(unexpected)} keys differ, first {key}: "
             f"{found} in the file, {wanted} in the model"
         )
+    if reason := unusable(values, model):
+        raise TowerError(f"{path}: {reason}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise TowerError(f"{path}: is no JSON file of settings, as it should be beside these weights")
+    return values
 
 
 def first_line(error: Exception) -> str:

@@ -521,6 +521,8 @@ def test_what_is_not_set_is_named_together(write):
     assert str(caught.value).startswith(message)
     with pytest.raises(ConfigError, match=r"a\.yaml: data\.val_root is not set; write it into the file"):
         require_data_paths(config, ("test",), "a.yaml")
+    with pytest.raises(ConfigError, match=r"a\.pt: data\.val_root is not set; set it by --set data.val_root=PATH"):
+        require_data_paths(config, ("test",), "a.pt")  # a checkpoint's configuration, which nobody can write into
     require_data_paths(load_config(write(SMALL), ["data.val_list=v", "data.test_root=r"]), ("test",), "a.yaml")
 
 

@@ -265,7 +265,7 @@ def test_malicious_pickles(harness: FaultHarness, tmp_path: Path, used_as: str, 
             shutil.copy(path, previous)
         run = harness.train(folder)
         sentence, named = run.refusal(), "last_model.pt"
-        assert f"{folder}/last_model.pt: holds pickled code" in run.printed or "not a checkpoint" in run.printed, (
+        assert f"{folder}/last_model.pt: holds pickled code" in run.printed or "not a file of weights" in run.printed, (
             run.printed
         )
     elif used_as == "weights":

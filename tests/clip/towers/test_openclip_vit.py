@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import open_clip
 import pytest
 import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import save_file
 from torch import nn
 
 from clip.towers.base import CHUNK, TowerError
 from clip.towers.openclip_vit import OpenClipTower, build_custom_tower, build_openclip_tower
 from clip.towers.weights import ClipWeights, find_weights
+from common import weights_file
 
 SMALL = dict(width=32, layers=2, heads=2, patch_size=8, image_size=32)
 
@@ -44,6 +47,12 @@ class Archive(nn.Module):
 
     def forward(self, x):
         return x
+
+
+def _traced(clip):
+    """As OpenAI made its archives."""
+    inputs = {"encode_image": torch.zeros(1, 3, 32, 32), "encode_text": torch.zeros(1, 16, dtype=torch.long)}
+    return torch.jit.trace_module(clip, inputs, check_trace=False)
 
 
 def write(folder, kind, values):
@@ -105,6 +114,79 @@ def test_weights_of_every_format(tmp_path, kind):
         assert value.dtype == torch.float32 and torch.equal(value, expected)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "module.model."])
+@pytest.mark.parametrize("place", ["model", "module", "state_dict_ema"])
+def test_weights_behind_wrappers(tmp_path, prefix, place):
+    values = visual_weights(build_custom_tower(**SMALL))
+    torch.save({place: {prefix + key: value for key, value in values.items()}}, tmp_path / "w.pt")
+    tower = build_custom_tower(**SMALL, weights=ClipWeights("custom", tmp_path / "w.pt"))
+    assert torch.equal(tower.visual.conv1.weight, values["visual.conv1.weight"])
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, _traced], ids=["script", "trace"])
+@pytest.mark.filterwarnings("ignore")
+def test_archives_are_read_as_torch_jit_reads_them(tmp_path, make):
+    """OpenAI's layout: names and values, half precision, numbers as buffers."""
+    vision, text = (
+        CLIPVisionCfg(2, 48, 16, patch_size=8, image_size=32),
+        CLIPTextCfg(16, 50, width=32, heads=2, layers=2),
+    )
+    clip = CLIP(32, vision, text, quick_gelu=True).eval()
+    for name, value in (("input_resolution", 32), ("context_length", 16), ("vocab_size", 50)):
+        clip.__dict__.pop(name, None)
+        clip.register_buffer(name, torch.tensor(value))
+    path = tmp_path / "ViT.pt"
+    make(clip).half().save(path)
+    expected, found = torch.jit.load(path).state_dict(), weights_file.read(path)
+    assert found.is_torchscript and found.content.keys() == expected.keys() >= {"visual.conv1.weight", "vocab_size"}
+    for key, value in expected.items():
+        assert found.content[key].dtype == value.dtype and torch.equal(found.content[key], value), key
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bare", "torchscript"])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_are_read_without_running_code(tmp_path, monkeypatch, kind):
+    path = write(tmp_path, kind, visual_weights(build_custom_tower(**SMALL)))
+    load = torch.load
+
+    def careful(*arguments, **options):
+        assert options["weights_only"] is True
+        return load(*arguments, **options)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("would run code")
+
+    monkeypatch.setattr(torch, "load", careful)
+    for module, name in ((torch.jit, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(module, name, refuse)
+    assert ClipWeights("custom", path).visual()
+
+
+def test_positions_of_a_grid_that_is_not_square_are_refused(tmp_path):
+    values = visual_weights(build_custom_tower(**SMALL))
+    path = write(tmp_path, "bare", values | {"visual.positional_embedding": torch.zeros(16, 32)})
+    with pytest.raises(
+        TowerError, match="model.bin: its .*positional_embedding holds 15 positions, which are no square"
+    ):
+        build_custom_tower(**SMALL, weights=ClipWeights("custom", path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.int(), "its conv1.weight holds int32, not floats"),
+        (lambda value: value * float("nan"), "its conv1.weight holds NaN or infinite values"),
+        (lambda value: value.to_sparse(), "its visual.conv1.weight is sparse"),
+        (lambda value: value.to(torch.complex64), "its visual.conv1.weight is of complex64"),
+    ],
+)
+def test_strange_weights_are_refused(tmp_path, change, message):
+    values = visual_weights(build_custom_tower(**SMALL))
+    path = write(tmp_path, "bare", values | {"visual.conv1.weight": change(values["visual.conv1.weight"])})
+    with pytest.raises(TowerError, match=f"model.bin: {message}"):
+        build_custom_tower(**SMALL, weights=ClipWeights("custom", path))
+
+
 def test_positions_are_interpolated(tmp_path):
     values = visual_weights(build_custom_tower(**SMALL))
     path = write(tmp_path, "bare", values)
@@ -134,11 +216,11 @@ def test_refusals(tmp_path):
             build_custom_tower(**{**SMALL, **change}, weights=ClipWeights("custom", write(tmp_path, "bare", values)))
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no weights")
-    with pytest.raises(TowerError, match="broken.pt: cannot be read"):
+    with pytest.raises(TowerError, match="broken.pt: truncated, damaged or not a file of weights"):
         ClipWeights("custom", broken).visual()
     code = tmp_path / "code.pt"
     torch.save({"visual.conv1.weight": print}, code)
-    with pytest.raises(TowerError, match="cannot be read"):
+    with pytest.raises(TowerError, match=r"code.pt: holds pickled code .*print.*, refused: load it once where you"):
         ClipWeights("custom", code).visual()
     text = write(tmp_path, "bare", {"token_embedding.weight": torch.ones(2)})
     with pytest.raises(TowerError, match="no CLIP vision transformer"):

@@ -381,12 +381,12 @@ def test_wrong_files_are_named(tmp_path):
     wide = timm.create_model("vit_base_patch16_224", img_size=32, embed_dim=64).state_dict()
     refused("vit_base_patch16_224", wide, r"first cls_token: \(1, 1, 64\) in the file, \(1, 1, 32\) in the model")
     refused("EVA02-B-16", values, "does not fit EVA02-B-16")
-    refused("vit_base_patch16_224", {"x": print}, "cannot be read as weights of vit_base_patch16_224")
-    refused("vit_base_patch16_224", [1, 2], "cannot be read as weights|does not fit")
+    refused("vit_base_patch16_224", {"x": print}, r"holds pickled code .*print.*, refused")
+    refused("vit_base_patch16_224", [1, 2], "not a checkpoint but a list")
     strange = {**values, "patch_embed.proj.weight": torch.ones(32, 100)}  # which timm makes patches of
     refused("vit_base_patch16_224", strange, "does not fit vit_base_patch16_224, for timm cannot bring it into")
     path.write_bytes(b"no weights")
-    with pytest.raises(TowerError, match="cannot be read"):
+    with pytest.raises(TowerError, match="truncated, damaged or not a file of weights"):
         build_timm_tower("vit_base_patch16_224", 32, str(path))
 
 
