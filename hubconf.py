@@ -47,8 +47,9 @@ def model(
         ConfigError, TowerError, CheckpointError, WeightsError: one sentence that says what does not fit.
     """
     _import_packages()
-    from configs.schema import load_config
+    from configs.schema import load_config, override_keys
     from engine import checkpoint_file
+    from models.function import check_function
     from models.loading import load_weights
     from models.registry import build_model
 
@@ -61,6 +62,8 @@ def model(
     settings += [f"data.num_classes={num_classes}"] if num_classes is not None else []
     settings += ["network.init=false", "network.weights=null"] if not pretrained else []
     resolved = load_config(config, settings)
+    if checkpoint is not None:
+        check_function(checkpoint.config, resolved, checkpoint.path, explicit=override_keys(settings))
     built = build_model(resolved, pretrained=checkpoint is None or not checkpoint.has_backbone)
     if checkpoint is not None:
         load_weights(built, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)

@@ -31,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
         help="centre; 3 along the long side; corners and centre; those and mirrored",
     )
     parser.add_argument("--test_clips", type=int, default=1, help="clips along a video")
-    parser.add_argument("--dense", action="store_true", help="dense sampling, a span of 128 frames a clip")
+    parser.add_argument(
+        "--dense",
+        action=argparse.BooleanOptionalAction,
+        help="dense sampling, a span of 128 frames a clip (default: data.dense)",
+    )
     parser.add_argument(
         "--json", type=expanded, help="where the results go (default: beside the weights, or OUTPUT_DIR/DATASET/ARCH)"
     )
@@ -50,8 +54,11 @@ from pathlib import Path
 
 from torch import nn
 
-from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, require_data_paths
+from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys, require_data_paths
+from datasets.annotation import AnnotationError, read_list
 from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader
+from datasets.overlap import warn_of_trained_videos
+from datasets.video_dataset import VideoSource
 from engine import checkpoint_file, results
 from engine.checkpoint_file import Checkpoint
 from engine.compiler import check_compiler
@@ -62,7 +69,8 @@ from engine.evaluation import evaluate, log_accuracy
 from engine.log import setup_logging
 from engine.normalize import Normalizer
 from engine.optim import resolve_precision
-from engine.run_info import run_info
+from engine.run_info import describe_list, run_info
+from models.function import check_class_names, check_function
 from models.loading import check_untrained, load_weights
 from models.parameters import parameter_report
 from models.registry import build_model, with_pixel_statistics
@@ -76,19 +84,21 @@ def main(arguments: argparse.Namespace) -> None:
     setup_logging(process)
     checkpoint = checkpoint_file.load_weights_file(arguments.weights) if arguments.weights else None
     config = read_config(arguments, checkpoint)
+    names = compare(arguments, config, checkpoint)
     check_compiler(config.solver.compile, process.device)
     sources = read_sources(config.data, ("test",))
     if process.is_main:
         log_doubts(config.data, sources)
+        if checkpoint is not None:
+            warn_of_trained(checkpoint, config, sources["test"])
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
-    names = class_names(config.data)
     target = results_path(arguments, config, checkpoint)
     results.check_target(target, makes_folder=checkpoint is None)
     model = build_tested(config, checkpoint, names)
     saved_config = checkpoint.config if checkpoint is not None else None
     config = with_pixel_statistics(fill_from_checkpoint(config, saved_config), model)
     move_to_device(model, process, config.solver.compile).eval()
-    views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": arguments.dense}
+    views = {"crops": arguments.test_crops, "clips": arguments.test_clips, "dense": uses_dense(arguments, config)}
     shard = {"seed": config.seed, "rank": process.rank, "world_size": process.world_size}
     frames_per_segment = model.frames_per_segment
     loader = test_loader(config.data, **shard, **views, frames_per_segment=frames_per_segment, source=sources["test"])
@@ -105,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
             "epoch": checkpoint.epoch if checkpoint is not None else None,
             "parameters": dataclasses.asdict(report),
             "config": config.to_dict(),
-            "meta": run_info({"test_list": config.data.test_list or config.data.val_list}, config.seed),
+            "meta": run_info({"test_list": test_list(config)}, config.seed),
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         results.write(target, accuracy, names, about)
@@ -136,6 +146,58 @@ def read_config(arguments: argparse.Namespace, checkpoint: Checkpoint | None) ->
     return config
 
 
+def compare(arguments: argparse.Namespace, config: Config, checkpoint: Checkpoint | None) -> tuple[str, ...] | None:
+    """The names of the classes, after the configuration was compared with that of the checkpoint.
+
+    Raises:
+        ConfigError: the weights were trained for another function or other classes.
+    """
+    if checkpoint is None:
+        return class_names(config.data)
+    explicit = override_keys(arguments.set)
+    check_function(checkpoint.config, config, checkpoint.path, explicit=explicit)
+    saved, label_list = checkpoint.class_names, config.data.label_list
+    is_given = arguments.config is not None or "data.label_list" in explicit
+    if saved is not None and not is_given and label_list is not None and not Path(label_list).is_file():
+        logger.info(
+            "data.label_list: there is no file %s; the class names are those in %s", label_list, checkpoint.path
+        )
+        return saved
+    named = "data.label_list" in explicit
+    return check_class_names(saved, class_names(config.data), checkpoint.path, explicit=named)
+
+
+def uses_dense(arguments: argparse.Namespace, config: Config) -> bool:
+    """Whether clips are dense: as --dense or --no-dense says, else as data.dense does."""
+    return config.data.dense if arguments.dense is None else arguments.dense
+
+
+def test_list(config: Config) -> str:
+    """The list that is tested on."""
+    return config.data.test_list or config.data.val_list
+
+
+def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: VideoSource) -> None:
+    """Log a warning if the tested list has videos that the checkpoint was trained on, where its training list is there."""
+    recorded = checkpoint.lists.get("train_list")
+    if not recorded or checkpoint.config is None:
+        return
+    now = describe_list(test_list(config))
+    if now is not None and now["sha256"] == recorded["sha256"]:
+        logger.warning("%s: is the list that %s was trained on: the accuracy says nothing about new videos",
+                       tested.list_file, checkpoint.path)  # fmt: skip
+        return
+    found = describe_list(recorded["path"])
+    if found is None or found["sha256"] != recorded["sha256"]:
+        return  # it is not there, or is another list by now
+    try:
+        data = load_config(checkpoint.config).data
+        trained = read_list(recorded["path"], data.modality, data.num_classes)
+    except (ConfigError, AnnotationError):  # of another version
+        return
+    warn_of_trained_videos(tested, trained, data.train_root, recorded["path"])
+
+
 def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str, ...] | None) -> nn.Module:
     """The model with the weights of the checkpoint, or CLIP's alone."""
     if checkpoint is None:
@@ -151,7 +213,8 @@ def results_path(arguments: argparse.Namespace, config: Config, checkpoint: Chec
     """A name from weights and views, so that several tests stand beside each other."""
     if arguments.json:
         return Path(arguments.json)
-    views = f"{arguments.test_crops}crops_{arguments.test_clips}clips{'_dense' if arguments.dense else ''}.json"
+    dense = "_dense" if uses_dense(arguments, config) else ""
+    views = f"{arguments.test_crops}crops_{arguments.test_clips}clips{dense}.json"
     if checkpoint is not None:
         return checkpoint.path.with_name(f"{checkpoint.path.stem}_{views}")
     weights = Path(config.network.weights or "default")  # a file, or a tag

@@ -46,7 +46,7 @@ from typing import Any
 
 from torch import nn
 
-from configs.schema import Config, fill_from_checkpoint, load_config, require_data_paths
+from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, require_data_paths
 from datasets.build import (
     Sources,
     check_paths,
@@ -58,6 +58,7 @@ from datasets.build import (
     val_loader,
 )
 from engine.build import build_training_state, clips_per_step
+from engine.checkpoint_file import Checkpoint
 from engine.checkpointer import Progress
 from engine.compiler import check_compiler
 from engine.distributed import Process, move_to_device, start, wrap
@@ -74,6 +75,7 @@ from engine.rng import seed_everything
 from engine.run_dir import RunDir
 from engine.run_info import run_info
 from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
+from models.function import check_class_names, check_function
 from models.loading import load_run_weights, load_weights
 from models.parameters import ParameterReport, check_trainable, frozen_identity, parameter_groups, parameter_report
 from models.registry import build_model, with_pixel_statistics
@@ -91,6 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     trains = not (config.solver.evaluate or arguments.dry_run)
     meta = run_info({key: getattr(config.data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
+    meta["class_names"] = list(class_names(config.data) or ()) or None
     where = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
     plan = plan_run(config, meta, process, writes=trains, **where)
     # A resumed run gets its weights with the rest of its state, unless features are computed with them before.
@@ -157,6 +160,9 @@ def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, 
     drops_head = config.pretrain is not None and config.pretrain_head == "drop" and not plan.resumes
     needs_clip = not plan.brings_backbone or (drops_head and config.network.head == "text")  # made of CLIP's text tower
     model = build_model(config, pretrained=needs_clip, class_names=None if plan.resumes else names)
+    if checkpoint is not None and not plan.resumes:
+        keeps_head = config.pretrain is None or not drops_head
+        compare_with_start(config, checkpoint, names if keeps_head else None)
     if checkpoint is not None and loads:
         load_weights(
             model,
@@ -169,6 +175,19 @@ def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, 
         check_trainable(model)
     saved_config = checkpoint.config if checkpoint is not None else None
     return model, with_pixel_statistics(fill_from_checkpoint(config, saved_config), model)
+
+
+def compare_with_start(config: Config, checkpoint: Checkpoint, names: tuple[str, ...] | None) -> None:
+    """Log what the weights of `pretrain` were trained with and this run has otherwise.
+
+    Args:
+        names: of the classes, where the checkpoint's classifier is kept.
+    """
+    check_function(checkpoint.config, config, checkpoint.path, warn_only=True)
+    try:
+        check_class_names(checkpoint.class_names, names, checkpoint.path)
+    except ConfigError as error:
+        logger.warning("%s; pretrain_head: drop starts a new classifier", error)
 
 
 def build_loaders(

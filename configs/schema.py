@@ -38,8 +38,8 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "CLIP_MEAN", "CLIP_STD", "STYLES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LoggingConfig",
     "NetworkConfig", "PyramidConfig", "Ratio", "SolverConfig", "TextConfig", "VisionConfig", "check_same_run",
-    "did_you_mean", "difference", "fill_from_checkpoint", "fill_options", "load_config", "nearest", "parse_ratio",
-    "require_data_paths",
+    "did_you_mean", "difference", "fill_from_checkpoint", "fill_options", "load_config", "nearest", "override_keys",
+    "parse_ratio", "require_data_paths", "training_only",
 ]  # fmt: skip
 
 # Mean and standard deviation of the pixels that CLIP was trained on, for models that name none of their own.
@@ -582,6 +582,16 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         keys = ", ".join(sorted(filler.found_ignored))
         warnings.warn(f"these published keys have no effect: {keys}", stacklevel=2)
     return config
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys of `a.b=value` strings, by their own names."""
+    return [parse.apply_override({}, override, ALIASES) for override in overrides]
+
+
+def training_only(default: Any) -> Any:
+    """The default of an option that changes nothing after training, such as a dropout."""
+    return field(default=default, metadata={"training_only": True})
 
 
 def fill_options(cls: type, values: dict[str, Any], path: str) -> Any:

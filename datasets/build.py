@@ -22,6 +22,7 @@ from datasets.annotation import few_shot, read_labels, read_list
 from datasets.decoders import DecoderMissing, library
 from datasets.list_doubts import list_doubts
 from datasets.loader import VideoLoader
+from datasets.overlap import warn_of_trained_videos
 from datasets.readers import FrameReader, Reader, VideoReader
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
@@ -52,12 +53,15 @@ def read_sources(data: DataConfig, splits: Sequence[Split]) -> Sources:
 
 
 def log_doubts(data: DataConfig, sources: Sources) -> None:
-    """Warn where valid rows probably mean something else."""
-    names = class_names(data)
+    """Warn where valid rows probably mean something else, and of validation videos that are trained on."""
     for split, source in sources.items():
-        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=split == "train")
+        trains = split == "train"
+        names = class_names(data) if trains else None
+        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=trains)
         for _, text in doubts:
             logger.warning("%s: %s", source.list_file, text)
+    if (train := sources.get("train")) is not None and (val := sources.get("val")) is not None:
+        warn_of_trained_videos(val, train.records, train.root, train.list_file)
 
 
 def train_loader(

@@ -113,6 +113,21 @@ class Checkpoint:
         return config if isinstance(config, dict) else None
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes that it was trained with, if it holds them."""
+        meta = self.content.get("meta")
+        names = meta.get("class_names") if isinstance(meta, dict) else None
+        valid = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return tuple(names) if valid else None
+
+    @property
+    def lists(self) -> dict[str, Any]:
+        """What is recorded of the data lists that it was trained with (run_info.describe_list); {} if nothing is."""
+        meta = self.content.get("meta")
+        lists = meta.get("lists") if isinstance(meta, dict) else None
+        return lists if isinstance(lists, dict) else {}
+
+    @property
     def epoch(self) -> int | None:
         """How many epochs it was trained, if it says so."""
         epoch = self.content.get("epoch")

@@ -14,7 +14,7 @@ from clip.layers import recomputed
 from clip.ops import gelu_linear
 from clip.towers.base import Block, Feature, Tower, TowerError
 from clip.towers.build import build_tower
-from configs.schema import Config, ConfigError, Ratio
+from configs.schema import Config, ConfigError, Ratio, training_only
 from models.parameters import Origin
 
 MAX_SEQUENCES = 65_535  # the most that one call of a GPU's attention takes
@@ -26,7 +26,7 @@ class Options:
 
     temporal_adapters: Literal[1, 2] = 1  # after the attention over time, or before it too
     scale: float = 0.5  # of the adapter beside the MLP
-    drop_path: float = 0.2  # rate of the last block, rising linearly from 0
+    drop_path: float = training_only(0.2)  # rate of the last block, rising linearly from 0
     ratio: Ratio = Ratio(1 / 4)
     feature: Feature = "class_token"
 

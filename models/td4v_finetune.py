@@ -14,7 +14,7 @@ from clip.layers import recomputed
 from clip.ops import add_to_patches
 from clip.towers.base import Feature, Tower, TowerError
 from clip.towers.build import build_tower
-from configs.schema import Config, ConfigError, NetworkConfig, Ratio
+from configs.schema import Config, ConfigError, NetworkConfig, Ratio, training_only
 from models.parameters import Origin
 
 logger = logging.getLogger("td4v")
@@ -31,7 +31,7 @@ class Options:
     mode: Literal["FC", "CNN"] = "FC"
     ratio: Ratio = Ratio(1 / 12)
     feature: Feature = "class_token"
-    zero_init: bool = True
+    zero_init: bool = training_only(True)
     temporal_embedding: bool = True
 
 
