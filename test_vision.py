@@ -51,14 +51,12 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys, require_data_paths
-from datasets.annotation import AnnotationError, read_list
-from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader
-from datasets.overlap import warn_of_trained_videos
-from datasets.video_dataset import VideoSource
+from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader, warn_of_training_list
 from engine import checkpoint_file, results
 from engine.checkpoint_file import Checkpoint
 from engine.compiler import check_compiler
@@ -177,7 +175,7 @@ def test_list(config: Config) -> str:
     return config.data.test_list or config.data.val_list
 
 
-def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: VideoSource) -> None:
+def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: Any) -> None:
     """Log a warning if the tested list has videos that the checkpoint was trained on, where its training list is there."""
     recorded = checkpoint.lists.get("train_list")
     if not recorded or checkpoint.config is None:
@@ -191,11 +189,10 @@ def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: VideoSource)
     if found is None or found["sha256"] != recorded["sha256"]:
         return  # it is not there, or is another list by now
     try:
-        data = load_config(checkpoint.config).data
-        trained = read_list(recorded["path"], data.modality, data.num_classes)
-    except (ConfigError, AnnotationError):  # of another version
+        trained = load_config(checkpoint.config).data
+    except ConfigError:  # of another version
         return
-    warn_of_trained_videos(tested, trained, data.train_root, recorded["path"])
+    warn_of_training_list(tested, trained, recorded["path"])
 
 
 def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str, ...] | None) -> nn.Module:

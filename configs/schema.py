@@ -24,6 +24,7 @@ from configs.parse import (
     PathText,
     Ratio,
     did_you_mean,
+    flatten,
     nearest,
     parse_ratio,
     require,
@@ -38,7 +39,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "CLIP_MEAN", "CLIP_STD", "STYLES", "CheckpointConfig", "Config", "ConfigError", "DataConfig", "LoggingConfig",
     "NetworkConfig", "PyramidConfig", "Ratio", "SolverConfig", "TextConfig", "VisionConfig", "check_same_run",
-    "did_you_mean", "difference", "fill_from_checkpoint", "fill_options", "load_config", "nearest", "override_keys",
+    "did_you_mean", "difference", "fill_from_checkpoint", "fill_options", "flatten", "load_config", "nearest", "override_keys",
     "parse_ratio", "require_data_paths", "training_only",
 ]  # fmt: skip
 
@@ -698,7 +699,7 @@ def _changed_settings(previous: dict[str, Any], config: Config, free: tuple[str,
     there. A key that `previous` does not have is at its default.
     """
     filled = {f"data.{key}" for key in _FILLED_BY_MODEL}
-    old, new = (parse.flatten(one.to_dict()) for one in (load_config(previous), config))
+    old, new = (flatten(one.to_dict()) for one in (load_config(previous), config))
     changed = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if not key.startswith(free)}
     return {
         key: (was, now)

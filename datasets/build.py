@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Sampler
 
 from configs.schema import ConfigError, DataConfig
-from datasets.annotation import few_shot, read_labels, read_list
+from datasets.annotation import AnnotationError, few_shot, read_labels, read_list
 from datasets.decoders import DecoderMissing, library
 from datasets.list_doubts import list_doubts
 from datasets.loader import VideoLoader
@@ -62,6 +62,19 @@ def log_doubts(data: DataConfig, sources: Sources) -> None:
             logger.warning("%s: %s", source.list_file, text)
     if (train := sources.get("train")) is not None and (val := sources.get("val")) is not None:
         warn_of_trained_videos(val, train.records, train.root, train.list_file)
+
+
+def warn_of_training_list(tested: VideoSource, trained: DataConfig, list_file: str) -> None:
+    """Warn of tested videos that stand in the training list of a checkpoint.
+
+    Args:
+        trained: the data section of the checkpoint's configuration. list_file: the list that it was trained on.
+    """
+    try:
+        records = read_list(list_file, trained.modality, trained.num_classes)
+    except AnnotationError:  # of rules that were others
+        return
+    warn_of_trained_videos(tested, records, trained.train_root or "", list_file)
 
 
 def train_loader(

@@ -11,8 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.parse import flatten
-from configs.schema import Config, ConfigError, fill_options, load_config
+from configs.schema import Config, ConfigError, fill_options, flatten, load_config
 from models.registry import MODELS
 
 logger = logging.getLogger("td4v")
@@ -140,7 +139,10 @@ def check_class_names(
         return names  # another number of classes, which the classifier's shape shows
     sentence = f"class {label} was trained as {saved[label]!r} and is {names[label]!r} in data.label_list"
     known = {_spelling(name) for name in saved}
-    moved = any(_spelling(one) != _spelling(other) and _spelling(other) in known for one, other in zip(saved, names))
+    moved = any(
+        _spelling(one) != _spelling(other) and _spelling(other) in known
+        for one, other in zip(saved, names, strict=False)
+    )
     if explicit and not moved:
         logger.warning("%s: %s", path, sentence)
         return names
