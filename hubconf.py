@@ -64,7 +64,9 @@ def model(
     resolved = load_config(config, settings)
     if checkpoint is not None:
         check_function(checkpoint.config, resolved, checkpoint.path, explicit=override_keys(settings))
-    built = build_model(resolved, pretrained=checkpoint is None or not checkpoint.has_backbone)
+    built = build_model(
+        resolved, pretrained=checkpoint is None or (resolved.network.init and not checkpoint.has_backbone)
+    )
     if checkpoint is not None:
         load_weights(built, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
     return built.eval()

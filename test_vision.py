@@ -201,7 +201,7 @@ def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str
         model = build_model(config, class_names=names)
         check_untrained(model)
         return model
-    model = build_model(config, pretrained=not checkpoint.has_backbone)
+    model = build_model(config, pretrained=config.network.init and not checkpoint.has_backbone)
     load_weights(model, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
     return model
 

@@ -172,9 +172,10 @@ def test_one_training_clip_is_refused():
     assert model.eval()(torch.randn(1, 4, 3, 32, 32)).shape == (1, 5)
 
 
-def test_weights_in_and_out():
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "model."])
+def test_weights_in_and_out(prefix):
     source, target = build_model(config()), build_model(config())
-    state = {f"module.{key}": value for key, value in source.state_dict().items()}
+    state = {prefix + key: value for key, value in source.state_dict().items()}
     load_weights(target, state, "a.pt")
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
@@ -188,10 +189,15 @@ def test_weights_in_and_out():
         ({"frames": 8}, "made for T = 4 frames, data.num_segments is 8"),
         ({"pyramid": {"n_embs": [32, 32, 64]}}, "its network is 16 wide at side.*temporal_embedding, .* make it 32 wide"),
         ({"model": "td4v_finetune"}, "holds the weights of another model"),
+        ({"prefix": "net."}, "all keys begin with net., which is no part of this network"),
+        ({"head.weight": lambda value: value.int()}, "its head.weight holds int32, and the model's is float32"),
+        ({"head.weight": lambda value: value / 0}, "its head.weight holds NaN or infinite values"),
     ],
 )  # fmt: skip
 def test_weights_that_do_not_fit(change, message):
-    state = build_model(config()).state_dict()
+    prefix, spoil = change.pop("prefix", ""), change.pop("head.weight", lambda value: value)
+    state = {prefix + key: value for key, value in build_model(config()).state_dict().items()}
+    state[f"{prefix}head.weight"] = spoil(state[f"{prefix}head.weight"])
     model = build_model(config(**change))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(WeightsError, match=rf"a\.pt: .*{message}"):
