@@ -23,7 +23,7 @@ from datasets.decoders import DecoderMissing, library
 from datasets.list_doubts import list_doubts
 from datasets.loader import VideoLoader
 from datasets.overlap import warn_of_trained_videos
-from datasets.readers import FrameReader, Reader, VideoReader
+from datasets.readers import FrameFolderReader, Reader, VideoReader
 from datasets.registry import dataset_traits
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.sampling import ClipSampling
@@ -249,7 +249,7 @@ def video_source(data: DataConfig, split: Split) -> VideoSource:
 
 def build_reader(data: DataConfig) -> Reader:
     if data.modality == "RGB":
-        return FrameReader(data.image_tmpl, data.index_base)
+        return FrameFolderReader(data.image_tmpl, data.index_base)
     try:
         library(data.decoder)  # in a worker, a missing one would be pages of text
     except DecoderMissing as error:

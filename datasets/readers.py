@@ -75,7 +75,7 @@ class Reader(Protocol):
         ...
 
 
-class FrameReader:
+class FrameFolderReader:
     """One image a frame, in a folder a video or, where `<folder>.zip` is there, in that zip (packed_frames.py).
 
     Frames are named by `image_tmpl` and numbered from `index_base`. Their number is the list's: other files do not
@@ -133,7 +133,7 @@ class VideoReader:
 class ImageClip(Clip):
     """A video whose frames are image files, in a folder or in a zip."""
 
-    def __init__(self, path: str, reader: FrameReader, num_frames: int):
+    def __init__(self, path: str, reader: FrameFolderReader, num_frames: int):
         self.path, self.reader, self.num_frames = path, reader, num_frames
 
     @abstractmethod
@@ -194,7 +194,7 @@ class _FrameFolder(ImageClip):
 
 
 class _PackedFrames(ImageClip):
-    def __init__(self, path: str, reader: FrameReader, num_frames: int):
+    def __init__(self, path: str, reader: FrameFolderReader, num_frames: int):
         super().__init__(path, reader, num_frames)
         try:
             self._video = PackedVideo(path)

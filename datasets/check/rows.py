@@ -15,7 +15,7 @@ from common.workers import Workers
 from datasets.annotation import VideoRecord
 from datasets.decoders import LARGEST_LOSS
 from datasets.packed_frames import PackedVideo, PackError
-from datasets.readers import Clip, FrameReader, ReadError
+from datasets.readers import Clip, FrameFolderReader, ReadError
 from datasets.video_dataset import VideoSource
 
 MAX_DECODED_BYTES = 2**28  # of pixels at once, if every frame is decoded
@@ -51,10 +51,10 @@ class RowChecker:
         path = os.path.join(self.source.root, record.path)
         stored = reader.stored_at(path)
         if not os.path.exists(stored):
-            kind = "folder missing" if isinstance(reader, FrameReader) else "file missing"
+            kind = "folder missing" if isinstance(reader, FrameFolderReader) else "file missing"
             return RowResult(record, problems=((kind, f"{path}: does not exist"),))
         try:
-            if isinstance(reader, FrameReader):
+            if isinstance(reader, FrameFolderReader):
                 return self._check_frames(record, path, stored, reader)
             return self._check_video(record, path)
         except (ReadError, PackError) as error:
@@ -66,7 +66,7 @@ class RowChecker:
         num_bytes = os.path.getsize(stored) if os.path.isfile(stored) else 0
         return RowResult(record, num_bytes=num_bytes, problems=(("unreadable", reason),))
 
-    def _check_frames(self, record: VideoRecord, path: str, stored: str, reader: FrameReader) -> RowResult:
+    def _check_frames(self, record: VideoRecord, path: str, stored: str, reader: FrameFolderReader) -> RowResult:
         def name(index: int) -> str:
             return os.path.basename(reader.names.name(index))
 

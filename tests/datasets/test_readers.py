@@ -13,7 +13,7 @@ from datasets import jpeg
 from datasets.box import Box
 from datasets.limits import MAX_FILE_BYTES
 from datasets.packed_frames import pack
-from datasets.readers import FrameReader, ReadError, VideoReader
+from datasets.readers import FrameFolderReader, ReadError, VideoReader
 from tests.helpers.video_files import cut_off, overwrite, write_video
 
 
@@ -34,7 +34,7 @@ def failure(reader, path, declared, indices=(0,)):
 
 
 def test_folder_reads_in_the_requested_order(folder):
-    clip = FrameReader("{:06d}.jpg").open(str(folder), 10)
+    clip = FrameFolderReader("{:06d}.jpg").open(str(folder), 10)
     frames = clip.read(np.array([9, 0, 3, 3]))
     assert clip.num_frames == 10 and frames.shape == (4, 20, 30, 3) and frames.dtype == np.uint8
     assert np.abs(frames.mean((1, 2, 3)) - [180, 0, 60, 60]).max() < 2
@@ -42,68 +42,70 @@ def test_folder_reads_in_the_requested_order(folder):
 
 def test_folder_numbered_from_zero_and_channel_order(tmp_path):
     Image.new("RGB", (8, 8), (200, 100, 0)).save(tmp_path / "frame0.png")
-    frames = FrameReader("frame{:d}.png", index_base=0).open(str(tmp_path), 1).read(np.array([0]))
+    frames = FrameFolderReader("frame{:d}.png", index_base=0).open(str(tmp_path), 1).read(np.array([0]))
     assert frames[0, 0, 0].tolist() == [200, 100, 0]
 
 
 def test_list_decides_the_number_of_frames(folder):
-    assert FrameReader("{:06d}.jpg").open(str(folder), 4).num_frames == 4
+    assert FrameFolderReader("{:06d}.jpg").open(str(folder), 4).num_frames == 4
 
 
 def test_grey_images_become_rgb(tmp_path):
     Image.new("L", (8, 8), 77).save(tmp_path / "1.png")
-    assert FrameReader("{}.png").open(str(tmp_path), 1).read(np.array([0])).shape == (1, 8, 8, 3)
+    assert FrameFolderReader("{}.png").open(str(tmp_path), 1).read(np.array([0])).shape == (1, 8, 8, 3)
 
 
 def test_repeated_frames_are_decoded_once(folder, monkeypatch):
     decoded = []
     real = jpeg.decode
     monkeypatch.setattr(jpeg, "decode", lambda *arguments: decoded.append(1) or real(*arguments))
-    FrameReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
+    FrameFolderReader("{:06d}.jpg").open(str(folder), 10).read(np.array([2, 2, 5, 2]))
     assert len(decoded) == 2
 
 
 def test_fewer_frames_than_declared_even_if_not_requested(folder):
-    message = failure(FrameReader("{:06d}.jpg"), folder, 12)
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 12)
     assert "000012.jpg is missing" in message and "10 files" in message and "declares 12" in message
 
 
 def test_missing_frame_inside(folder):
     (folder / "000004.jpg").unlink()
-    message = failure(FrameReader("{:06d}.jpg"), folder, 10, [3])
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [3])
     assert "000004.jpg is missing" in message and "9 files" in message and "declares 10" in message
 
 
 def test_frames_under_other_names_say_which_settings_read_them(folder, tmp_path):
-    reader = FrameReader("{:06d}.jpg", index_base=0)  # 000009.jpg is there, so the last frame alone would be read wrong
+    reader = FrameFolderReader(
+        "{:06d}.jpg", index_base=0
+    )  # 000009.jpg is there, so the last frame alone would be read wrong
     message = failure(reader, folder, 10)
     assert "000000.jpg is missing" in message and message.endswith("000010.jpg: set data.index_base: 1")
-    message = failure(FrameReader("img_{:05d}.jpg"), folder, 10)
+    message = failure(FrameFolderReader("img_{:05d}.jpg"), folder, 10)
     assert message.endswith("its files are 000001.jpg to 000010.jpg: set data.image_tmpl: '{:06d}.jpg'")
-    message = failure(FrameReader("rgb/{:06d}.jpg"), folder, 10)
+    message = failure(FrameFolderReader("rgb/{:06d}.jpg"), folder, 10)
     assert "rgb/000010.jpg is missing; there are 0 files" in message
 
 
 def test_a_video_file_where_a_folder_should_be_names_the_setting(tmp_path):
     (tmp_path / "x.mp4").touch()
-    assert "data.modality: video" in failure(FrameReader("{:06d}.jpg"), tmp_path / "x.mp4", 3)
+    assert "data.modality: video" in failure(FrameFolderReader("{:06d}.jpg"), tmp_path / "x.mp4", 3)
 
 
 def test_missing_folder_and_unknown_length(folder):
-    assert "there is no such folder" in failure(FrameReader("{:06d}.jpg"), folder / "nothing", 3)
-    assert "how many frames" in failure(FrameReader("{:06d}.jpg"), folder, None)
+    assert "there is no such folder" in failure(FrameFolderReader("{:06d}.jpg"), folder / "nothing", 3)
+    assert "how many frames" in failure(FrameFolderReader("{:06d}.jpg"), folder, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", "truncated"])
 def test_damaged_image(folder, content):
     file = folder / "000002.jpg"
     file.write_bytes(file.read_bytes()[:-200] if content == "truncated" else content)
-    assert "000002.jpg: is not a readable image" in failure(FrameReader("{:06d}.jpg"), folder, 10, [1])
+    assert "000002.jpg: is not a readable image" in failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1])
 
 
 def test_frames_of_different_sizes(folder):
     Image.new("RGB", (31, 20)).save(folder / "000003.jpg")
-    message = failure(FrameReader("{:06d}.jpg"), folder, 10, [1, 2])
+    message = failure(FrameFolderReader("{:06d}.jpg"), folder, 10, [1, 2])
     assert "000003.jpg" in message and "31x20" in message and "30x20" in message
 
 
@@ -112,7 +114,7 @@ def test_frames_that_are_upright_together_have_one_size(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(tmp_path / "1.jpg")
     Image.new("RGB", (30, 20)).save(tmp_path / "2.jpg", exif=exif)
-    assert FrameReader("{}.jpg").open(str(tmp_path), 2).read(np.arange(2)).shape == (2, 30, 20, 3)
+    assert FrameFolderReader("{}.jpg").open(str(tmp_path), 2).read(np.arange(2)).shape == (2, 30, 20, 3)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -132,7 +134,7 @@ def test_bombs_are_refused_in_folders_and_zips(tmp_path, packed, bomb):
             archive.writestr("1.bmp", frame.read_bytes() if bomb == "pixels" else b"")
             archive.infolist()[0].file_size = os.path.getsize(frame)
         shutil.rmtree(tmp_path / "v")
-    message = failure(FrameReader("{}.bmp"), tmp_path / "v", 1)
+    message = failure(FrameFolderReader("{}.bmp"), tmp_path / "v", 1)
     assert "1.bmp: " in message and ("20000x4 pixels" if bomb == "pixels" else "MiB are read") in message
 
 
@@ -172,7 +174,7 @@ def noise(tmp_path):
 
 
 def test_packed_frames_read_as_their_folder_does(noise):
-    reader = FrameReader("{:06d}.jpg")
+    reader = FrameFolderReader("{:06d}.jpg")
     indices = np.array([5, 0, 2, 2])
     folder = reader.open(str(noise / "frames/a class/clip"), 6)
     for path in (noise / "packed/a class/clip", f"{noise}/packed/a class/clip/"):
@@ -183,7 +185,7 @@ def test_packed_frames_read_as_their_folder_does(noise):
 
 
 def test_a_zip_goes_before_the_folder_beside_it(noise):
-    path, reader = noise / "frames/a class/clip", FrameReader("{:06d}.jpg")
+    path, reader = noise / "frames/a class/clip", FrameFolderReader("{:06d}.jpg")
     assert reader.stored_at(str(path)) == str(path)
     shutil.copy(noise / "packed/a class/clip.zip", f"{path}.zip")
     assert reader.stored_at(str(path)) == f"{path}.zip"
@@ -193,19 +195,19 @@ def test_a_zip_goes_before_the_folder_beside_it(noise):
 
 
 def test_packed_frames_that_are_missing(noise):
-    reader, path = FrameReader("{:06d}.jpg"), noise / "packed/a class/clip"
+    reader, path = FrameFolderReader("{:06d}.jpg"), noise / "packed/a class/clip"
     message = failure(reader, path, 7)
     assert "clip.zip: 000007.jpg is missing; there are 6 files, the list declares 7 frames" in message
     message = failure(reader, f"{path}2", 6)
     assert "clip2: there is no such folder, and no clip2.zip" in message
     with pytest.raises(ReadError, match=r"clip\.zip: frame1\.jpg is missing; there are 6 files"):
-        FrameReader("frame{}.jpg").open(str(path), 1)
+        FrameFolderReader("frame{}.jpg").open(str(path), 1)
 
 
 def test_damaged_packed_frames(noise):
     path = noise / "packed/a class/clip.zip"
     whole = path.read_bytes()
-    reader = FrameReader("{:06d}.jpg")
+    reader = FrameFolderReader("{:06d}.jpg")
     clip = reader.open(str(path.with_suffix("")), 6)
     path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
     with pytest.raises(ReadError, match=r"clip\.zip: 00000\d\.jpg is damaged \(Bad CRC-32"):
@@ -218,14 +220,14 @@ def test_damaged_packed_frames(noise):
 
 
 def read_packed(path):
-    return FrameReader("{:06d}.jpg").open(path, 6).read(np.arange(6)).sum()
+    return FrameFolderReader("{:06d}.jpg").open(path, 6).read(np.arange(6)).sum()
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_processes_read_packed_frames_at_the_same_time(noise, start):
     """The parent has a zip open, so that forked processes inherit its handle and must not disturb each other."""
     path = str(noise / "packed/a class/clip")
-    clip = FrameReader("{:06d}.jpg").open(path, 6)
+    clip = FrameFolderReader("{:06d}.jpg").open(path, 6)
     expected = read_packed(path)
     with multiprocessing.get_context(start).Pool(2) as pool:
         assert set(pool.map(read_packed, [path] * 40)) == {expected}
@@ -235,13 +237,13 @@ def test_processes_read_packed_frames_at_the_same_time(noise, start):
 def test_no_handle_stays_open(noise):
     path = str(noise / "packed/a class/clip")
     before = len(os.listdir("/proc/self/fd"))
-    frames = [FrameReader("{:06d}.jpg").open(path, 6).fetch(np.arange(6)) for _ in range(20)]
+    frames = [FrameFolderReader("{:06d}.jpg").open(path, 6).fetch(np.arange(6)) for _ in range(20)]
     assert len(os.listdir("/proc/self/fd")) == before and len(frames) == 20
 
 
 def test_large_images_are_decoded_small_and_never_too_small(tmp_path):
     Image.linear_gradient("L").convert("RGB").resize((200, 120)).save(tmp_path / "1.jpg", quality=95)
-    frames = FrameReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
+    frames = FrameFolderReader("{}.jpg").open(str(tmp_path), 1).fetch(np.array([0, 0]))
     whole = frames.decode()
     for least, expected in (
         ((60, 100), (60, 100)),

@@ -26,7 +26,7 @@ from configs.schema import Config, ConfigError, load_config
 from datasets.annotation import VideoRecord
 from datasets.build import listed_loader, train_loader, val_loader
 from datasets.prepare.synthetic import make
-from datasets.readers import FrameReader, VideoReader
+from datasets.readers import FrameFolderReader, VideoReader
 from datasets.video_dataset import VideoSource
 from engine.distributed import Process, start
 from engine.evaluation import PASS_CLIPS, DataError, evaluate
@@ -316,7 +316,7 @@ def test_videos_that_changed_are_computed_again(config: Config, path: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["video", "packed"])
 def test_the_stamp_of_files_and_packed_frames(tmp_path: Path, kind: str) -> None:
-    reader = VideoReader() if kind == "video" else FrameReader("{:06d}.jpg")
+    reader = VideoReader() if kind == "video" else FrameFolderReader("{:06d}.jpg")
     watched = tmp_path / ("1.mp4" if kind == "video" else "1.mp4.zip")
     records = [VideoRecord(f"{number}.mp4", None, 0, number) for number in range(3)]
     source = VideoSource(records, str(tmp_path), reader, "list")
