@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from common.files import walk
+from common.text import printable
 from datasets.annotation import path_fault
 from datasets.prepare.frame_folders import FLOW, IMAGE_SUFFIXES, is_frame
 from datasets.prepare.plan import Entry, Plan, PrepareError
@@ -171,14 +172,14 @@ def check_listable(root: Path, path: str) -> None:
 
     Both are UTF-8 with one row a line; the fields of a list are split at white space from the right.
     """
-    stem = os.path.splitext(path)[0]
+    stem, shown = os.path.splitext(path)[0], printable(str(root / path))
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise PrepareError(f"{root / path!r}: its name is not UTF-8, which a list file needs; rename it") from None
+        raise PrepareError(f"{shown}: its name is not UTF-8, which a list file needs; rename it") from None
     if (fault := path_fault(path) or path_fault(stem)) is not None:
-        raise PrepareError(f"{root / path!r}: in a list file, {fault}; rename it")
+        raise PrepareError(f"{shown}: in a list file, {fault}; rename it")
     if any(name != name.strip() for name in (path, stem)) or len(path.splitlines()) > 1:
         raise PrepareError(
-            f"{root / path!r}: a list file cannot hold a name with line breaks, or with white space at an end; rename it"
+            f"{shown}: a list file cannot hold a name with line breaks, or with white space at an end; rename it"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from common.tables import format_bytes, markdown_table
+from common.text import printable
 from datasets.prepare.decode import Outcome
 from datasets.prepare.output_dir import describe_split, write_text
 from datasets.prepare.plan import SPLITS, Entry, FrameNames, Plan
@@ -93,7 +94,7 @@ class Report:
     def write(self, out: Path) -> None:
         """Write report.json and report.txt. Raises OSError."""
         write_text(out / "report.json", json.dumps(asdict(self), indent=1) + "\n")
-        write_text(out / "report.txt", self.text())
+        write_text(out / "report.txt", printable(self.text(), lines=True))
 
 
 def make_report(

@@ -12,6 +12,7 @@ from datasets.prepare import __main__ as command
 from datasets.prepare.catalogue import scan
 from datasets.prepare.formats.folder import Grouping, parse_groups, read
 from datasets.prepare.plan import PrepareError
+from datasets.prepare.report import Report
 from tests.helpers.video_files import write_avi
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
@@ -192,3 +193,8 @@ def test_parse_groups():
     for text in ("", "8-", "12-8", "a", "1,,2", "-3"):
         with pytest.raises(PrepareError, match="--val-groups"):
             parse_groups(text)
+
+
+def test_a_report_shows_control_characters_escaped(tmp_path: Path) -> None:
+    Report("x", {}, 1, {}, missing=[("a\x1b[2J.mp4", "train, c")]).write(tmp_path)
+    assert r"a\x1b[2J.mp4: train, c" in (tmp_path / "report.txt").read_text()
