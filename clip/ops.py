@@ -83,7 +83,14 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear(F.gelu(x), weight, bias)` that saves x alone: (..., D) -> (..., O)."""
     dtype = working_dtype(x)
     with as_is(x):
-        return _GeluLinear.apply(x.to(dtype), weight, bias)
+        return _GeluLinear.apply(x.to(dtype), weight, bias, False)
+
+
+def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear(QuickGELU(x), weight, bias)` that saves x alone: (..., D) -> (..., O)."""
+    dtype = working_dtype(x)
+    with as_is(x):
+        return _GeluLinear.apply(x.to(dtype), weight, bias, True)
 
 
 def temporal_sum(x: Tensor, taps: int) -> Tensor:
@@ -187,21 +194,30 @@ class _NormedLinear(torch.autograd.Function):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """See gelu_linear."""
+    """See gelu_linear and quick_gelu_linear."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, quick: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight.to(x.dtype), bias.to(x.dtype))
+        ctx.quick = quick
+        return F.linear(_gelu(x, quick), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])  # (R, O)
-        dweight = rows.t() @ F.gelu(x).reshape(len(rows), -1)
+        dweight = rows.t() @ _gelu(x, ctx.quick).reshape(len(rows), -1)
         dx = (rows @ weight.to(dy.dtype)).view(x.shape)
-        return (torch.ops.aten.gelu_backward(dx, x), dweight.to(weight.dtype), rows.sum(0, dtype=weight.dtype))
+        if ctx.quick:
+            dx = torch.ops.aten.silu_backward(dx, x * QUICK)
+        else:
+            dx = torch.ops.aten.gelu_backward(dx, x)
+        return dx, dweight.to(weight.dtype), rows.sum(0, dtype=weight.dtype), None
+
+
+def _gelu(x: Tensor, quick: bool) -> Tensor:
+    return F.silu(x * QUICK).div_(QUICK) if quick else F.gelu(x)
 
 
 class _TemporalSum(torch.autograd.Function):

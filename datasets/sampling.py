@@ -5,6 +5,10 @@ All indices count from 0, all results are int64 arrays, all lengths L >= 1 and T
 - "kinetics": HMDB51, UCF101, Kinetics. Source: HJYao00/Side4Video, Recognition/datasets/kinetics.py, Video_dataset.
 - "something": Something-Something. Source: the same repository, Recognition/datasets/sth.py, Video_dataset.
   Its training frames are TSN's (Wang et al. 2016, section 3), its test frames ATM's.
+- "tdn": TDN's segments, of which f neighbouring frames are read. Source: MCG-NJU/TDN, ops/dataset.py, TSNDataSet.
+- "tada_segment": T segments between real-valued edges. Source: alibaba-mmai-research/TAdaConv,
+  tadaconv/datasets/utils, segment-based sampling.
+- "tada_interval": T frames `interval` frames apart at 30 frames a second. Source: the same, interval-based sampling.
 - dense: T frames at equal distance inside a window of 128 frames (I3D's protocol).
 
 L is the number of frames of a video, T the number of frames sampled for a clip, f the number of neighbouring frames
@@ -18,39 +22,77 @@ from typing import Literal
 
 import numpy as np
 
-Style = Literal["kinetics", "something"]
+Style = Literal["kinetics", "something", "tdn", "tada_segment", "tada_interval"]
 
+INTERVAL_FPS = 30  # the frames a second that an interval is counted in
 DENSE_SPAN = 128  # frames that a dense clip covers
 
 
 @dataclass(frozen=True)
 class ClipSampling:
-    """How clips of `num_segments` * `frames_per_segment` frames (T * f) are taken from videos."""
+    """How clips of `num_segments` * `frames_per_segment` frames (T * f) are taken from videos.
+
+    Attributes:
+        interval: tada_interval: frames, at 30 a second, from one sampled frame to the next.
+    """
 
     num_segments: int
     style: Style
     dense: bool = False
     frames_per_segment: int = 1
+    interval: int = 8
 
     @property
     def clip_frames(self) -> int:
         """T * f, the frames of one clip."""
         return self.num_segments * self.frames_per_segment
 
-    def train(self, num_frames: int, rng: np.random.Generator) -> np.ndarray:
-        """The random frames of one training clip: (T * f,)."""
-        indices = train_indices(num_frames, self.num_segments, self.style, self.dense, rng)
-        return with_neighbours(indices, num_frames, self.frames_per_segment)
+    def train(self, num_frames: int, rng: np.random.Generator, fps: float | None = None) -> np.ndarray:
+        """The random frames of one training clip: (T * f,).
 
-    def val(self, num_frames: int) -> np.ndarray:
+        Args:
+            fps: frames a second of the video, which tada_interval needs.
+        """
+        T, f = self.num_segments, self.frames_per_segment
+        if self.dense or self.style in ("kinetics", "something"):
+            indices = train_indices(num_frames, T, self.style, self.dense, rng)
+        elif self.style == "tdn":
+            indices = tdn_train_indices(num_frames, T, f, rng)
+        elif self.style == "tada_segment":
+            indices = segment_train_indices(num_frames, T, rng)
+        else:
+            span = self._span(fps)
+            indices = interval_indices(num_frames, T, span, start=rng.uniform(0, max(0.0, num_frames - span)))
+        return with_neighbours(indices, num_frames, f)
+
+    def val(self, num_frames: int, fps: float | None = None) -> np.ndarray:
         """The frames of validation's one clip: (T * f,)."""
-        indices = val_indices(num_frames, self.num_segments, self.style, self.dense)
-        return with_neighbours(indices, num_frames, self.frames_per_segment)
+        if self.dense or self.style in ("kinetics", "something"):
+            indices = val_indices(num_frames, self.num_segments, self.style, self.dense)
+            return with_neighbours(indices, num_frames, self.frames_per_segment)
+        return self.test(num_frames, clips=1, fps=fps)[0]
 
-    def test(self, num_frames: int, clips: int) -> np.ndarray:
+    def test(self, num_frames: int, clips: int, fps: float | None = None) -> np.ndarray:
         """The frames of the clips of testing: (clips, T * f)."""
-        indices = test_indices(num_frames, self.num_segments, clips, self.style, self.dense)
-        return with_neighbours(indices, num_frames, self.frames_per_segment)
+        T, f = self.num_segments, self.frames_per_segment
+        if self.dense or self.style in ("kinetics", "something"):
+            indices = test_indices(num_frames, T, clips, self.style, self.dense)
+        elif self.style == "tdn":
+            indices = tdn_test_indices(num_frames, T, f, clips)
+        elif self.style == "tada_segment":
+            indices = segment_test_indices(num_frames, T, clips)
+        else:
+            span = self._span(fps)
+            last = max(0.0, num_frames - span)
+            starts = [last / 2] if clips == 1 else [last * clip / clips for clip in range(clips)]
+            indices = np.stack([interval_indices(num_frames, T, span, start=start) for start in starts])
+        return with_neighbours(indices, num_frames, f)
+
+    def _span(self, fps: float | None) -> float:
+        """The frames of a video that a clip of tada_interval covers."""
+        if fps is None:
+            raise ValueError("data.style tada_interval needs the frames a second of each video (data.fps)")
+        return self.num_segments * self.interval * fps / INTERVAL_FPS
 
 
 def with_neighbours(indices: np.ndarray, num_frames: int, frames_per_segment: int) -> np.ndarray:
@@ -144,3 +186,75 @@ def _last_start(num_frames: int) -> int:
 def _dense(num_frames: int, T: int, start: int) -> np.ndarray:
     """T frames, 128 // T apart (0 apart if T > 128, as published), continuing at the first frame after the last."""
     return (start + np.arange(T) * (DENSE_SPAN // T)) % num_frames
+
+
+def tdn_train_indices(num_frames: int, T: int, f: int, rng: np.random.Generator) -> np.ndarray:
+    """TDN: the random first frames of T segments, each equally likely within its part of the video.
+
+    The last f - 1 frames of a video are no first frames. Where less than one is left for each segment, they are drawn
+    together and sorted; videos of at most T frames give the first frame T times.
+
+    Returns:
+        (T,) int64, ascending.
+    """
+    available = num_frames - f + 1
+    if available >= T:
+        length = available // T
+        return np.arange(T) * length + rng.integers(length, size=T)
+    if num_frames > T and available > 0:
+        return np.sort(rng.integers(available, size=T))
+    return np.zeros(T, np.int64)
+
+
+def tdn_test_indices(num_frames: int, T: int, f: int, clips: int) -> np.ndarray:
+    """TDN: the first frames of T segments, for each clip at another distance from the segments' starts.
+
+    One clip takes int(tick / 2 + tick * i), tick = (L - f + 1) / T. Of several clips, clip k takes (k + 1) / (clips + 1)
+    in place of 1 / 2; the published code draws them at random. Videos of at most T + f - 1 frames give the first frame.
+
+    Returns:
+        (clips, T) int64.
+    """
+    if num_frames <= T + f - 1:
+        return np.zeros((clips, T), np.int64)
+    tick = (num_frames - f + 1) / T
+    shifts = tick * np.arange(1, clips + 1) / (clips + 1)
+    return (shifts[:, None] + tick * np.arange(T)).astype(np.int64)
+
+
+def segment_train_indices(num_frames: int, T: int, rng: np.random.Generator) -> np.ndarray:
+    """TAdaConv's segments: a uniform draw between two edges, rounded to a frame: (T,) int64."""
+    edges = _edges(num_frames, T)
+    return _nearest_frames(edges[:-1] + (edges[1:] - edges[:-1]) * rng.random(T, np.float32), num_frames)
+
+
+def segment_test_indices(num_frames: int, T: int, clips: int) -> np.ndarray:
+    """TAdaConv's segments: one clip takes their middles, clip k of several (k + 1) / clips of their length.
+
+    Returns:
+        (clips, T) int64. The last of several clips takes the ends of the segments, as published.
+    """
+    edges = _edges(num_frames, T)
+    if clips == 1:
+        return _nearest_frames((edges[:-1] + edges[1:]) / 2, num_frames)[None]
+    shares = np.arange(1, clips + 1, dtype=np.float32) / np.float32(clips)
+    return _nearest_frames(edges[:-1] + (edges[1:] - edges[:-1]) * shares[:, None], num_frames)
+
+
+def interval_indices(num_frames: int, T: int, span: float, *, start: float) -> np.ndarray:
+    """TAdaConv's intervals: T frames at equal distance from `start` to `start + span - 1`, none beyond the video.
+
+    Returns:
+        (T,) int64.
+    """
+    frames = np.linspace(start, start + span - 1, T, dtype=np.float64).astype(np.float32)
+    return np.clip(frames, 0, num_frames - 1).astype(np.int64)
+
+
+def _edges(num_frames: int, T: int) -> np.ndarray:
+    """The T + 1 edges of TAdaConv's segments: float32, as published."""
+    return np.linspace(0, num_frames, T + 1, dtype=np.float32)
+
+
+def _nearest_frames(positions: np.ndarray, num_frames: int) -> np.ndarray:
+    return np.round(np.clip(positions, 0, num_frames - 1)).astype(np.int64)
