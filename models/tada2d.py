@@ -168,7 +168,7 @@ _FROM_RESNET: tuple[Rule, ...] = (
 )
 
 # The authors' names -> ours
-_FROM_PUBLISHED: tuple[Rule, ...] = (
+FROM_PUBLISHED: tuple[Rule, ...] = (
     (r"^backbone\.conv1\.a\.", "stem."),
     (r"^backbone\.conv1\.a_bn\.", "stem_norm."),
     (r"^backbone\.conv(\d)\.res_(\d+)\.", lambda match: f"stages.{int(match[1]) - 2}.{int(match[2]) - 1}."),
@@ -191,5 +191,5 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("conv_branch.b_rf.g.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, _FROM_PUBLISHED) for key in state_dict}
+    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
     return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}

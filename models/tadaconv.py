@@ -290,9 +290,7 @@ class _ScaledDepthwise(torch.autograd.Function):
     """`scale * F.conv2d(x, weight)` for one filter a channel, computed again in backward instead of saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, weight: Tensor, padding: Sequence[int], groups: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> Tensor:
         ctx.save_for_backward(x, scale, weight)
         ctx.padding, ctx.groups = padding, groups
         return scale * F.conv2d(x, weight, None, 1, padding, 1, groups)

@@ -131,9 +131,7 @@ class TAdaConvNeXtV2(nn.Module):
         )
         rates = iter(linear_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
-            nn.ModuleList(
-                TAdaConvNeXtBlock(width, head_width=head_width, drop_path=next(rates)) for _ in range(depth)
-            )
+            nn.ModuleList(TAdaConvNeXtBlock(width, head_width=head_width, drop_path=next(rates)) for _ in range(depth))
             for width, depth in zip(widths, depths, strict=True)
         )
         self.norm = nn.LayerNorm(widths[-1], eps=EPS)
@@ -213,7 +211,7 @@ def build(config: Config, options: Options) -> TAdaConvNeXtV2:
 
 
 # The names of ConvNeXt's authors, which those of TAdaConv keep -> ours
-_FROM_PUBLISHED: tuple[Rule, ...] = (
+FROM_PUBLISHED: tuple[Rule, ...] = (
     (r"^backbone\.", ""),
     (r"^downsample_layers\.0\.0\.", "stem."),
     (r"^downsample_layers\.0\.1\.", "stem_norm."),
@@ -231,7 +229,7 @@ _FROM_PUBLISHED: tuple[Rule, ...] = (
 
 def _from_convnext(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ConvNeXt's weights; the stem reads the middle one of its three frames."""
-    ours = {renamed(key, _FROM_PUBLISHED): value for key, value in values.items()}
+    ours = {renamed(key, FROM_PUBLISHED): value for key, value in values.items()}
     middle = ours["stem.weight"].unsqueeze(2)  # (C, 3, 1, 4, 4)
     return {**ours, "stem.weight": F.pad(middle, (0, 0, 0, 0, 1, 1))}
 
@@ -244,5 +242,5 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("dwconv_rf.qkv_proj.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, _FROM_PUBLISHED) for key in state_dict}
+    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
     return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}

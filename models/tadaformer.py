@@ -217,7 +217,9 @@ def build(config: Config, options: Options) -> TAdaFormer:
         raise ConfigError(f"network.options.drop_path: must lie in [0, 1), not {options.drop_path:g}")
     tower = build_tower(config)
     if not isinstance(tower, OpenClipTower):
-        raise ConfigError(f"network.arch: tadaformer needs a vision transformer of open_clip, which {tower.name} is not")
+        raise ConfigError(
+            f"network.arch: tadaformer needs a vision transformer of open_clip, which {tower.name} is not"
+        )
     if tower.width % (4 * HEAD_WIDTH):
         raise ConfigError(
             f"network.arch: the route functions of tadaformer need a width that is a multiple of {4 * HEAD_WIDTH}, "
@@ -234,7 +236,7 @@ def build(config: Config, options: Options) -> TAdaFormer:
 
 
 # The authors' names -> ours
-_FROM_PUBLISHED: tuple[Rule, ...] = (
+FROM_PUBLISHED: tuple[Rule, ...] = (
     (r"^backbone\.conv1\.", "stem."),
     (r"^backbone\.(class_embedding|positional_embedding|ln_pre|ln_post)\b", r"tower.visual.\1"),
     (r"^backbone\.layers\.(\d+)\.tada\.", r"tada.\1.first."),
@@ -259,6 +261,5 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("tadaconv.rf_func.qkv_proj.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, _FROM_PUBLISHED) for key in state_dict}
+    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
     return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}
-

@@ -125,9 +125,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.norm3 = nn.Conv2d(width, out_width, 1), nn.BatchNorm2d(out_width)
         self.shortcut = None
         if has_shortcut:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_width, out_width, 1, stride=stride), nn.BatchNorm2d(out_width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_width, out_width, 1, stride=stride), nn.BatchNorm2d(out_width))
         self.excitation = SegmentExcitation(width) if temporal else None
         self.shift = SegmentShift(width) if temporal else None
 
@@ -180,9 +178,7 @@ class TDN(nn.Module):
     frames_per_segment = FRAMES
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(
-        self, *, num_classes: int, segments: int, depths: tuple[int, ...] = DEPTHS[50], dropout: float = 0.0
-    ):
+    def __init__(self, *, num_classes: int, segments: int, depths: tuple[int, ...] = DEPTHS[50], dropout: float = 0.0):
         super().__init__()
         self.origin = Origin(f"ResNet-{3 * sum(depths) + 2}", "random weights")
         self.segments = segments
@@ -289,7 +285,7 @@ def _from_resnet(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # The authors' names -> ours
-_FROM_PUBLISHED: tuple[Rule, ...] = (
+FROM_PUBLISHED: tuple[Rule, ...] = (
     (r"^base_model\.", ""),
     (r"^(new_fc|fc)\.", "head."),
     (r"^conv1_5\.0\.", "difference_stem."),
@@ -321,4 +317,4 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     if "base_model.conv1_5.0.weight" not in state_dict:
         return None
     used = {key: value for key, value in state_dict.items() if not key.startswith(_UNUSED)}
-    return {renamed(key, _FROM_PUBLISHED): value for key, value in used.items()}
+    return {renamed(key, FROM_PUBLISHED): value for key, value in used.items()}

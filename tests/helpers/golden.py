@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.sampling import ClipSampling, val_indices
 from datasets.sampling import test_indices as clip_indices
-from datasets.sampling import val_indices
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADDED = os.environ.get("GOLDEN_DIR")
-FOLDERS = [GOLDEN / "td4v", GOLDEN / "aim", *([Path(ADDED)] if ADDED is not None else [])]
+FOLDERS = [GOLDEN / "td4v", GOLDEN / "aim", GOLDEN / "tadn", *([Path(ADDED)] if ADDED is not None else [])]
 CASES = [path for folder in FOLDERS for path in sorted(folder.glob("*.json"))]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of the reference's root mean square
 
@@ -52,6 +52,18 @@ def check_sampling(cases: list[dict]) -> None:
     for case in cases:
         style = case["style"].split("-")[0]
         length, frames, dense = case["num_frames"], case["T"], case["dense"]
+        if style.startswith(("tdn", "tada")):
+            sampling = ClipSampling(
+                num_segments=frames,
+                style=style,
+                frames_per_segment=5 if style == "tdn" else 1,
+                interval=case.get("interval", 8),
+            )
+            indices = sampling.test(length, case["clips"], fps=case.get("fps")).reshape(-1)
+            if case["split"] == "val":
+                assert sampling.val(length, fps=case.get("fps")).tolist() == indices.tolist()
+            assert (indices + 1).tolist() == case["indices"], case
+            continue
         if case["split"] == "val":
             indices = val_indices(length, frames, style, dense)
         else:

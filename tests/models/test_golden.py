@@ -26,6 +26,7 @@ from models.aim import AIM, Adapter
 from models.parameters import freeze_all_but_trainable
 from models.td4v_side import TD4VSide
 from tests.helpers.golden import ADDED, CASES, FOLDERS, TOLERANCE, check_sampling, fill_file, load_fill, tensor
+from tests.helpers.golden_family import FamilyCase, family_case
 
 
 def test_every_folder_has_vectors() -> None:
@@ -51,6 +52,9 @@ def test_golden(path: Path) -> None:
     if isinstance(case, list):
         check_sampling(case)
         return
+    if (family := family_case(case)) is not None:
+        check_family(case, load_fill(fill_file(path.parent)), family)
+        return
     checks = {
         "adapter.py:TD4V": check_td4v,
         "AttnCBlock": check_side_block,
@@ -62,6 +66,24 @@ def test_golden(path: Path) -> None:
     run = next((run for name, run in checks.items() if name in case["official_source"]), None)
     assert run is not None, f"{path.name}: no test for {case['official_source']}"
     run(case, load_fill(fill_file(path.parent)))
+
+
+def check_family(case: dict, fill: ModuleType, family: FamilyCase) -> None:
+    values = family.rename({key: torch.from_numpy(np.asarray(value)) for key, value in fill.state_dict(case).items()})
+    missing, unexpected = family.module.load_state_dict(values, strict=False)
+    partial = ("TDN_Net (up to", ":TAdaFormerBlock")  # a part of a network is run, the rest keeps its weights
+    assert not unexpected and (not missing or any(name in case["official_source"] for name in partial)), missing
+    family.module.to(getattr(torch, case["dtype"])).train(case["mode"] == "train").requires_grad_(True)
+    inputs = {key: tensor(value, case).requires_grad_() for key, value in fill.inputs_of(case).items()}
+    output = family.run(*inputs.values())
+    used = [key for key in case["state_dict"] if key not in case["params_without_grad"]]
+    check(case, fill, family.module, output, inputs["input"], names=dict(zip(used, values, strict=True)))
+    for name, value in (("output", output.detach()), ("grad", inputs["input"].grad)):
+        expected = np.array(case[f"{name}_samples_b"])
+        flat = value.contiguous().view(-1).numpy()
+        found = flat[(np.arange(len(expected)) * 1000003 + 12345) % flat.size]
+        assert np.abs(found - expected).max() / rms(expected) < TOLERANCE[case["dtype"]], name
+    check_extra_gradients(case, fill, inputs)
 
 
 def check_td4v(case: dict, fill: ModuleType) -> None:
@@ -85,10 +107,7 @@ def check_side_block(case: dict, fill: ModuleType) -> None:
     seen = token if token is None else token[0].unflatten(0, (-1, arguments["T"]))  # (1, B*T, D) -> (B, T, D)
     y = to_tokens(block(to_volume(inputs["input"], arguments["T"]), seen))
     check(case, fill, block, y, inputs["input"])
-    for key, reference in case["extra_grads"].items():
-        expected = np.array(reference["samples"])
-        found = fill.samples(inputs[key].grad, len(expected))
-        assert np.abs(found - expected).max() / rms(expected) < TOLERANCE[case["dtype"]], key
+    check_extra_gradients(case, fill, inputs)
 
 
 def check_tower(case: dict, fill: ModuleType) -> None:
@@ -182,8 +201,19 @@ def load(module: nn.Module, case: dict, fill: ModuleType) -> None:
     module.to(getattr(torch, case["dtype"])).train(case["mode"] == "train")
 
 
-def check(case: dict, fill: ModuleType, module: nn.Module, output: Tensor, inputs: Tensor | None) -> None:
-    """Output, input gradient, parameter gradients and buffers against the case."""
+def check(
+    case: dict,
+    fill: ModuleType,
+    module: nn.Module,
+    output: Tensor,
+    inputs: Tensor | None,
+    names: dict[str, str] | None = None,
+) -> None:
+    """Output, input gradient, parameter gradients and buffers against the case.
+
+    Args:
+        names: their key -> ours; by default what the loader makes of them.
+    """
     tolerance = TOLERANCE[case["dtype"]]
     output.pow(2).mean().backward()
     gradient = None if inputs is None else inputs.grad
@@ -191,7 +221,7 @@ def check(case: dict, fill: ModuleType, module: nn.Module, output: Tensor, input
     assert set(errors) == ({"output"} if gradient is None else {"output", "grad"})
     assert max(errors.values()) < tolerance, errors
     parameters = dict(module.named_parameters())
-    names = official_names(case)
+    names = names or official_names(case)
     largest = max(case["param_grad_l2"].values(), default=0.0)
     compared = 0
     for key, norm in case["param_grad_l2"].items():
@@ -205,6 +235,14 @@ def check(case: dict, fill: ModuleType, module: nn.Module, output: Tensor, input
     for key, norm in case["buffers_after_l2"].items():
         found = buffers[names[key]].double().norm().item()
         assert abs(found - norm) <= tolerance * max(norm, 1e-3), (key, found, norm)
+
+
+def check_extra_gradients(case: dict, fill: ModuleType, inputs: dict[str, Tensor]) -> None:
+    """The gradients of inputs besides the first."""
+    for key, reference in case["extra_grads"].items():
+        expected = np.array(reference["samples"])
+        found = fill.samples(inputs[key].grad, len(expected))
+        assert np.abs(found - expected).max() / rms(expected) < TOLERANCE[case["dtype"]], key
 
 
 def official_names(case: dict) -> dict[str, str]:
