@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -127,7 +128,7 @@ class TAdaConvNeXtV2(nn.Module):
         self.stem_norm = nn.LayerNorm(widths[0], eps=EPS)
         self.reduce = nn.ModuleList(
             nn.ModuleDict({"norm": nn.LayerNorm(before, eps=EPS), "conv": nn.Conv2d(before, after, 2, stride=2)})
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in itertools.pairwise(widths)
         )
         rates = iter(linear_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
