@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from common.weights_file import WeightsFileError, named_tensors, read, without_wrappers
 from configs.schema import ConfigError
 from models.renaming import Rule, renamed
 
@@ -56,7 +57,7 @@ def imagenet_weights(source: str | None, name: str) -> tuple[dict[str, Tensor], 
     """
     source = source or DEFAULT_TAG
     looks_like_file = "/" in source or Path(source).suffix in (".pt", ".pth", ".bin", ".safetensors")
-    values = read_weights_file(Path(source)) if looks_like_file else _download(source, name)
+    values = _read(Path(source)) if looks_like_file else _download(source, name)
     values = _canonical(values)
     with torch.device("meta"):
         network = torchvision.models.get_model(name, weights=None)
@@ -78,6 +79,17 @@ def _canonical(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = {renamed(key, _CONVNEXT): value for key, value in values.items()}
     values = {key: value for key, value in values.items() if not key.startswith(_CLASSIFIERS)}
     return {key: value.flatten() if key.endswith(".gamma") else value for key, value in values.items()}
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(f"network.weights: no file {path}")
+    try:
+        return without_wrappers(named_tensors(path, read(path).content))
+    except WeightsFileError as error:
+        raise ConfigError(f"network.weights: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"network.weights: {path}: cannot be read ({error.strerror})") from None
 
 
 def _download(tag: str, name: str) -> Mapping[str, Tensor]:

@@ -49,7 +49,7 @@ from torch import nn
 
 from clip.text_head import TextHead, build_text_head
 from configs.schema import Config, ConfigError, fill_options, nearest
-from models import aim, full_finetune, linear_probe, tada2d, tadaconvnextv2, tadaformer, td4v_finetune, td4v_side, tdn
+from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
 from models.parameters import freeze_all_but_trainable
 
 logger = logging.getLogger("td4v")
@@ -60,10 +60,6 @@ MODELS: dict[str, ModuleType] = {
     "full_finetune": full_finetune,
     "linear_probe": linear_probe,
     "aim": aim,
-    "tdn": tdn,
-    "tada2d": tada2d,
-    "tadaformer": tadaformer,
-    "tadaconvnextv2": tadaconvnextv2,
 }
 
 

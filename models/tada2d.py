@@ -153,7 +153,7 @@ def build(config: Config, options: Options) -> TAda2D:
     model = TAda2D(num_classes=config.data.num_classes, dropout=config.network.drop_fc)
     if config.network.init:
         values, source = imagenet_weights(config.network.weights, "resnet50")
-        load_backbone(model, {renamed(key, _FROM_RESNET): value for key, value in values.items()}, source)
+        load_backbone(model, from_resnet(values), source)
     return model
 
 
@@ -166,6 +166,12 @@ _FROM_RESNET: tuple[Rule, ...] = (
     (r"\.bn([123])\.", lambda match: f".norm_{'abc'[int(match[1]) - 1]}."),
     (r"\.downsample\.", ".shortcut."),
 )
+
+
+def from_resnet(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of torchvision's ResNet under our names."""
+    return {renamed(key, _FROM_RESNET): value for key, value in values.items()}
+
 
 # The authors' names -> ours
 FROM_PUBLISHED: tuple[Rule, ...] = (

@@ -207,7 +207,7 @@ def build(config: Config, options: Options) -> TAdaConvNeXtV2:
     )
     if config.network.init:
         values, source = imagenet_weights(config.network.weights, f"convnext_{options.size}")
-        load_backbone(model, _from_convnext(values), source)
+        load_backbone(model, from_convnext(values), source)
     return model
 
 
@@ -228,7 +228,7 @@ FROM_PUBLISHED: tuple[Rule, ...] = (
 )
 
 
-def _from_convnext(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_convnext(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ConvNeXt's weights; the stem reads the middle one of its three frames."""
     ours = {renamed(key, FROM_PUBLISHED): value for key, value in values.items()}
     middle = ours["stem.weight"].unsqueeze(2)  # (C, 3, 1, 4, 4)

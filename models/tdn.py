@@ -262,7 +262,7 @@ def build(config: Config, options: Options) -> TDN:
     )
     if config.network.init:
         values, source = imagenet_weights(config.network.weights, f"resnet{options.depth}")
-        load_backbone(model, _from_resnet(values), source)
+        load_backbone(model, from_resnet(values), source)
     return model
 
 
@@ -276,7 +276,7 @@ _FROM_RESNET: tuple[Rule, ...] = (
 )
 
 
-def _from_resnet(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_resnet(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ResNet's weights; the difference branch starts from its stem and from its first stage."""
     ours = {renamed(key, _FROM_RESNET): value for key, value in values.items()}
     first = {key.replace("stages.0.", "difference_stage.", 1): value for key, value in ours.items()}

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import timm
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
 
 from clip.towers.openclip_vit import build_openclip_tower
+from configs.schema import ConfigError
 from models import tada2d, tadaconvnextv2, tadaformer, tdn
+from models.imagenet import imagenet_weights, load_backbone
 from models.parameters import freeze_all_but_trainable, parameter_groups
-from tests.helpers.golden import GOLDEN
+from models.tadaconv import average_over_time, drop_clips
+from tests.helpers.golden import GOLDEN, load_fill
 
 FAMILY = GOLDEN / "tadn"
 CONV1_TEMP = 9_472  # of the authors' TDN: parameters that nothing uses
@@ -157,3 +163,109 @@ def test_published_names_and_shapes_are_all_ours(name: str) -> None:
         values = {key.removeprefix("module."): torch.empty(shape) for key, shape in shapes.items()}
     ours = {key: value.shape for key, value in from_published(values).items()}
     assert ours == {key: value.shape for key, value in model.state_dict().items()}
+
+
+def digest(value: Tensor) -> list:
+    """As the tables have it: norm, first values, and a sum in which each position has another weight."""
+    flat = value.double().flatten()
+    return [flat.norm().item(), *flat[:3].tolist(), (flat * torch.arange(1, len(flat) + 1)).sum().item()]
+
+
+IMAGENET: dict[str, tuple[Callable[[], nn.Module], Callable, Callable, str]] = {
+    "tdn_r50": (lambda: tdn.TDN(num_classes=5, segments=8), tdn.from_resnet, tdn.from_published, "base_model."),
+    "tada2d_r50": (lambda: tada2d.TAda2D(num_classes=5), tada2d.from_resnet, tada2d.from_published, ""),
+    "tadaconvnextv2_tiny": (
+        lambda: tadaconvnextv2.TAdaConvNeXtV2(num_classes=5, **tadaconvnextv2.SIZES["tiny"]._asdict()),
+        tadaconvnextv2.from_convnext,
+        tadaconvnextv2.from_published,
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_weights_become_what_the_authors_code_makes_of_them(name: str, tmp_path: Path) -> None:
+    make, from_image_network, from_published, prefix = IMAGENET[name]
+    table = json.loads((FAMILY / f"keys/convert_imagenet_to_{name}.json").read_text())
+    fill = load_fill(GOLDEN / "fill.py")
+    path = tmp_path / "imagenet.pth"
+    torch.save(
+        {"model": {key: torch.from_numpy(fill._normal(key, shape)) for key, shape in table["source"].items()}}, path
+    )
+    arch = "convnext_tiny" if "convnext" in name else "resnet50"
+    values, source = imagenet_weights(str(path), arch)
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    load_backbone(model, from_image_network(values), source)
+    assert model.origin.weights == str(path)
+    keys = [key for key in (*table["target"], *table["target_not_from_source"]) if not key.startswith("conv1_temp.")]
+    ours = dict(zip(keys, from_published({f"{prefix}{key}": torch.empty(1) for key in keys}), strict=True))
+    loaded = model.state_dict()
+    for key, target in table["target"].items():
+        if key in ours:
+            norm, first, total = target["digest"]
+            assert digest(loaded[ours[key]]) == pytest.approx([norm, *first, total], rel=1e-6, abs=1e-4), key
+    for key in table["target_not_from_source"]:
+        if key in ours:
+            assert torch.equal(loaded[ours[key]], before[ours[key]]), key
+
+
+def test_files_of_another_network_are_refused(tmp_path: Path) -> None:
+    network = torchvision.models.resnet101()
+    path = tmp_path / "resnet101.pth"
+    torch.save(network.state_dict(), path)
+    with pytest.raises(
+        ConfigError, match=r"^network.weights: .*101.pth does not hold the weights of resnet50: has layer3.6."
+    ):
+        imagenet_weights(str(path), "resnet50")
+    with pytest.raises(ConfigError, match="has no layer3.6.conv1.weight"):
+        imagenet_weights(str(save(tmp_path / "r50.pth", torchvision.models.resnet50())), "resnet101")
+    with pytest.raises(
+        ConfigError, match="'nothing' is neither a file nor a tag of resnet50; its tags are IMAGENET1K_V1"
+    ):
+        imagenet_weights("nothing", "resnet50")
+    with pytest.raises(ConfigError, match="network.weights: no file there/is/none.pth"):
+        imagenet_weights("there/is/none.pth", "resnet50")
+
+
+def save(path: Path, network: nn.Module) -> Path:
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_convnext_files_of_both_libraries_are_the_same_network(library: str, tmp_path: Path) -> None:
+    make = torchvision.models.convnext_tiny if library == "torchvision" else lambda: timm.create_model("convnext_tiny")
+    network = make()
+    values, _ = imagenet_weights(str(save(tmp_path / "c.pth", network)), "convnext_tiny")
+    model = tadaconvnextv2.TAdaConvNeXtV2(num_classes=5, **tadaconvnextv2.SIZES["tiny"]._asdict())
+    load_backbone(model, tadaconvnextv2.from_convnext(values), "c.pth")
+    own = dict(network.named_parameters())
+    first = "features.1.0.block.0.weight" if library == "torchvision" else "stages.0.blocks.0.conv_dw.weight"
+    assert torch.equal(model.stages[0][0].conv.weight, own[first])
+
+
+def test_tada2d_starts_as_the_image_network() -> None:
+    """Factors are 1 and averages over time count nothing, so the order of the frames does not matter."""
+    model = tada2d.TAda2D(num_classes=5, depths=(1, 1, 1, 1)).eval().double()
+    video = torch.randn(1, 4, 3, 32, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(video), model(video.flip(1)), rtol=1e-9, atol=1e-12)
+        for block in model.blocks():
+            nn.init.ones_(block.norm_average.weight)
+        assert (model(video) - model(video[:, [0, 2, 1, 3]])).abs().max() > 1e-7
+
+
+def test_a_clip_drops_a_branch_in_all_of_its_frames() -> None:
+    torch.manual_seed(0)
+    dropped = drop_clips(torch.ones(8 * 4, 2, 3), 0.5, frames=4, training=True).unflatten(0, (8, 4))
+    assert {value.item() for value in dropped.flatten(1).unique()} == {0.0, 2.0}
+    assert all(len(clip.unique()) == 1 for clip in dropped)
+    assert drop_clips(torch.ones(4, 2), 0.5, frames=4, training=False).eq(1).all()
+
+
+def test_an_average_needs_three_frames() -> None:
+    x = torch.arange(3.0).view(1, 1, 3, 1, 1)
+    assert average_over_time(x).flatten().tolist() == pytest.approx([1 / 3, 1, 1])
+    with pytest.raises(ValueError, match="at least 3 frames, not 2"):
+        average_over_time(x[:, :, :2])
