@@ -305,7 +305,7 @@ class VideoLoader(DataLoader):
         indices = [key[1] if isinstance(key, tuple) else key for key in next(iter(self.batch_sampler.awaited), [])]
         reading = set(self.in_work[:, INDEX].tolist())
         names = self._names([index for index in indices if index in reading] or indices)
-        logger.warning("waiting for %.0f s for %s: the disk may not answer", seconds, names or "the loader")
+        logger.warning("waiting for %g s for %s: the disk may not answer", seconds, names or "the loader")
 
     def _names(self, indices: Sequence[int]) -> str:
         names = [getattr(self.dataset, "location", str)(index) for index in indices[:NAMED]]

@@ -433,11 +433,11 @@ class Trainer:
         meter.skipped_batches += left_out
         monitor.skipped_batches += left_out
         if self.process.is_main:
+            position = f"epoch {progress.epoch}, step {progress.step_in_epoch + 1} of {self.steps}"
             logger.warning(
-                "epoch %d, step %d of %d: %d of %d batches left out, because fewer than %s of a process could be read "
-                "(%d batches in all)",
-                *(progress.epoch, progress.step_in_epoch + 1, self.steps, left_out, len(batches)),
-                *(f"{self.least_clips} clips", monitor.skipped_batches),
+                "%s: %s left out, of which a process could not read %s (%d left out so far)",
+                *(position, plural(left_out, "batch", "batches")),
+                *(plural(self.least_clips, "clip"), monitor.skipped_batches),
             )
 
     def _report_skipped(self, row: dict[str, Any]) -> None:
@@ -450,7 +450,9 @@ class Trainer:
             raise DataError(
                 f"epoch {row['epoch']}: no batch could be trained on, because {share} could not be read; the log says why"
             )
-        logger.warning("epoch %d: %s skipped, %d of %d batches left out", *(row["epoch"], share, batches, self.batches))
+        logger.warning(
+            "epoch %d: %s could not be read, %d of %d batches left out", *(row["epoch"], share, batches, self.batches)
+        )
 
     def _stop_if_requested(self, signal: int) -> None:
         if signal:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc  # noqa: F401, pytest would import it where no file can be opened
 from collections import namedtuple
@@ -17,9 +18,10 @@ import torch
 from torch.utils.data import Dataset
 
 from datasets import loader as module
-from datasets.loader import MAIN_SIGNALS, SharedBuffers, Slot, VideoLoader
+from datasets.loader import INDEX, MAIN_SIGNALS, SharedBuffers, Slot, VideoLoader
 from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.video_dataset import BadVideo, collate
+from engine.signals import StopSignals, WaitInterrupted
 
 
 class Numbers(Dataset):
@@ -50,11 +52,11 @@ class Collecting(Numbers):
         return super().__getitem__(key)
 
 
-def make(workers, dataset=None, batch_size=4, sampler=None):
+def make(workers, dataset=None, batch_size=4, sampler=None, **options):
     dataset = dataset or Numbers()
     sampler = sampler or ShuffledSampler(len(dataset), batch_size, seed=1)
     size = 2 * 3 * 4 * 4 * 3 * dataset.dtype.itemsize
-    return VideoLoader(dataset, sampler, batch_size, size, collate, workers)
+    return VideoLoader(dataset, sampler, batch_size, size, collate, workers, **options)
 
 
 def same(one, other):
@@ -165,17 +167,52 @@ class Fatal(Numbers):
         self.kill = kill
 
     def __getitem__(self, key):
+        self.in_work[INDEX] = key[1]
         if key[1] == 9:
             if self.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ZeroDivisionError("of ours")
         return super().__getitem__(key)
 
+    def location(self, index):
+        return f"video {index} (list, line {index + 1})"
 
-def test_a_worker_that_is_killed_is_one_sentence():
-    with pytest.raises(OSError, match=r"worker of the loader was killed; .* lower data\.workers") as caught:
-        list(make(1, Fatal(kill=True)))
+
+def test_a_worker_that_is_killed_is_one_sentence_with_its_video():
+    sentence = r"killed while it read video 9 \(list, line 10\); .* lower data\.workers"
+    with pytest.raises(OSError, match=sentence) as caught:
+        list(make(2, Fatal(kill=True)))
     assert "\n" not in str(caught.value)
+
+
+class Blocked(Numbers):
+    """Video 9 is a pipe that nobody writes to, as on a disk that does not answer."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.pipe = pipe
+
+    def __getitem__(self, key):
+        self.in_work[INDEX] = key[1]
+        if key[1] == 9:
+            self.pipe.read_bytes()
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_wait_names_its_video_and_ends_at_a_signal(workers, tmp_path, caplog):
+    os.mkfifo(tmp_path / "pipe")
+    loader = make(workers, Blocked(tmp_path / "pipe"), sampler=StridedSampler(20), notice_s=0.1)
+    with StopSignals() as signals:
+        batches = signals.interruptible(loader)
+        assert [next(batches)["index"][0].item() for _ in range(2)] == [0, 4]
+        threading.Timer(0.25, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        with caplog.at_level("WARNING", "td4v"), pytest.raises(WaitInterrupted):
+            next(batches)
+    with open(tmp_path / "pipe", "wb"):  # the disk answers, and the reader can end
+        pass
+    notices = [record.getMessage() for record in caplog.records]
+    assert notices[:2] == [f"waiting for {seconds} s for 9: the disk may not answer" for seconds in ("0.1", "0.2")]
 
 
 def test_an_error_of_ours_in_a_worker_stays_what_it_is():

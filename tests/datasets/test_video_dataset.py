@@ -1,10 +1,12 @@
 """From list to batch: what a batch holds, that nothing but (seed, epoch, index) matters, and what broken videos do."""
 
+import errno
 import logging
 import os
 import random
 import resource
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from configs.schema import CLIP_MEAN, CLIP_STD, ConfigError, DataConfig
 from datasets.annotation import AnnotationError, VideoRecord
 from datasets.build import class_names, listed_loader, log_doubts, read_sources, train_loader, val_loader
 from datasets.build import test_loader as loader_of_test
+from datasets.decoders import DecoderMissing
 from datasets.packed_frames import pack
 from datasets.readers import Clip, DecodedFrames
 from datasets.registry import dataset_traits
@@ -249,6 +252,46 @@ def test_broken_videos_are_skipped_and_listed(data):
     )
     trained = batches(replace(data, batch_size=7, num_sample=2))
     assert trained[0]["video"].shape[0] == 10 and len(trained[0]["skipped"]) == 2
+
+
+class Failing:
+    """A reader whose videos raise."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def open(self, path, declared_frames):
+        raise self.error
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "needs more memory than there is to be decoded"),
+        (RecursionError("maximum depth"), "cannot be read (RecursionError: maximum depth)"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read (OSError: [Errno 5] Input/output error)"),
+        (ValueError("all input arrays must have\nthe same shape"), "(ValueError: all input arrays must have)"),
+        (zlib.error(), "cannot be read (error)"),
+        (Image.DecompressionBombError("too large"), "cannot be read (DecompressionBombError: too large)"),
+        (ZeroDivisionError("division by zero"), "cannot be read (ZeroDivisionError: division by zero)"),
+    ],
+)
+def test_whatever_a_video_raises_is_one_sentence_with_its_name(data, error, reason, on_error):
+    dataset = val_loader(replace(data, on_error=on_error)).dataset
+    dataset.source = replace(dataset.source, reader=Failing(error))
+    item = dataset[2]
+    assert item == BadVideo(item.message, 2, skip=on_error == "skip")
+    assert item.message.startswith(f"{data.val_root}/video 2: ") and reason in item.message
+    assert item.message.endswith(f"({data.val_list}, line 3)") and "\n" not in item.message
+
+
+@pytest.mark.parametrize("error", [TypeError("no"), KeyError("no"), AssertionError("no"), DecoderMissing("no")])
+def test_mistakes_in_code_or_setup_are_no_fault_of_the_video(data, error):
+    dataset = val_loader(replace(data, on_error="skip")).dataset
+    dataset.source = replace(dataset.source, reader=Failing(error))
+    with pytest.raises(type(error), match="no"):
+        dataset[2]
 
 
 def test_too_many_open_files_are_no_fault_of_the_video(data):

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from engine import signals as stop
-from engine.signals import Stopped, StopSignals
+from engine.signals import Stopped, StopSignals, WaitInterrupted
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -66,3 +67,48 @@ def test_the_shell_around_main_exits_with_the_status() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 75 and "stopped by SIGTERM after step 3, saved" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_request_ends_a_wait_and_the_next_one() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield 2
+
+    with StopSignals() as signals:
+        waited = signals.interruptible(items())
+        assert next(waited) == 1
+        with pytest.raises(WaitInterrupted):
+            next(waited)
+        with pytest.raises(WaitInterrupted):
+            next(signals.interruptible([3]))
+        os.kill(os.getpid(), signal.SIGTERM)  # is noted where nothing is waited for
+    assert list(StopSignals().interruptible([1, 2])) == [1, 2]
+
+
+LAUNCHER = """
+import subprocess, sys, time
+deaf = '''
+import signal, time
+from engine.signals import end_after_launcher
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+end_after_launcher(grace=0.2)
+print("up", flush=True)
+time.sleep(100)
+'''
+print(subprocess.Popen([sys.executable, "-c", deaf]).pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_no_process_outlives_its_launcher_by_more_than_its_grace() -> None:
+    command, root = [sys.executable, "-c", LAUNCHER], Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        deaf = int(launcher.stdout.readline())
+        assert launcher.stdout.readline() == "up\n"
+        launcher.kill()
+        until = time.monotonic() + 10
+        while os.path.exists(f"/proc/{deaf}"):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert "could not end within 0.2 s (TD4V_GRACE)" in launcher.stdout.read()
