@@ -197,11 +197,13 @@ class FaultHarness:
         """Start a training run; without a folder it finds its own."""
         return self.script(*self.words(folder, *overrides), first=first)
 
-    def ranks(self, world_size: int, folder: Path, *overrides: str) -> list[ChildProcess]:
+    def ranks(
+        self, world_size: int, folder: Path, *overrides: str, first: dict[str, dict[str, Any]] | None = None
+    ) -> list[ChildProcess]:
         """Start one training run of several processes, without a launcher."""
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         words = self.words(folder, *overrides)
-        return [self.script(*words, RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(world_size)]
+        return [self.script(*words, first=first, RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(world_size)]
 
     def words(self, folder: Path | None, *overrides: str) -> list[str]:
         """The command of a training run."""

@@ -7,6 +7,7 @@ here that the request names: to die at an operation on a file, find no space, or
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import math
@@ -101,6 +102,13 @@ def patience(seconds: float) -> None:
     from engine import resume
 
     resume.PATIENCE_S = seconds
+
+
+def notice(seconds: float) -> None:
+    """Videos that are waited for are named after that time."""
+    from datasets import build
+
+    build.VideoLoader = functools.partial(build.VideoLoader, notice_s=seconds)
 
 
 def _child(request: dict[str, Any]) -> None:
