@@ -203,7 +203,9 @@ class FaultHarness:
         """Start one training run of several processes, without a launcher."""
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
         words = self.words(folder, *overrides)
-        return [self.script(*words, first=first, RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(world_size)]
+        return [
+            self.script(*words, first=first, RANK=str(r), LOCAL_RANK=str(r), **variables) for r in range(world_size)
+        ]
 
     def words(self, folder: Path | None, *overrides: str) -> list[str]:
         """The command of a training run."""
