@@ -47,11 +47,11 @@ def model(
         ConfigError, TowerError, CheckpointError, WeightsError: one sentence that says what does not fit.
     """
     _import_packages()
-    from configs.schema import load_config, override_keys
+    from configs.schema import fill_from_checkpoint, load_config, override_keys
     from engine import checkpoint_file
     from models.function import check_function
     from models.loading import load_weights
-    from models.registry import build_model
+    from models.registry import build_model, with_pixel_statistics
 
     checkpoint = checkpoint_file.load_weights_file(weights) if weights is not None else None
     if config is None:
@@ -69,6 +69,8 @@ def model(
     )
     if checkpoint is not None:
         load_weights(built, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
+        pixels = with_pixel_statistics(fill_from_checkpoint(resolved, checkpoint.config), built).data
+        built.mean, built.std = pixels.mean, pixels.std
     return built.eval()
 
 

@@ -152,8 +152,9 @@ def compare(arguments: argparse.Namespace, config: Config, checkpoint: Checkpoin
     """
     if checkpoint is None:
         return class_names(config.data)
-    explicit = override_keys(arguments.set)
-    check_function(checkpoint.config, config, checkpoint.path, explicit=explicit)
+    explicit = [*override_keys(arguments.set), *([] if arguments.dense is None else ["data.dense"])]
+    sampled = dataclasses.replace(config, data=dataclasses.replace(config.data, dense=uses_dense(arguments, config)))
+    check_function(checkpoint.config, sampled, checkpoint.path, explicit=explicit)
     saved, label_list = checkpoint.class_names, config.data.label_list
     is_given = arguments.config is not None or "data.label_list" in explicit
     if saved is not None and not is_given and label_list is not None and not Path(label_list).is_file():

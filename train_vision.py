@@ -46,7 +46,7 @@ from typing import Any
 
 from torch import nn
 
-from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, require_data_paths
+from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys, require_data_paths
 from datasets.build import (
     Sources,
     check_paths,
@@ -96,9 +96,11 @@ def main(arguments: argparse.Namespace) -> None:
     meta["class_names"] = list(class_names(config.data) or ()) or None
     where = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
     plan = plan_run(config, meta, process, writes=trains, **where)
+    if plan.resumes and meta["class_names"] is None:  # data.label_list is not given any more
+        meta["class_names"] = list(plan.checkpoint.class_names or ()) or None
     # A resumed run gets its weights with the rest of its state, unless features are computed with them before.
     restores = plan.resumes and trains and config.network.cache_features == "off"
-    model, config = build_start(config, plan, loads=not restores)
+    model, config = build_start(config, plan, loads=not restores, explicit=override_keys(arguments.set))
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
     loaders = build_loaders(config, model, sources, meta["lists"], process, precision, dry=arguments.dry_run)
@@ -150,11 +152,12 @@ def read_lists(config: Config, process: Process) -> Sources:
     return sources
 
 
-def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, Config]:
+def build_start(config: Config, plan: RunPlan, loads: bool, explicit: list[str]) -> tuple[nn.Module, Config]:
     """The model that the run starts with, and the configuration with what follows from the model.
 
     Args:
         loads: load the weights of the checkpoint, if there is one.
+        explicit: the dotted keys that were named on the command line.
     """
     checkpoint, names = plan.checkpoint, class_names(config.data)
     drops_head = config.pretrain is not None and config.pretrain_head == "drop" and not plan.resumes
@@ -162,7 +165,7 @@ def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, 
     model = build_model(config, pretrained=needs_clip, class_names=None if plan.resumes else names)
     if checkpoint is not None and not plan.resumes:
         keeps_head = config.pretrain is None or not drops_head
-        compare_with_start(config, checkpoint, names if keeps_head else None)
+        compare_with_start(config, checkpoint, names if keeps_head else None, explicit)
     if checkpoint is not None and loads:
         load_weights(
             model,
@@ -177,16 +180,25 @@ def build_start(config: Config, plan: RunPlan, loads: bool) -> tuple[nn.Module, 
     return model, with_pixel_statistics(fill_from_checkpoint(config, saved_config), model)
 
 
-def compare_with_start(config: Config, checkpoint: Checkpoint, names: tuple[str, ...] | None) -> None:
-    """Log what the weights of `pretrain` were trained with and this run has otherwise.
+def compare_with_start(
+    config: Config, checkpoint: Checkpoint, names: tuple[str, ...] | None, explicit: list[str]
+) -> None:
+    """Compare the run with what its first weights were trained with. Training may differ, with a warning.
 
     Args:
         names: of the classes, where the checkpoint's classifier is kept.
+        explicit: the dotted keys that were named on the command line.
+
+    Raises:
+        ConfigError: solver.evaluate would test another function or other classes, as in test_vision.py.
     """
-    check_function(checkpoint.config, config, checkpoint.path, warn_only=True)
+    trains = not config.solver.evaluate
+    check_function(checkpoint.config, config, checkpoint.path, explicit=explicit, warn_only=trains)
     try:
-        check_class_names(checkpoint.class_names, names, checkpoint.path)
+        check_class_names(checkpoint.class_names, names, checkpoint.path, explicit="data.label_list" in explicit)
     except ConfigError as error:
+        if not trains:
+            raise
         logger.warning("%s; pretrain_head: drop starts a new classifier", error)
 
 

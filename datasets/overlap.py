@@ -21,8 +21,9 @@ def warn_of_trained_videos(tested: VideoSource, trained: Sequence[VideoRecord], 
         trained: the rows of the training list. root: the folder that their paths start from. list_file: named in the
             warning.
     """
-    known = {_file(root, record.path) for record in trained}
-    both = [record for record in tested.records if _file(tested.root, record.path) in known]
+    roots = [os.path.realpath(folder) for folder in (root, tested.root)]  # one folder may have two names
+    known = {_file(roots[0], record.path) for record in trained}
+    both = [record for record in tested.records if _file(roots[1], record.path) in known]
     if both:
         logger.warning(
             "%d of the %d videos in %s stand in the training list %s too, such as %s (line %d): the accuracy on them says "
@@ -33,4 +34,4 @@ def warn_of_trained_videos(tested: VideoSource, trained: Sequence[VideoRecord], 
 
 
 def _file(root: str, path: str) -> str:
-    return os.path.normpath(os.path.join(os.path.abspath(root), path))
+    return os.path.normpath(os.path.join(root, path))

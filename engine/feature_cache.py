@@ -11,6 +11,7 @@ Letters: B clips, V views a video (1), F values of a feature.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -206,6 +207,8 @@ class FeatureCache:
             "format": FORMAT,
             "model": network.model_name,
             "options": network.options,
+            "arch": network.arch,  # activation and heads, which the weights' hash does not show
+            "vision": None if network.vision is None else dataclasses.asdict(network.vision),
             "backbone": self.backbone,
             "list": (self.lists.get(f"{split}_list") or {}).get("sha256") or list_file,
             "root": os.path.realpath(root),

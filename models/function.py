@@ -31,6 +31,12 @@ FREE = (
     "network.recompute", "network.cache_features", "solver.", "logging.", "checkpoint.", "resume", "pretrain", "seed",
 )  # fmt: skip
 _OF_SIDE_TUNING = ("network.DA_ratio", "network.sample_mode", "network.pyramid")
+# Settings that follow these where they are null: who names the one means the other too.
+_FOLLOWS = {
+    "network.model": "network.fine_tuning",
+    "data.style": "data.dataset",
+    "data.scale_size": "data.input_size",
+}
 _FOLLOWS_MODEL = ("data.mean", "data.std", "data.seg_length")  # null until the model is built
 
 
@@ -150,7 +156,7 @@ def check_class_names(
 
 
 def _is_named(key: str, explicit: Sequence[str]) -> bool:
-    names = [*explicit, *(["network.model"] if "network.fine_tuning" in explicit else [])]
+    names = [*explicit, *(follower for follower, key in _FOLLOWS.items() if key in explicit)]
     return any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in names)
 
 

@@ -10,6 +10,7 @@ order of the runs nor a common factor of the weights changes the result.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from engine.metrics import Accuracy, ScoreTable
     from engine.results import SavedScores
+
+
+logger = logging.getLogger("td4v")
 
 
 class EnsembleError(ValueError):
@@ -102,6 +106,9 @@ def check_runs(runs: Sequence[Run]) -> None:
     for one, other in itertools.combinations(runs, 2):
         if torch.equal(one.saved.table.score, other.saved.table.score):
             raise EnsembleError(f"{one.path} and {other.path} hold the same scores: one result would count twice")
+    unnamed = [run.path for run in runs if run.saved.names is None]
+    if unnamed and len(unnamed) < len(runs):
+        logger.warning("%s: has no class names, so the order of its classes cannot be compared", unnamed[0])
 
 
 def mean_score(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from common.console import Parser, log_to_console, show
 from common.tables import markdown_table
 from common.text import plural
-from configs.schema import Config, ConfigError, load_config
+from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys
 from scripts.cli import run
 
 if TYPE_CHECKING:
@@ -51,12 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_export(options: argparse.Namespace) -> None:
     """Read, check, write, and print what was read and written."""
     from engine import checkpoint_file  # here, as all that imports torch, so that --help is quick
+    from models.function import check_function
 
     check_target(options.checkpoint, options.out)
     if options.set and options.config is None:
         raise ExportError("--set changes the file given by --config; without it the checkpoint's configuration is used")
     source = checkpoint_file.load(options.checkpoint)
     config = load_config(options.config, options.set) if options.config is not None else None
+    if config is not None:
+        check_function(source.config, config, source.path, explicit=override_keys(options.set))
     exported = checkpoint_file.Checkpoint(options.out, export(source, options.full, config))
     write = checkpoint_file.save if options.out.suffix == ".pt" else checkpoint_file.save_safetensors
     write(options.out, exported.content)
@@ -96,7 +99,7 @@ def export(source: Checkpoint, full: bool, config: Config | None = None) -> dict
     """
     values, backbone, plain_config = source.weights, source.content.get("backbone"), source.config
     if full or config is not None or source.has_backbone:
-        config = config or _config_of(source)
+        config = fill_from_checkpoint(config or _config_of(source), source.config)
         plain_config = config.to_dict()
         values, backbone = refit(source, config, full)
     best = source.content.get("best")

@@ -94,6 +94,18 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
+def test_pixel_statistics_are_those_of_the_training(tmp_path, others):
+    config = load_config(TINY, ["data.mean=[0.5,0.4,0.3]", "data.std=[0.2,0.2,0.2]"])
+    content = {"model_state_dict": build_model(config).state_dict(), "config": config.to_dict()}
+    checkpoint_file.save(tmp_path / checkpoint_file.BEST, content)
+    program = """
+model = torch.hub.load(ROOT, "td4v_side", source="local", weights=".")
+assert (model.mean, model.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+"""
+    done = run(program, tmp_path, others)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", [["train_vision.py"], ["test_vision.py"], ["-m", "datasets.prepare"]], ids=" ".join)
 def test_commands_run_beside_installed_packages_of_the_same_names(command, others):
     for package in others.iterdir():

@@ -6,6 +6,7 @@ bit; for other batches within TOLERANCE.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -407,13 +408,14 @@ def test_what_they_depend_on_and_what_not(config: Config, tmp_path: Path) -> Non
     shorter = tmp_path / "shorter.txt"
     shorter.write_text("\n".join(Path(config.data.train_list).read_text().splitlines()[:-1]) + "\n")
     (tmp_path / "same.txt").write_text(Path(config.data.train_list).read_text())
-    usual = key()
+    usual, vision = key(), dataclasses.asdict(config.network.vision)
     others = [
         key("val"), key(data={"num_segments": 5}), key(data={"train_list": str(shorter)}), key(data={"shot": 2}),
         key(data={"shot": 2}, seed=6), key(data={"train_root": str(tmp_path)}), key(data={"scale_size": 40}),
         key(data={"style": "something"}), key(data={"dense": True}), key(data={"std": [1, 1, 1]}), key(seed=6),
         key(data={"decoder": "decord"}), key(solver={"precision": "bf16"}), key(solver={"tf32": True}),
         key(network={"options": {"feature": "mean_tokens"}}),
+        *(key(network={"vision": vision | change}) for change in ({"heads": 4}, {"quick_gelu": False})),
     ]  # fmt: skip
     assert len({usual, *others}) == len(others) + 1
     assert usual == key(data={"train_list": str(tmp_path / "same.txt"), "batch_size": 2, "workers": 3})

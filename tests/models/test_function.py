@@ -203,3 +203,51 @@ def test_dense_testing_follows_the_training(tiny: Path, tmp_path: Path) -> None:
     status, _ = command("test_vision.py", "--weights", run, "--no-dense")
     assert status == 0 and (run / "model_best_1crops_1clips.json").is_file()
     assert torch.load(run / "model_best.pt", weights_only=True)["config"]["data"]["dense"] is True
+
+
+@pytest.mark.parametrize(
+    ("former", "override", "key"),
+    [
+        ("data.dataset=hmdb51", "data.dataset=ssv2", "data.style"),
+        ("data.input_size=224", "data.input_size=112", "data.scale_size"),
+    ],
+)
+def test_a_named_setting_names_what_follows_it(
+    former: str, override: str, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"data": {"dataset": "hmdb51", "num_classes": 4}}
+    before, now = load_config(values, [former]), load_config(values, [override])
+    check_function(before.to_dict(), now, "a.pt", explicit=[override.partition("=")[0]])
+    assert f"a.pt: its weights were trained with {key}" in caplog.text
+
+
+def test_dense_views_of_a_training_without_are_a_warning(trained: Path, tmp_path: Path) -> None:
+    test = ("test_vision.py", "--weights", trained, "--json", tmp_path / "x.json")
+    status, text = command(*test, "--dense")
+    assert status == 0 and text.count("trained with data.dense False and are used with True") == 1, text
+
+
+def test_evaluating_is_testing(tiny: Path, trained: Path, tmp_path: Path) -> None:
+    """solver.evaluate refuses what test_vision.py refuses, and `--set` forces it."""
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(tiny.read_text().replace("heads: 2", "heads: 4"))
+    chosen = settings((f"pretrain={trained / 'model_best.pt'}", "solver.evaluate=true"))
+    assert "network.vision.heads was 2 and is now 4" in refusal("train_vision.py", "--config", changed, *chosen)
+    status, text = command("train_vision.py", "--config", tiny, *chosen, "--set", "network.vision.heads=4")
+    assert status == 0 and text.count("trained with network.vision.heads 2 and are used with 4") == 1, text
+
+
+def test_a_resumed_run_keeps_its_class_names(tiny: Path, tmp_path: Path) -> None:
+    run = train(tiny, tmp_path / "run", "solver.epochs=1")
+    names = content(run / "last_model.pt")["meta"]["class_names"]
+    train(tiny, run, "solver.epochs=2", "data.label_list=null")
+    assert content(run / "last_model.pt")["meta"]["class_names"] == names and len(names) == 4
+
+
+def test_a_linked_folder_is_the_same_folder(tiny: Path, tiny_data: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked").symlink_to(tiny_data / "frames")
+    both = tmp_path / "both.txt"
+    both.write_text((tiny_data / "val.txt").read_text() + (tiny_data / "train.txt").read_text().splitlines()[0] + "\n")
+    chosen = settings((f"data.test_list={both}", f"data.test_root={tmp_path / 'linked'}"))
+    _, text = command("test_vision.py", "--weights", trained, "--json", tmp_path / "x.json", *chosen)
+    assert "1 of the 12 videos in" in text

@@ -174,3 +174,8 @@ def test_missing_broken_and_pickled_files_are_refused(capsys, caplog) -> None:
     numpy.savez("b.npz", **{**arrays, "meta": numpy.array([Evil()], dtype=object)})
     assert _refusal(capsys, caplog, "b.npz", a).startswith("b.npz: holds pickled objects")
     assert not Path("evil").exists()
+
+
+def test_a_run_without_class_names_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert main([_run("a"), _run("b", names=None)]) == 0
+    assert "b.npz: has no class names, so the order of its classes cannot be compared" in caplog.text

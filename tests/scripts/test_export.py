@@ -243,6 +243,24 @@ def test_a_file_of_the_authors_becomes_one_of_ours(tmp_path: Path, caplog: pytes
     assert full["backbone"]["weights"] == "theirs.pt"
 
 
+def test_another_function_is_not_exported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A configuration that differs is refused, or forced by --set; null pixel statistics are the checkpoint's."""
+    config = load_config(VALUES, ["data.mean=[0.5,0.4,0.3]"])
+    source = written(tmp_path, trained(config)[1])
+    chosen, changed = tmp_path / "tiny.yaml", tmp_path / "changed.yaml"
+    chosen.write_text(yaml.safe_dump(VALUES))
+    changed.write_text(yaml.safe_dump(VALUES | {"network": VALUES["network"] | {"options": {"token_shift": False}}}))
+    assert checkpoint_file.load(exported(source, tmp_path / "a.pt", "--config", chosen)).config["data"]["mean"] == [
+        0.5,
+        0.4,
+        0.3,
+    ]
+    message = refusal(caplog, source, "--out", tmp_path / "b.pt", "--config", changed)
+    assert "network.options.token_shift was True and is now False" in message and not (tmp_path / "b.pt").exists()
+    exported(source, tmp_path / "b.pt", "--config", chosen, "--set", "network.options.token_shift=false")
+    assert "trained with network.options.token_shift True and are used with False" in caplog.text
+
+
 def test_tensors_with_two_names(tmp_path: Path):
     """Safetensors refuses memory that is shared."""
     config = configuration("td4v_finetune")
