@@ -76,8 +76,9 @@ def differences(previous: Mapping[str, Any], config: Config) -> dict[str, tuple[
         ConfigError: it is of another version of this code.
     """
     old, new = function_settings(load_config(previous)), function_settings(config)
-    if old["network.model"] != new["network.model"]:  # the options of two models are no pairs
-        old, new = ({k: v for k, v in each.items() if not k.startswith("network.options.")} for each in (old, new))
+    if old["network.model"] != new["network.model"]:  # what only one of the two models reads has no other value
+        both = {key for key in old.keys() & new.keys() if not key.startswith("network.options.")}
+        old, new = ({key: values[key] for key in both} for values in (old, new))
     pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
     return {
         key: (was, now)

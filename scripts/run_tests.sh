@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # one thread each, or the two slow each other down
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 exec "$PYTHON" -m pytest -m "not slow" -n 2 --dist loadfile "$@"
