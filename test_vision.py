@@ -186,14 +186,15 @@ def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: Any) -> None
         logger.warning("%s: is the list that %s was trained on: the accuracy says nothing about new videos",
                        tested.list_file, checkpoint.path)  # fmt: skip
         return
-    found = describe_list(recorded["path"])
-    if found is None or found["sha256"] != recorded["sha256"]:
-        return  # it is not there, or is another list by now
     try:
         trained = load_config(checkpoint.config).data
     except ConfigError:  # of another version
         return
-    warn_of_training_list(tested, trained, recorded["path"])
+    for list_file, data in ((recorded["path"], trained), (config.data.train_list, config.data)):  # there, or moved
+        found = describe_list(list_file)
+        same = found is not None and found["sha256"] == recorded["sha256"]
+        if same and warn_of_training_list(tested, data, list_file):
+            return
 
 
 def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str, ...] | None) -> nn.Module:

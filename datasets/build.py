@@ -64,17 +64,17 @@ def log_doubts(data: DataConfig, sources: Sources) -> None:
         warn_of_trained_videos(val, train.records, train.root, train.list_file)
 
 
-def warn_of_training_list(tested: VideoSource, trained: DataConfig, list_file: str) -> None:
-    """Warn of tested videos that stand in the training list of a checkpoint.
+def warn_of_training_list(tested: VideoSource, trained: DataConfig, list_file: str) -> int:
+    """Warn of tested videos that stand in the training list of a checkpoint; returns how many do.
 
     Args:
-        trained: the data section of the checkpoint's configuration. list_file: the list that it was trained on.
+        trained: its train_root is where the list's paths start. list_file: the list that the checkpoint was trained on.
     """
     try:
         records = read_list(list_file, trained.modality, trained.num_classes)
     except AnnotationError:  # of rules that were others
-        return
-    warn_of_trained_videos(tested, records, trained.train_root or "", list_file)
+        return 0
+    return warn_of_trained_videos(tested, records, trained.train_root or "", list_file)
 
 
 def train_loader(

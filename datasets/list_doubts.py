@@ -5,6 +5,7 @@ Training says them before it starts, `datasets.check` reports them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 from datasets.annotation import VideoRecord, from_1
@@ -46,8 +47,9 @@ def several_labels(records: Sequence[VideoRecord]) -> str | None:
     first: dict[str, VideoRecord] = {}
     other: dict[str, VideoRecord] = {}
     for record in records:
-        if first.setdefault(record.path, record).label != record.label:
-            other.setdefault(record.path, record)
+        path = os.path.normpath(record.path)  # ./a and a are one video
+        if first.setdefault(path, record).label != record.label:
+            other.setdefault(path, record)
     shown = [f"{path} (lines {first[path].line} and {row.line})" for path, row in other.items()]
     return f"{videos(len(shown))} with different labels: {examples(shown)}" if shown else None
 

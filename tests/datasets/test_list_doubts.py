@@ -33,6 +33,8 @@ def test_numbers_that_are_no_labels_are_plainly_frame_counts():
 def test_videos_with_several_labels_are_named_with_their_lines():
     rows = records(("a", 3, 0), ("b", 3, 1), ("a", 3, 1), ("a", 3, 0))
     assert doubts(rows, 2, modality="RGB") == {"labels": "1 video with different labels: a (lines 1 and 3)"}
+    rows = records(("a/x", 3, 0), ("./a//x", 3, 1))
+    assert doubts(rows, 2, modality="RGB") == {"labels": "1 video with different labels: a/x (lines 1 and 2)"}
 
 
 def test_classes_without_training_videos_are_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,13 @@ def test_videos_that_were_trained_on(tiny: Path, tiny_data: Path, trained: Path,
     assert text.count("is the list that") == 1 and "nothing about new videos" in text
     _, text = command(*test)
     assert "new videos" not in text
+    moved = shutil.copytree(tiny_data, tmp_path / "moved")
+    places = (
+        f"data.train_list={moved / 'train.txt'}",
+        *(f"data.{s}_root={moved / 'frames'}" for s in ("train", "val")),
+    )
+    _, text = command(*test, *settings((f"data.test_list={both}", *places)))
+    assert text.count("3 of the 14 videos in") == 1 and str(moved / "train.txt") in text
     chosen = settings((f"data.val_list={both}", "solver.epochs=1"))
     _, text = command("train_vision.py", "--config", tiny, "--output", tmp_path / "run", "--dry-run", *chosen)
     assert text.count("3 of the 14 videos in") == 1
