@@ -172,6 +172,17 @@ def wait_for(condition, seconds: float = 30.0) -> None:
         time.sleep(0.005)
 
 
+SLOW_FRAMES = """
+import time
+from PIL import Image
+save = Image.Image.save
+def slow(*arguments, **options):
+    time.sleep(0.02)
+    return save(*arguments, **options)
+Image.Image.save = slow
+"""
+
+
 @pytest.mark.parametrize(
     ("mode", "unfinished"), [("--frames", "partial/*/*/000005.jpg"), ("--pack", "partial/*/.*.zip.partial")]
 )
@@ -181,7 +192,10 @@ def test_kill_and_resume(tmp_path, mode, unfinished):
         write_avi(tmp_path / "in" / "ab"[number % 2] / f"{number}.avi", frames=60, size=(320, 240), seed=number)
     out = tmp_path / "out"
     arguments = ["folder", "--videos", str(tmp_path / "in"), "--out", str(out), "--jobs", "2", mode]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    slow = tmp_path / "slow"  # every process of the killed run imports this, so that the kill never comes too late
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(SLOW_FRAMES)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
         [sys.executable, "-m", "datasets.prepare", *arguments], env=environment, stderr=subprocess.DEVNULL
     )
