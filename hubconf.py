@@ -47,7 +47,8 @@ def model(
         ConfigError, TowerError, CheckpointError, WeightsError: one sentence that says what does not fit.
     """
     _import_packages()
-    from configs.schema import fill_from_checkpoint, load_config, override_keys
+    from configs.compare import fill_from_checkpoint, override_keys
+    from configs.schema import load_config
     from engine import checkpoint_file
     from models.function import check_function
     from models.loading import load_weights

@@ -55,7 +55,8 @@ from typing import Any
 
 from torch import nn
 
-from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys, require_data_paths
+from configs.compare import fill_from_checkpoint, override_keys
+from configs.schema import Config, ConfigError, load_config, require_data_paths
 from datasets.build import check_paths, class_names, log_doubts, read_sources, test_loader, warn_of_training_list
 from engine import checkpoint_file, results
 from engine.checkpoint_file import Checkpoint
@@ -86,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_compiler(config.solver.compile, process.device)
     sources = read_sources(config.data, ("test",))
     if process.is_main:
-        log_doubts(config.data, sources)
+        log_doubts(config.data, sources, names)
         if checkpoint is not None:
             warn_of_trained(checkpoint, config, sources["test"])
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
@@ -107,16 +108,19 @@ def main(arguments: argparse.Namespace) -> None:
     accuracy = evaluate(model, loader, process, precision, videos, print_freq=print_freq, normalizer=normalizer)
     log_accuracy(f"{arguments.test_crops} crops x {arguments.test_clips} clips", accuracy)
     if process.is_main:
-        about = {
-            **views,
-            "weights": str(checkpoint.path) if checkpoint is not None else ", ".join(model.origin),
-            "epoch": checkpoint.epoch if checkpoint is not None else None,
-            "parameters": dataclasses.asdict(report),
-            "config": config.to_dict(),
-            "meta": run_info({"test_list": test_list(config)}, config.seed),
-        }
+        about = {**views, "parameters": dataclasses.asdict(report), **origin(config, checkpoint, model)}
         target.parent.mkdir(parents=True, exist_ok=True)
         results.write(target, accuracy, names, about)
+
+
+def origin(config: Config, checkpoint: Checkpoint | None, model: nn.Module) -> dict[str, Any]:
+    """Where the numbers of a test come from, for its results."""
+    return {
+        "weights": str(checkpoint.path) if checkpoint is not None else ", ".join(model.origin),
+        "epoch": checkpoint.epoch if checkpoint is not None else None,
+        "config": config.to_dict(),
+        "meta": run_info({"test_list": test_list(config)}, config.seed),
+    }
 
 
 def read_config(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> Config:
@@ -152,18 +156,19 @@ def compare(arguments: argparse.Namespace, config: Config, checkpoint: Checkpoin
     """
     if checkpoint is None:
         return class_names(config.data)
-    explicit = [*override_keys(arguments.set), *([] if arguments.dense is None else ["data.dense"])]
+    named = override_keys(arguments.set)
+    explicit = [*named, *([] if arguments.dense is None else ["data.dense"])]
     sampled = dataclasses.replace(config, data=dataclasses.replace(config.data, dense=uses_dense(arguments, config)))
     check_function(checkpoint.config, sampled, checkpoint.path, explicit=explicit)
     saved, label_list = checkpoint.class_names, config.data.label_list
-    is_given = arguments.config is not None or "data.label_list" in explicit
+    is_named = "data.label_list" in named
+    is_given = arguments.config is not None or is_named
     if saved is not None and not is_given and label_list is not None and not Path(label_list).is_file():
         logger.info(
             "data.label_list: there is no file %s; the class names are those in %s", label_list, checkpoint.path
         )
         return saved
-    named = "data.label_list" in explicit
-    return check_class_names(saved, class_names(config.data), checkpoint.path, explicit=named)
+    return check_class_names(saved, class_names(config.data), checkpoint.path, explicit=is_named)
 
 
 def uses_dense(arguments: argparse.Namespace, config: Config) -> bool:

@@ -46,7 +46,8 @@ from typing import Any
 
 from torch import nn
 
-from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys, require_data_paths
+from configs.compare import fill_from_checkpoint, override_keys
+from configs.schema import Config, ConfigError, load_config, require_data_paths
 from datasets.build import (
     Sources,
     check_paths,
@@ -89,18 +90,16 @@ def main(arguments: argparse.Namespace) -> None:
     setup_logging(process)
     config = read_config(arguments)
     check_compiler(config.solver.compile, process.device)
-    sources = read_lists(config, process)
+    sources, names = read_lists(config, process)
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     trains = not (config.solver.evaluate or arguments.dry_run)
     meta = run_info({key: getattr(config.data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
-    meta["class_names"] = list(class_names(config.data) or ()) or None
     where = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
     plan = plan_run(config, meta, process, writes=trains, **where)
-    if plan.resumes and meta["class_names"] is None:  # data.label_list is not given any more
-        meta["class_names"] = list(plan.checkpoint.class_names or ()) or None
+    meta["class_names"] = recorded_names(names, plan)
     # A resumed run gets its weights with the rest of its state, unless features are computed with them before.
     restores = plan.resumes and trains and config.network.cache_features == "off"
-    model, config = build_start(config, plan, loads=not restores, explicit=override_keys(arguments.set))
+    model, config = build_start(config, plan, names, loads=not restores, explicit=override_keys(arguments.set))
     report = parameter_report(model)
     meta["parameters"] = dataclasses.asdict(report)
     loaders = build_loaders(config, model, sources, meta["lists"], process, precision, dry=arguments.dry_run)
@@ -144,24 +143,36 @@ def used_splits(config: Config) -> tuple[str, ...]:
     return ("val",) if config.solver.evaluate else ("train", "val")
 
 
-def read_lists(config: Config, process: Process) -> Sources:
-    """The rows of the lists, with a warning where they probably mean something else."""
-    sources = read_sources(config.data, used_splits(config))
+def read_lists(config: Config, process: Process) -> tuple[Sources, tuple[str, ...] | None]:
+    """The rows of the lists, with a warning where they probably mean something else, and the names of the classes."""
+    sources, names = read_sources(config.data, used_splits(config)), class_names(config.data)
     if process.is_main:
-        log_doubts(config.data, sources)
-    return sources
+        log_doubts(config.data, sources, names)
+    return sources, names
 
 
-def build_start(config: Config, plan: RunPlan, loads: bool, explicit: list[str]) -> tuple[nn.Module, Config]:
+def recorded_names(names: tuple[str, ...] | None, plan: RunPlan) -> list[str] | None:
+    """The names of the classes for checkpoints: a resumed run keeps those it has if data.label_list is not given now."""
+    if names is None and plan.resumes:
+        names = plan.checkpoint.class_names
+    return None if names is None else list(names)
+
+
+def build_start(
+    config: Config, plan: RunPlan, names: tuple[str, ...] | None, loads: bool, explicit: list[str]
+) -> tuple[nn.Module, Config]:
     """The model that the run starts with, and the configuration with what follows from the model.
 
     Args:
+        names: of the classes, in data.label_list.
         loads: load the weights of the checkpoint, if there is one.
         explicit: the dotted keys that were named on the command line.
     """
-    checkpoint, names = plan.checkpoint, class_names(config.data)
+    checkpoint = plan.checkpoint
     drops_head = config.pretrain is not None and config.pretrain_head == "drop" and not plan.resumes
     needs_clip = not plan.brings_backbone or (drops_head and config.network.head == "text")  # made of CLIP's text tower
+    if checkpoint is not None and not config.network.init and config.network.head == "linear":
+        needs_clip = False  # what is frozen follows from the seed, and the checkpoint brings the rest
     model = build_model(config, pretrained=needs_clip, class_names=None if plan.resumes else names)
     if checkpoint is not None and not plan.resumes:
         keeps_head = config.pretrain is None or not drops_head

@@ -52,12 +52,14 @@ def read_sources(data: DataConfig, splits: Sequence[Split]) -> Sources:
     return {split: video_source(data, split) for split in splits}
 
 
-def log_doubts(data: DataConfig, sources: Sources) -> None:
-    """Warn where valid rows probably mean something else, and of validation videos that are trained on."""
+def log_doubts(data: DataConfig, sources: Sources, names: Sequence[str] | None) -> None:
+    """Warn where valid rows probably mean something else, and of validation videos that are trained on.
+
+    Args:
+        names: of the classes.
+    """
     for split, source in sources.items():
-        trains = split == "train"
-        names = class_names(data) if trains else None
-        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=trains)
+        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=split == "train")
         for _, text in doubts:
             logger.warning("%s: %s", source.list_file, text)
     if (train := sources.get("train")) is not None and (val := sources.get("val")) is not None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.schema import ConfigError, difference, load_config
+from configs.compare import difference
+from configs.schema import ConfigError, load_config
 from engine import checkpoint_file
 from engine.checkpoint_file import Checkpoint, CheckpointError
 

@@ -217,17 +217,11 @@ class FeatureCache:
             "tf32": self.config.solver.tf32,
             "device": self.process.device.type,
         }
-        for name in (
-            "modality",
-            "image_tmpl",
-            "index_base",
-            "decoder",
-            "num_segments",
-            "dense",
-            "input_size",
-            "scale_size",
-        ):
-            identity[name] = getattr(data, name)
+        stored, shown = (
+            ("modality", "image_tmpl", "index_base", "decoder"),
+            ("num_segments", "dense", "input_size", "scale_size"),
+        )
+        identity |= {name: getattr(data, name) for name in (*stored, *shown)}
         identity |= {"mean": list(data.mean), "std": list(data.std)}
         if split == "train" and data.shot is not None:
             identity |= {"shot": data.shot, "seed": self.config.seed}

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.text import plural
-from configs.schema import Config, check_same_run, difference
+from configs.compare import check_same_run, difference
+from configs.schema import Config
 from engine import checkpoint_file
 from engine.checkpoint_file import Checkpoint, CheckpointError
 from engine.distributed import Process, gather

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from configs.schema import ConfigError, difference, load_config
+from configs.compare import difference
+from configs.schema import ConfigError, load_config
 from engine import checkpoint_file
 from engine.checkpoint_file import Checkpoint
 from engine.run_info import DataChangedError, check_same_lists

@@ -6,7 +6,8 @@ The host issues a step before it knows the result of the previous one, so that t
 Batches are dicts with `video`, `label` (B,) and `index` (B,) int64, `path` (names of the B videos), `skipped`
 (sentences on videos that could not be read) and `error` (a sentence that ends the run, or None). `video` is
 (B, T, C, H, W) in training and (B, V, T, C, H, W), V views a video, in evaluation, or None if the whole batch was
-skipped. A training batch that skipping leaves too small on one process is left out on all of them. Pixels are uint8, normalised here on the model's device, or float32, normalised already. Epochs count from 0.
+skipped. A training batch that skipping leaves too small on one process is left out on all of them. Pixels are uint8,
+normalised here on the model's device, or float32, normalised already. Epochs count from 0.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from engine.log import Eta, progress_line
 from engine.meter import Meter, StepSums
 from engine.metrics import Accuracy, DivergedError
 from engine.optim import learning_rate
-from engine.rng import rng_state, set_rng_state
 from engine.run_dir import RunDir
 from engine.signals import Stopped, StopSignals, WaitInterrupted
 from engine.train_step import PendingStep, StepResult, TrainingState, TrainStep
+from engine.warm_up import warm_up
 
 logger = logging.getLogger("td4v")
 
@@ -334,31 +335,13 @@ class Trainer:
         self._log_progress(step.epoch, step.step_in_epoch, step.step, step.lr)
 
     def warm_up(self, video: Tensor) -> None:
-        """One forward and backward pass that changes nothing, before the first step of this process.
-
-        It finds trainable parameters that get no gradient. And DistributedDataParallel reorders its buckets after the
-        first pass: sums over three or more processes depend on that order, so without this pass the first step of a
-        resumed run would differ from the same step of a run that was not interrupted.
-        """
+        """The pass before the first step of this process; TrainingError or a warning for parameters without a gradient."""
         self.warmed_up = True
         self.context = replace(self.context, clips=len(video), frames=video.shape[1])
-        state, process = self.state, self.process
-        buffers = list(unwrap(state.model).buffers())
-        generators, buffers_before = rng_state(process.device), [buffer.clone() for buffer in buffers]
-        with state.precision.autocast(process.device):
-            logits = state.model(state.normalizer(video, process.device))  # (B, K)
-        logits.float().square().mean().backward()
-        named = unwrap(state.model).named_parameters()
-        without = [name for name, p in named if p.requires_grad and p.grad is None]
-        state.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in zip(buffers, buffers_before, strict=True):
-                buffer.copy_(before)
-        set_rng_state(generators, process.device)
-        if without:
+        if without := warm_up(self.state, self.process, video):
             names = ", ".join(without[:5]) + (", ..." if without[5:] else "")
             fault = f"{len(without)} trainable parameters get no gradient: {names}"
-            if process.world_size > 1:
+            if self.process.world_size > 1:
                 raise TrainingError(f"{fault}; with several processes every trainable parameter must take part")
             logger.warning("%s", fault)
 

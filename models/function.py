@@ -11,7 +11,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.schema import Config, ConfigError, fill_options, flatten, load_config
+from configs.compare import differing
+from configs.parse import flatten
+from configs.schema import Config, ConfigError, fill_options, load_config
 from models.registry import MODELS
 
 logger = logging.getLogger("td4v")
@@ -37,7 +39,6 @@ _FOLLOWS = {
     "data.style": "data.dataset",
     "data.scale_size": "data.input_size",
 }
-_FOLLOWS_MODEL = ("data.mean", "data.std", "data.seg_length")  # null until the model is built
 
 
 def function_settings(config: Config) -> dict[str, Any]:
@@ -79,12 +80,7 @@ def differences(previous: Mapping[str, Any], config: Config) -> dict[str, tuple[
     if old["network.model"] != new["network.model"]:  # what only one of the two models reads has no other value
         both = {key for key in old.keys() & new.keys() if not key.startswith("network.options.")}
         old, new = ({key: values[key] for key in both} for values in (old, new))
-    pairs = {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())}
-    return {
-        key: (was, now)
-        for key, (was, now) in pairs.items()
-        if was != now and not (key in _FOLLOWS_MODEL and None in (was, now))
-    }
+    return differing(old, new)
 
 
 def check_function(

@@ -66,8 +66,7 @@ def imagenet_weights(source: str | None, name: str) -> tuple[dict[str, Tensor], 
     problem = next((f"has no {key}" for key in expected if key not in values and key not in optional), None)
     problem = problem or next((f"has {key}, which {name} has not" for key in values if key not in expected), None)
     for key in expected.keys() & values.keys():
-        # An isotropic vector, such as ConvNeXt's layer scale, has extra axes of size 1 in torchvision.
-        if values[key].numel() != expected[key].numel():
+        if values[key].shape != expected[key].shape:
             problem = problem or f"{key} is {tuple(values[key].shape)}, in {name} {tuple(expected[key].shape)}"
     if problem:
         raise ConfigError(f"network.weights: {source} does not hold the weights of {name}: {problem}")

@@ -20,7 +20,7 @@ from models.tadaconv import (
     as_clips,
     as_images,
     average_over_time,
-    reshaped,
+    renamed_weights,
 )
 
 WIDTHS = (64, 128, 256, 512)  # inside the blocks of each stage; their outputs have four times as many channels
@@ -197,5 +197,4 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("conv_branch.b_rf.g.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
-    return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}
+    return renamed_weights(state_dict, FROM_PUBLISHED)

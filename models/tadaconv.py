@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from clip.ops import QUICK, as_is, working_dtype
-from models.renaming import Rule
+from models.renaming import Rule, renamed
 
 SMALLEST_T = 3  # frames that the average over neighbouring frames needs
 
@@ -357,6 +357,13 @@ def reshaped(name: str, value: Tensor) -> Tensor:
     if value.shape[3:] == (1, 1) and value.shape[2] > 1:  # a convolution over time
         return value.flatten(2) if "route." in name else value.squeeze(4)
     return value.squeeze(2)
+
+
+def renamed_weights(state_dict: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """The authors' weights under our names and in our shapes."""
+    rules = tuple(rules)
+    names = {key: renamed(key, rules) for key in state_dict}
+    return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}
 
 
 def _uniform(values: Tensor, fan_in: int) -> None:

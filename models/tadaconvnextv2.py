@@ -26,7 +26,7 @@ from models.tadaconv import (
     average_over_time,
     drop_clips,
     linear_rates,
-    reshaped,
+    renamed_weights,
 )
 
 EPS = 1e-6  # of all layer norms
@@ -243,5 +243,4 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("dwconv_rf.qkv_proj.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
-    return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}
+    return renamed_weights(state_dict, FROM_PUBLISHED)

@@ -15,7 +15,7 @@ from clip.towers.build import build_tower
 from clip.towers.openclip_vit import OpenClipTower
 from configs.schema import Config, ConfigError
 from models.parameters import Origin, Scale
-from models.renaming import Rule, renamed
+from models.renaming import Rule
 from models.tadaconv import (
     ROUTE_V2_NAMES,
     SMALLEST_T,
@@ -27,7 +27,7 @@ from models.tadaconv import (
     drop_clips,
     linear_rates,
     quick_gelu,
-    reshaped,
+    renamed_weights,
 )
 
 HEAD_WIDTH = 64  # of the route functions
@@ -261,5 +261,4 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     """
     if not any(key.endswith("tadaconv.rf_func.qkv_proj.weight") for key in state_dict):
         return None
-    names = {key: renamed(key, FROM_PUBLISHED) for key in state_dict}
-    return {names[key]: reshaped(names[key], value) for key, value in state_dict.items()}
+    return renamed_weights(state_dict, FROM_PUBLISHED)

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from configs.schema import Config, difference, load_config
+from configs.compare import difference
+from configs.schema import Config, load_config
 from engine.errors import EngineError
 from engine.run_info import DataChangedError, check_same_lists, describe_list
 from engine.signals import ending_in_order

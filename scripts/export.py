@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from common.console import Parser, log_to_console, show
 from common.tables import markdown_table
 from common.text import plural
-from configs.schema import Config, ConfigError, fill_from_checkpoint, load_config, override_keys
+from configs.compare import fill_from_checkpoint, override_keys
+from configs.schema import Config, ConfigError, load_config
 from scripts.cli import run
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ ALLOWED = {
     "common": ("common",),
     "configs": ("configs", "common"),
     "clip": ("clip", "common", "configs.schema"),
-    "models": ("models", "clip", "common", "configs.schema"),
-    "engine": ("engine", "common", "configs.schema"),
+    "models": ("models", "clip", "common", "configs"),
+    "engine": ("engine", "common", "configs.schema", "configs.compare"),
     "datasets": ("datasets", "common", "configs.schema"),
     "scripts": (
         "scripts",
@@ -41,9 +41,9 @@ ALLOWED = {
         "common",
         "configs",
     ),
-    "hubconf": ("models", "engine", "configs.schema"),
-    "train_vision": ("models", "engine", "datasets.build", "configs.schema", "common"),
-    "test_vision": ("models", "engine", "datasets.build", "configs.schema", "common"),
+    "hubconf": ("models", "engine", "configs"),
+    "train_vision": ("models", "engine", "datasets.build", "configs", "common"),
+    "test_vision": ("models", "engine", "datasets.build", "configs", "common"),
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0].removesuffix(".py") in PACKAGES]
 PRODUCT = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from datasets.frame_names import FrameNames
 from datasets.prepare.decode import Outcome
-from datasets.prepare.plan import FrameNames, PrepareError
+from datasets.prepare.plan import PrepareError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
 FLOW = "flow_"  # prefix of optical flow, which some tools write beside the frames

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from datasets.frame_names import FrameNames
+
 SPLITS = ("train", "val", "test")
 
 
@@ -26,18 +28,6 @@ class Entry:
     def name(self) -> str:
         """For messages."""
         return self.path or self.names[0]
-
-
-@dataclass(frozen=True)
-class FrameNames:
-    """How the frames of a folder are named."""
-
-    template: str  # as `data.image_tmpl`
-    base: int  # number of the first frame, as `data.index_base`
-
-    def name(self, index: int) -> str:
-        """The file name of frame `index`, from 0."""
-        return self.template.format(index + self.base)
 
 
 @dataclass(frozen=True)

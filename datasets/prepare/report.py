@@ -17,11 +17,11 @@ import yaml
 
 from common.tables import format_bytes, markdown_table
 from common.text import printable
+from datasets.frame_names import USUAL
 from datasets.prepare.decode import Outcome
 from datasets.prepare.output_dir import describe_split, write_text
-from datasets.prepare.plan import SPLITS, Entry, FrameNames, Plan
+from datasets.prepare.plan import SPLITS, Entry, Plan
 
-EXTRACTED = FrameNames("{:06d}.jpg", 1)
 SHOWN_CLASSES = 5  # in the printed table
 COLUMNS = ("listed", "found", "missing", "unreadable", "frames", "bytes")
 
@@ -149,15 +149,15 @@ def write_snippet(
         extracted: the rows name extracted frames; otherwise what was published.
         decoder: of videos.
     """
-    frame_names = EXTRACTED if extracted else plan.frame_names
+    frame_names = USUAL if extracted else plan.frame_names
     data: dict[str, object] = {"dataset": plan.config_name}
     if plan.style:
         data["style"] = plan.style
     data.update(modality="RGB" if frame_names else "video", num_classes=len(plan.classes))
     if frame_names:
-        data["image_tmpl"] = frame_names.template
-        if frame_names.base != EXTRACTED.base:
-            data["index_base"] = frame_names.base
+        data["image_tmpl"] = frame_names.image_tmpl
+        if frame_names.index_base != USUAL.index_base:
+            data["index_base"] = frame_names.index_base
     else:
         data["decoder"] = decoder
     data.update({f"{name}_root": root if name in listed_splits else None for name in SPLITS})

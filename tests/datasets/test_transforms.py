@@ -19,7 +19,7 @@ from datasets.transforms import (
     scaled,
 )
 
-TDN_CROPS = Path(__file__).parents[3] / "shared/golden_tadn/tables/crops_train_tdn.json"
+TDN_CROPS = Path(__file__).parents[1] / "golden/tadn/tables/crops_train_tdn.json"
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 POLICY = "rand-m7-n4-mstd0.5-inc1"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -273,7 +273,6 @@ def test_multi_scale_positions():
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(not TDN_CROPS.is_file(), reason="the golden tables of TDN are not here")
 def test_multi_scale_crops_are_tdns():
     cases = json.loads(TDN_CROPS.read_text())
     assert cases

@@ -517,7 +517,7 @@ def test_training_reads_neighbouring_frames(numbered, dense, changes):
 def test_lists_are_read_once_and_their_doubts_are_logged(data, caplog):
     data = replace(data, num_classes=3)
     sources = read_sources(data, ("train", "val"))
-    log_doubts(data, sources)
+    log_doubts(data, sources, names=None)
     classes, trained = [record.message for record in caplog.records]  # a validation list may lack classes
     assert classes == f"{data.train_list}: 1 of 3 classes have no video: 2"
     assert trained.startswith(f"7 of the 7 videos in {data.val_list} stand in the training list {data.train_list} too")

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 
+from datasets.frame_names import FrameNames
 from datasets.prepare.catalogue import Catalogue, check_listable
 from datasets.prepare.frame_folders import find_names
-from datasets.prepare.plan import SPLITS, Entry, FrameNames, Plan, PrepareError
+from datasets.prepare.plan import SPLITS, Entry, Plan, PrepareError
 
 SPLIT_OF = {name: split for split, names in {
     "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing"),
@@ -136,7 +137,7 @@ def _notes(split_folders: Sequence[str], splits: set[str], frame_names: FrameNam
         else:
             yield f"no {split}.txt: there is no such folder; with that folder as --videos, the split is drawn"
     if frame_names:
-        yield f"frames are used as they are: image_tmpl '{frame_names.template}', index_base {frame_names.base}"
+        yield f"frames are used as they are: image_tmpl '{frame_names.image_tmpl}', index_base {frame_names.index_base}"
 
 
 def _layout(catalogue: Catalogue, paths: Sequence[PurePosixPath]) -> Layout:

@@ -20,6 +20,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from datasets.frame_names import FrameNames
 from datasets.prepare.annotation_files import (
     AnnotationFiles,
     class_names,
@@ -29,10 +30,10 @@ from datasets.prepare.annotation_files import (
     read_lines,
     read_table,
 )
-from datasets.prepare.plan import Entry, FrameNames, Plan, PrepareError
+from datasets.prepare.plan import Entry, Plan, PrepareError
 
 V1, V2 = "something-something-v1-", "something-something-v2-"
-FRAME_NAMES = FrameNames("{:05d}.jpg", 1)  # of version 1
+FRAME_NAMES = FrameNames("{:05d}.jpg")  # of version 1
 
 logger = logging.getLogger("td4v")
 

@@ -24,12 +24,13 @@ from configs.schema import DataConfig
 from datasets.annotation import read_list
 from datasets.build import build_reader
 from datasets.decoders import open_video
+from datasets.frame_names import FrameNames
 from datasets.packed_frames import PackedVideo
 from datasets.prepare import __main__ as command
 from datasets.prepare import decode, extract, output_dir
 from datasets.prepare.decode import FrameSettings, FrameStore, Outcome, encode_jpeg, probe
 from datasets.prepare.frame_folders import count_frames
-from datasets.prepare.plan import FrameNames, PrepareError
+from datasets.prepare.plan import PrepareError
 from tests.helpers.video_files import overwrite, write_avi, write_video
 
 ROOT = Path(__file__).parents[3]
