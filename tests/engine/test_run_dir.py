@@ -67,14 +67,17 @@ def chosen(tmp_path: Path, named: Path | None = None, fresh: bool = False, diffe
 
 @contextmanager
 def another_process(work: Callable[[], None]) -> Iterator[int]:
-    """A copy of this process that has done `work` and lives on; killed with -9 at the end."""
+    """A copy of this process that has done `work` and lives on; killed with -9 at the end.
+
+    It waits for the signal, not with time.sleep: a test that replaces that function would let it end early.
+    """
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             work()
             os.write(tell, b"x")
-            time.sleep(60)
+            signal.pause()
         finally:
             os._exit(1)
     os.close(tell)
