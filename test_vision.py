@@ -143,6 +143,8 @@ def read_config(arguments: argparse.Namespace, checkpoint: Checkpoint | None) ->
         raise ConfigError(str(error) if arguments.config else f"{source}: {error}") from None
     if checkpoint is None and config.network.head == "linear":
         raise ConfigError("--weights: is needed, for network.head linear starts with a random classifier")
+    if uses_dense(arguments, config):
+        dataclasses.replace(config.data, dense=True).check()
     require_data_paths(config, ("test",), source)
     check_paths(config.data, "test")
     return config
@@ -204,6 +206,7 @@ def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: Any) -> None
 
 def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str, ...] | None) -> nn.Module:
     """The model with the weights of the checkpoint, or CLIP's alone."""
+    config = dataclasses.replace(config, data=config.data.for_testing())  # networks may depend on the size
     if checkpoint is None:
         model = build_model(config, class_names=names)
         check_untrained(model)

@@ -91,6 +91,8 @@ class DataConfig:
     label_list: Optional[PathText] = None  # csv of the class names with a header line, `id,name`
     input_size: int = 224  # side of the clips that the model sees
     scale_size: Optional[int] = None  # short side before cropping; null: 256 for input_size 224, else input_size
+    test_size: Optional[int] = None  # input_size of test_vision.py alone; null: input_size
+    test_scale: Optional[int] = None  # scale_size of test_vision.py alone; null: scale_size, at least test_size
     random_shift: bool = True  # false: training takes the frames that validation takes
     augment: bool = True  # false: training takes validation's frames and crop, the same in every epoch
     num_sample: int = 1  # repeated augmentation: draws of each video in a batch
@@ -99,7 +101,9 @@ class DataConfig:
     rand_erase: bool = False  # random erasing with probability 0.25
     dense: bool = False  # sample frames within a span of 128 frames, not from the whole video
     shot: Optional[int] = None  # few-shot: training videos a class
-    style: Optional[Literal["kinetics", "something"]] = None  # how frames are sampled
+    style: Optional[Literal["kinetics", "something", "tdn", "tada_segment", "tada_interval"]] = None  # frame sampling
+    interval: int = 8  # tada_interval: frames, at 30 a second, from one sampled frame to the next
+    fps: Optional[float] = None  # tada_interval with RGB: frames a second of the folders; video files state their own
     flip: Optional[bool] = None  # mirror half of the training clips
     flip_pairs: Optional[tuple[tuple[int, int], ...]] = None  # labels that a horizontal flip exchanges
     gray_prob: Optional[float] = None  # share of the training clips that turn grey
@@ -114,8 +118,9 @@ class DataConfig:
 
     def check(self) -> None:
         require_positive(
-            self, "data", "num_classes", "seg_length", "batch_size", "input_size", "scale_size", "num_sample", "shot"
-        )
+            self, "data", "num_classes", "seg_length", "batch_size", "input_size", "scale_size", "test_size", "test_scale",
+            "num_sample", "shot", "interval", "fps",
+        )  # fmt: skip
         require_between(self, "data", 0, 1, "gray_prob")
         require(
             self.num_segments >= 2,
@@ -137,6 +142,13 @@ class DataConfig:
                 "data.scale_size",
                 f"{self.scale_size} is smaller than data.input_size {self.input_size}",
             )
+        if self.test_scale is not None:
+            size_key = "test_size" if self.test_size is not None else "input_size"
+            require(
+                self.test_scale >= getattr(self, size_key),
+                "data.test_scale",
+                f"{self.test_scale} is smaller than data.{size_key} {getattr(self, size_key)}",
+            )
         for pair in self.flip_pairs or ():
             require(
                 all(0 <= label < self.num_classes for label in pair),
@@ -150,10 +162,31 @@ class DataConfig:
             f"{self.dataset!r} is not a known dataset{did_you_mean(self.dataset, known)}; "
             "for your own data set data.style to kinetics or something",
         )
+        self._check_sampling()
         self._check_augmentation()
         self._check_crop()
         if self.modality == "RGB":
             self._check_image_template()
+
+    def _check_sampling(self) -> None:
+        _refuse_settings_of_others(self, "data", "style", {"interval": "tada_interval", "fps": "tada_interval"})
+        require(
+            not self.dense or self.sampling_style in STYLES,
+            "data.dense",
+            f"true is another sampling than data.style: {self.style}; set one of the two",
+        )
+        if self.style == "tada_interval":
+            is_rgb = self.modality == "RGB"
+            require(
+                self.fps is not None or not is_rgb,
+                "data.fps",
+                "is needed with data.style: tada_interval, as frame folders do not state their frames a second",
+            )
+            require(
+                self.fps is None or is_rgb,
+                "data.fps",
+                "is for frame folders, but data.modality is video, and video files state their own",
+            )
 
     def _check_augmentation(self) -> None:
         require(
@@ -224,8 +257,19 @@ class DataConfig:
 
     @property
     def sampling_style(self) -> str:
-        """`kinetics` or `something`: data.style, or the dataset's own."""
+        """data.style, or the dataset's own, `kinetics` or `something`."""
         return self.style or next(style for style, names in STYLES.items() if self.dataset in names)
+
+    @property
+    def short_side_size(self) -> int:
+        """data.scale_size, with its default."""
+        return self.scale_size or (256 if self.input_size == 224 else self.input_size)
+
+    def for_testing(self) -> DataConfig:
+        """The settings with the sizes of testing as `input_size` and `scale_size`."""
+        size = self.test_size or self.input_size
+        scale = self.test_scale or max(self.short_side_size, size)
+        return dataclasses.replace(self, input_size=size, scale_size=scale, test_size=None, test_scale=None)
 
 
 @dataclass(frozen=True)

@@ -143,13 +143,15 @@ def test_loader(
 ) -> VideoLoader:
     """Every video of data.test_list (else data.val_list) once over all processes, as clips * crops views.
 
-    A batch holds about data.batch_size views, so that many views need no more memory than few.
+    A batch holds about data.batch_size views, so that many views need no more memory than few. Their sizes are those of
+    data.test_size and data.test_scale.
 
     Raises:
         ConfigError, AnnotationError: as `train_loader`. ValueError: clips below 1, or crops other than 1, 3, 5, 10.
     """
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
+    data = data.for_testing()
     dataset = _evaluation(data, source or video_source(data, "test"), dense, frames_per_segment, crops, clips)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
@@ -218,6 +220,7 @@ def _sampling(data: DataConfig, dense: bool, frames_per_segment: int) -> ClipSam
         style=data.sampling_style,
         dense=dense,
         frames_per_segment=frames_per_segment,
+        interval=data.interval,
     )
 
 
@@ -251,7 +254,7 @@ def video_source(data: DataConfig, split: Split) -> VideoSource:
 
 def build_reader(data: DataConfig) -> Reader:
     if data.modality == "RGB":
-        return FrameFolderReader(data.image_tmpl, data.index_base)
+        return FrameFolderReader(data.image_tmpl, data.index_base, data.fps)
     try:
         library(data.decoder)  # in a worker, a missing one would be pages of text
     except DecoderMissing as error:

@@ -47,9 +47,10 @@ class Frames(Protocol):
 
 
 class Clip(ABC):
-    """An opened video of `num_frames` frames. It belongs to the process that opened it."""
+    """An opened video of `num_frames` frames, `fps` a second if that is known. It belongs to the process that opened it."""
 
     num_frames: int
+    fps: float | None = None
 
     @property
     def declared_frames(self) -> int:
@@ -79,11 +80,12 @@ class FrameFolderReader:
     """One image a frame, in a folder a video or, where `<folder>.zip` is there, in that zip (packed_frames.py).
 
     Frames are named by `image_tmpl` and numbered from `index_base`. Their number is the list's: other files do not
-    count, and fewer frames are an error.
+    count, and fewer frames are an error. `fps` is that of all videos, as their frames do not say.
     """
 
-    def __init__(self, image_tmpl: str, index_base: int = 1):
+    def __init__(self, image_tmpl: str, index_base: int = 1, fps: float | None = None):
         self.names = FrameNames(image_tmpl, index_base)
+        self.fps = fps
 
     def open(self, path: str, declared_frames: int | None) -> ImageClip:
         if declared_frames is None:
@@ -135,6 +137,7 @@ class ImageClip(Clip):
 
     def __init__(self, path: str, reader: FrameFolderReader, num_frames: int):
         self.path, self.reader, self.num_frames = path, reader, num_frames
+        self.fps = reader.fps
 
     @abstractmethod
     def __contains__(self, name: str) -> bool:
@@ -240,7 +243,7 @@ class _VideoClip(Clip):
     def __init__(self, path: str, decoder: Decoder):
         try:
             self._video = open_video(path, decoder)
-            self.num_frames = self._video.num_frames
+            self.num_frames, self.fps = self._video.num_frames, self._video.fps
         except DecodeError as error:
             raise ReadError(str(error)) from error
 

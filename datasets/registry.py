@@ -48,7 +48,7 @@ def dataset_traits(data: DataConfig) -> Traits:
                 "not mirrored, set data.flip_pairs" if data.flip is None else "data.flip decides, labels stay",
             )
             pairs = ()
-    scale = data.scale_size or (256 if data.input_size == 224 else data.input_size)
+    scale = data.short_side_size
     return Traits(
         scale_size=(scale, scale * 5 // 4) if data.sampling_style == "something" else scale,
         flip=data.flip if data.flip is not None else bool(pairs) or not something,

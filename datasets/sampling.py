@@ -43,6 +43,11 @@ class ClipSampling:
     interval: int = 8
 
     @property
+    def needs_fps(self) -> bool:
+        """Whether the frames depend on the frames a second of a video."""
+        return self.style == "tada_interval" and not self.dense
+
+    @property
     def clip_frames(self) -> int:
         """T * f, the frames of one clip."""
         return self.num_segments * self.frames_per_segment

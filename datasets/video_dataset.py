@@ -23,7 +23,7 @@ from datasets.annotation import VideoRecord
 from datasets.box import Box
 from datasets.decoders import DecodeError, DecoderMissing
 from datasets.loader import INDEX, SharedBuffers, Slot, too_many_files
-from datasets.readers import Frames, Reader, ReadError
+from datasets.readers import Clip, Frames, Reader, ReadError
 from datasets.sampling import ClipSampling
 from datasets.seeding import seeded
 from datasets.transforms import EvalTransform, TrainTransform
@@ -110,7 +110,7 @@ class _VideoDataset(Dataset):
         self._note(index)
         try:
             clip = self.source.reader.open(path, record.num_frames)
-            frames = clip.fetch(self.frame_indices(clip.num_frames, epoch, index).reshape(-1))
+            frames = clip.fetch(self.clip_indices(clip, epoch, index).reshape(-1))
             views = self._views(frames, record.label, epoch, index)
         except NOT_OF_THE_VIDEO:
             raise
@@ -138,8 +138,15 @@ class _VideoDataset(Dataset):
         if self.in_work is not None:
             self.in_work[INDEX] = index
 
-    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
-        """The frames, from 0, that item (epoch, index) shows of a video of `num_frames`: (clips, T * f) int64."""
+    def clip_indices(self, clip: Clip, epoch: int, index: int) -> np.ndarray:
+        """The frames, from 0, that item (epoch, index) shows of its video: (clips, T * f) int64. Raises ReadError."""
+        if self.sampling.needs_fps and clip.fps is None:
+            path = os.path.join(self.source.root, self.source.records[index].path)
+            raise ReadError(f"{path}: does not state its frames a second, which data.style: tada_interval needs")
+        return self.frame_indices(clip.num_frames, epoch, index, clip.fps)
+
+    def frame_indices(self, num_frames: int, epoch: int, index: int, fps: float | None = None) -> np.ndarray:
+        """The same of a video of `num_frames`, `fps` a second: (clips, T * f) int64."""
         raise NotImplementedError
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
@@ -172,11 +179,11 @@ class TrainDataset(_VideoDataset):
         self.transform, self.seed = transform, seed
         self.num_sample, self.random_frames = num_sample, random_frames
 
-    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def frame_indices(self, num_frames: int, epoch: int, index: int, fps: float | None = None) -> np.ndarray:
         if not self.random_frames:
-            return self.sampling.val(num_frames)[None]
+            return self.sampling.val(num_frames, fps)[None]
         rng = np.random.default_rng([self.seed, epoch, index])
-        return self.sampling.train(num_frames, rng)[None]
+        return self.sampling.train(num_frames, rng, fps)[None]
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         frames, draws = self.transform.shrink(frames), []
@@ -210,10 +217,10 @@ class EvalDataset(_VideoDataset):
         super().__init__(source, sampling)
         self.transform, self.clips = transform, clips
 
-    def frame_indices(self, num_frames: int, epoch: int, index: int) -> np.ndarray:
+    def frame_indices(self, num_frames: int, epoch: int, index: int, fps: float | None = None) -> np.ndarray:
         if self.clips is None:
-            return self.sampling.val(num_frames)[None]
-        return self.sampling.test(num_frames, self.clips)
+            return self.sampling.val(num_frames, fps)[None]
+        return self.sampling.test(num_frames, self.clips, fps)
 
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         video = self.transform(frames)  # (crops, clips * T * f, S, S, 3)

@@ -20,8 +20,8 @@ logger = logging.getLogger("td4v")
 
 # Every key of a configuration begins with an entry of one of the two; a test holds that against the schema.
 FUNCTION = (
-    "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.dense",
-    "data.mean", "data.std", "network.model", "network.fine_tuning", "network.arch", "network.vision", "network.head",
+    "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.interval",
+    "data.dense", "data.mean", "data.std", "network.model", "network.fine_tuning", "network.arch", "network.vision", "network.head",
     "network.text", "network.DA_ratio", "network.sample_mode", "network.pyramid", "network.options",
 )  # fmt: skip
 # Where things are, how a run goes, what the weights' names and shapes show.
@@ -29,7 +29,7 @@ FREE = (
     "data.dataset", "data.num_classes", "data.modality", "data.batch_size", "data.workers", "data.image_tmpl",
     "data.index_base", "data.train_", "data.val_", "data.test_", "data.label_list", "data.random_shift", "data.augment",
     "data.num_sample", "data.rand_", "data.shot", "data.flip", "data.gray_prob", "data.crop", "data.short_side",
-    "data.on_error", "data.decoder", "network.init", "network.weights", "network.drop_fc", "network.sync_bn",
+    "data.fps", "data.on_error", "data.decoder", "network.init", "network.weights", "network.drop_fc", "network.sync_bn",
     "network.recompute", "network.cache_features", "solver.", "logging.", "checkpoint.", "resume", "pretrain", "seed",
 )  # fmt: skip
 _OF_SIDE_TUNING = ("network.DA_ratio", "network.sample_mode", "network.pyramid")
@@ -54,7 +54,7 @@ def function_settings(config: Config) -> dict[str, Any]:
     values["network.model"] = network.model_name
     values["network.arch"] = _same_name(network.arch)
     values["data.style"] = data.sampling_style
-    values["data.scale_size"] = data.scale_size or (256 if data.input_size == 224 else data.input_size)
+    values["data.scale_size"] = data.short_side_size
     if network.model_name != "td4v_side":
         values = {key: value for key, value in values.items() if not key.startswith(_OF_SIDE_TUNING)}
     if network.head != "text":

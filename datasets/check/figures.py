@@ -141,9 +141,9 @@ def frame_numbers(dataset: Dataset, index: int) -> list[tuple[int, ...]]:
     """The numbers, from 1, of the frames in each clip of item (0, index) of a loader's dataset."""
     source = dataset.source
     record = source.records[index]
-    num_frames = source.reader.open(os.path.join(source.root, record.path), record.num_frames).num_frames
-    clips = dataset.frame_indices(num_frames, 0, index)  # (clips, T)
-    return [tuple((clip + 1).tolist()) for clip in clips]
+    clip = source.reader.open(os.path.join(source.root, record.path), record.num_frames)
+    clips = dataset.clip_indices(clip, 0, index)  # (clips, T * f)
+    return [tuple((frames + 1).tolist()) for frames in clips]
 
 
 def _draw(blocks: Sequence[SheetBlock], data: DataConfig) -> Image.Image:

@@ -45,11 +45,13 @@ class VideoFile(ABC):
             frame each, otherwise counted by decoding the file once, which raises DecodeError if it is damaged.
         declared_frames: frames that the file says it holds, by their number or by the duration; of a damaged or cut file
             fewer decode.
+        fps: frames a second, the average that the file states; None if it states none.
     """
 
     path: str
     num_frames: int
     declared_frames: int
+    fps: float | None
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> np.ndarray:

@@ -76,6 +76,10 @@ class DecordFile(VideoFile):
     def declared_frames(self) -> int:
         return self._proof.declared_frames
 
+    @property
+    def fps(self) -> float | None:
+        return self._proof.fps
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         wanted, inverse = self._wanted(indices)
         self._proof.pictures(wanted, self._require_usual)

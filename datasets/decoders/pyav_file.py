@@ -46,6 +46,10 @@ class PyAVFile(VideoFile):
     def declared_frames(self) -> int:
         return self.stream.declared_frames or self.num_frames
 
+    @property
+    def fps(self) -> float | None:
+        return self.stream.fps
+
     def read(self, indices: np.ndarray) -> np.ndarray:
         wanted, inverse = self._wanted(indices)
         frames = self.pictures(wanted, self._rgb)

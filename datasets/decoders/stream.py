@@ -55,6 +55,11 @@ class Stream:
         return f"{self.context.codec.canonical_name} in {self._container.format.name.split(',')[0]}"
 
     @property
+    def fps(self) -> float | None:
+        """Frames a second on average, as the file states them, or None."""
+        return float(self._stream.average_rate) if self._stream.average_rate else None
+
+    @property
     def container(self) -> str:
         return self._container.format.name
 

@@ -195,7 +195,7 @@ def _our_stages(dataset: TrainDataset, order: Sequence[Key]) -> dict[str, float]
         record = dataset.source.records[index]
         with stage("read and decode"):
             clip = dataset.source.reader.open(os.path.join(dataset.source.root, record.path), record.num_frames)
-            frames = transform.shrink(clip.fetch(dataset.frame_indices(clip.num_frames, epoch, index)[0]))
+            frames = transform.shrink(clip.fetch(dataset.clip_indices(clip, epoch, index)[0]))
         draws = []
         for number in range(dataset.num_sample):
             with stage("draw"), seeded(dataset.seed, epoch, index, number):
@@ -220,7 +220,7 @@ def _decoding(dataset: TrainDataset, order: Sequence[Key]) -> float:
         record = dataset.source.records[index]
         start = time.perf_counter()
         clip = dataset.source.reader.open(os.path.join(dataset.source.root, record.path), record.num_frames)
-        wanted = dataset.frame_indices(clip.num_frames, epoch, index)[0]
+        wanted = dataset.clip_indices(clip, epoch, index)[0]
         if hasattr(clip, "load"):
             files = [clip.load(frame)[1] for frame in wanted.tolist()]
             start = time.perf_counter()
