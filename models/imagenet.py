@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
@@ -106,6 +106,21 @@ def _download(tag: str, name: str) -> Mapping[str, Tensor]:
             f"network.weights: cannot download {name} {tag} ({type(error).__name__}): name a file, or set network.init "
             "to false for random weights"
         ) from None
+
+
+def require_depths(depths: Sequence[int] | None) -> None:
+    """Raise ConfigError where a stage has no block."""
+    if depths is not None and min(depths) < 1:
+        raise ConfigError(f"network.options.depths: each stage has at least one block, not {list(depths)}")
+
+
+def require_image_network(options: object, *keys: str) -> None:
+    """Raise ConfigError where options that change the sizes of the image network are not the defaults."""
+    for key in keys:
+        if getattr(options, key) != getattr(type(options), key):
+            raise ConfigError(
+                f"network.options.{key}: there are no ImageNet weights for another size; set network.init to false"
+            )
 
 
 def load_backbone(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:

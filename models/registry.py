@@ -5,8 +5,8 @@ A model is one file in models/ and one line in MODELS. Letters: B clips, T segme
 The file has
 
     Options                     a frozen dataclass: the keys, types and defaults of network.options
-    build(config, options)      -> the model. A CLIP-based model calls clip.towers.build.build_tower(config) for its
-                                tower. What it cannot honour is a ConfigError that begins with the dotted key;
+    build(config, options)      -> the model. One on an image tower imports clip.towers.build.build_tower and calls it
+                                with config; one without does not read network.arch. What it cannot honour is a ConfigError that begins with the dotted key;
                                 network.init: false means random weights.
 
 and may have, for the files that its authors publish,
@@ -49,7 +49,17 @@ from torch import nn
 
 from clip.text_head import TextHead, build_text_head
 from configs.schema import Config, ConfigError, fill_options, nearest
-from models import aim, full_finetune, linear_probe, td4v_finetune, td4v_side
+from models import (
+    aim,
+    full_finetune,
+    linear_probe,
+    tada2d,
+    tadaconvnextv2,
+    tadaformer,
+    td4v_finetune,
+    td4v_side,
+    tdn,
+)
 from models.parameters import freeze_all_but_trainable
 
 logger = logging.getLogger("td4v")
@@ -60,7 +70,16 @@ MODELS: dict[str, ModuleType] = {
     "full_finetune": full_finetune,
     "linear_probe": linear_probe,
     "aim": aim,
+    "tdn": tdn,
+    "tada2d": tada2d,
+    "tadaformer": tadaformer,
+    "tadaconvnextv2": tadaconvnextv2,
 }
+
+
+def uses_tower(model_name: str) -> bool:
+    """Whether a model stands on an image tower (network.arch)."""
+    return hasattr(MODELS[model_name], "build_tower")
 
 
 def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:

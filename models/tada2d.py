@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Config, ConfigError
-from models.imagenet import imagenet_weights, load_backbone
+from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
 from models.renaming import Rule, renamed
 from models.tadaconv import (
@@ -23,13 +23,17 @@ from models.tadaconv import (
     renamed_weights,
 )
 
-WIDTHS = (64, 128, 256, 512)  # inside the blocks of each stage; their outputs have four times as many channels
+WIDTH = 64  # of the stem and inside the blocks of the first stage; each later stage has twice as many channels
 DEPTHS = (3, 4, 6, 3)
+SMALLEST_WIDTH = 4  # the route functions have a quarter of it
 
 
 @dataclass(frozen=True)
 class Options:
     """`network.options` of tada2d."""
+
+    depths: tuple[int, int, int, int] = DEPTHS  # blocks of each stage
+    width: int = WIDTH  # channels of the stem
 
 
 class TAdaBlock(nn.Module):
@@ -82,6 +86,7 @@ class TAda2D(nn.Module):
     Args:
         num_classes: K.
         depths: blocks of each stage.
+        width: channels of the stem.
         dropout: probability before the classifier.
 
     Shape: video (B, T, 3, height, width), normalised, T >= 3 -> logits (B, K).
@@ -92,16 +97,17 @@ class TAda2D(nn.Module):
     frames_per_segment = 1
     mean, std = (0.45,) * 3, (0.225,) * 3
 
-    def __init__(self, *, num_classes: int, depths: tuple[int, ...] = DEPTHS, dropout: float = 0.0):
+    def __init__(self, *, num_classes: int, depths: tuple[int, ...] = DEPTHS, width: int = WIDTH, dropout: float = 0.0):
         super().__init__()
-        self.origin = Origin("ResNet-50", "random weights")
-        self.stem = nn.Conv2d(3, WIDTHS[0], 7, stride=2, padding=3, bias=False)
-        self.stem_norm = nn.BatchNorm2d(WIDTHS[0])
-        self.stages, in_width = nn.ModuleList(), WIDTHS[0]
-        for width, depth in zip(WIDTHS, depths, strict=True):
-            blocks = [TAdaBlock(4 * width if i else in_width, width, stride=1 if i else 2) for i in range(depth)]
+        self.origin = Origin(f"ResNet-{3 * sum(depths) + 2}", "random weights")
+        self.stem = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.stem_norm = nn.BatchNorm2d(width)
+        self.stages, in_width = nn.ModuleList(), width
+        for i, depth in enumerate(depths):
+            inside = width * 2**i
+            blocks = [TAdaBlock(4 * inside if j else in_width, inside, stride=1 if j else 2) for j in range(depth)]
             self.stages.append(nn.ModuleList(blocks))
-            in_width = 4 * width
+            in_width = 4 * inside
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(in_width, num_classes)
         self.reset_parameters()
@@ -144,14 +150,27 @@ class TAda2D(nn.Module):
 
 
 def build(config: Config, options: Options) -> TAda2D:
-    """The model of a configuration. Raises ConfigError for too few frames."""
+    """The model of a configuration.
+
+    Raises:
+        ConfigError: too few frames, sizes that do not fit, weights that cannot be read or do not fit.
+    """
     if config.data.num_segments < SMALLEST_T:
         raise ConfigError(
             f"data.num_segments: tada2d averages over {SMALLEST_T} neighbouring frames and needs as many, "
             f"not {config.data.num_segments}"
         )
-    model = TAda2D(num_classes=config.data.num_classes, dropout=config.network.drop_fc)
+    if options.width < SMALLEST_WIDTH:
+        raise ConfigError(f"network.options.width: must be at least {SMALLEST_WIDTH}, not {options.width}")
+    require_depths(options.depths)
+    model = TAda2D(
+        num_classes=config.data.num_classes,
+        depths=options.depths,
+        width=options.width,
+        dropout=config.network.drop_fc,
+    )
     if config.network.init:
+        require_image_network(options, "depths", "width")
         values, source = imagenet_weights(config.network.weights, "resnet50")
         load_backbone(model, from_resnet(values), source)
     return model

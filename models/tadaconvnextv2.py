@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.ops import quick_gelu_linear
-from configs.schema import Config, ConfigError
-from models.imagenet import imagenet_weights, load_backbone
+from configs.schema import Config, ConfigError, training_only
+from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin, Scale
 from models.renaming import Rule, renamed
 from models.tadaconv import (
@@ -31,6 +31,7 @@ from models.tadaconv import (
 
 EPS = 1e-6  # of all layer norms
 PATCH = 4  # pixels that the stem's kernel is wide
+SMALLEST_SIDE = 32  # pixels: the stem and three reductions leave one in 32
 STRIDE = 2  # frames from one step of the stem to the next
 
 
@@ -54,7 +55,10 @@ class Options:
     """`network.options` of tadaconvnextv2."""
 
     size: Literal["tiny", "small", "base"] = "tiny"
-    drop_path: float = 0.0  # rate of the last block, rising linearly from 0
+    depths: Optional[tuple[int, int, int, int]] = None  # blocks of each stage; null: those of `size`
+    widths: Optional[tuple[int, int, int, int]] = None  # channels of each stage; null: those of `size`
+    head_width: Optional[int] = None  # of the route functions; divides half of each width; null: that of `size`
+    drop_path: float = training_only(0.0)  # rate of the last block, rising linearly from 0
 
 
 class TAdaConvNeXtBlock(nn.Module):
@@ -161,6 +165,15 @@ class TAdaConvNeXtV2(nn.Module):
         """All parameters, by name."""
         return {name: getattr(self, name) for name in ("stem", "stem_norm", "reduce", "stages", "norm", "head")}
 
+    def trainable_layers(self) -> list[list[nn.Module]]:
+        """From input to output: the stem, each block, what halves the map with the block behind it, the classifier."""
+        layers: list[list[nn.Module]] = [[self.stem, self.stem_norm]]
+        for reduce, stage in zip([None, *self.reduce], self.stages, strict=True):
+            layers += [[block] for block in stage]
+            if reduce is not None:
+                layers[-len(stage)].append(reduce)
+        return [*layers, [self.norm, self.head]]
+
     def parameter_scale(self, name: str, parameter: nn.Parameter) -> Scale:
         """The authors' multipliers: routes x5 (biases and bias factors x10), classifier x5 (bias x10)."""
         if ".route." in name:
@@ -188,17 +201,40 @@ class TAdaConvNeXtV2(nn.Module):
         return self.norm(x)
 
 
+def chosen_size(options: Options) -> Size:
+    """The size that the options name. Raises ConfigError where its numbers do not fit each other."""
+    named = SIZES[options.size]
+    size = Size(options.depths or named.depths, options.widths or named.widths, options.head_width or named.head_width)
+    require_depths(size.depths)
+    for width in size.widths:
+        if size.head_width < 1 or width < 2 or width // 2 % size.head_width:
+            raise ConfigError(
+                f"network.options.head_width: {size.head_width} does not divide {width // 2}, half of a width of "
+                f"network.options.widths {list(size.widths)}"
+            )
+    return size
+
+
 def build(config: Config, options: Options) -> TAdaConvNeXtV2:
-    """The model of a configuration. Raises ConfigError for too few frames or a rate out of range."""
+    """The model of a configuration.
+
+    Raises:
+        ConfigError: too few frames, a rate out of range, sizes that do not fit, weights that cannot be read or do not fit.
+    """
     steps = (config.data.num_segments + 1) // STRIDE
     if steps < SMALLEST_T:
         raise ConfigError(
             f"data.num_segments: tadaconvnextv2 halves the frames and needs {2 * SMALLEST_T - 1} or more, "
             f"not {config.data.num_segments}"
         )
+    if config.data.input_size < SMALLEST_SIDE:
+        raise ConfigError(
+            f"data.input_size: tadaconvnextv2 reduces the map to a part in {SMALLEST_SIDE} and needs as many pixels, "
+            f"not {config.data.input_size}"
+        )
     if not 0 <= options.drop_path < 1:
         raise ConfigError(f"network.options.drop_path: must lie in [0, 1), not {options.drop_path:g}")
-    size = SIZES[options.size]
+    size = chosen_size(options)
     model = TAdaConvNeXtV2(
         num_classes=config.data.num_classes,
         **size._asdict(),
@@ -206,6 +242,7 @@ def build(config: Config, options: Options) -> TAdaConvNeXtV2:
         dropout=config.network.drop_fc,
     )
     if config.network.init:
+        require_image_network(options, "depths", "widths")
         values, source = imagenet_weights(config.network.weights, f"convnext_{options.size}")
         load_backbone(model, from_convnext(values), source)
     return model

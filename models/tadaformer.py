@@ -13,7 +13,7 @@ from clip.ops import add_to_patches
 from clip.towers.base import Block
 from clip.towers.build import build_tower
 from clip.towers.openclip_vit import OpenClipTower
-from configs.schema import Config, ConfigError
+from configs.schema import Config, ConfigError, training_only
 from models.parameters import Origin, Scale
 from models.renaming import Rule
 from models.tadaconv import (
@@ -30,7 +30,6 @@ from models.tadaconv import (
     renamed_weights,
 )
 
-HEAD_WIDTH = 64  # of the route functions
 STRIDE = 2  # frames from one step of the stem to the next
 
 
@@ -40,7 +39,8 @@ class Options:
 
     temporal_projection: bool = False  # the projection before a TAdaConv sees three frames
     two_convolutions: bool = False  # a second TAdaConv in each block, before the MLP
-    drop_path: float = 0.0  # rate of the last block, rising linearly from 0
+    head_width: int = 64  # of an attention head of the route functions; divides a quarter of the tower's width
+    drop_path: float = training_only(0.0)  # rate of the last block, rising linearly from 0
 
 
 class TAdaModule(nn.Module):
@@ -49,26 +49,27 @@ class TAdaModule(nn.Module):
         z = conv(reduce(x));  expand(quick_gelu(norm(z) + norm_average(mean of three frames of z)))
 
     Args:
-        width: D; d is half of it, and the route function's width a quarter, which must be a multiple of 64.
+        width: D; d is half of it, and the route function's width a quarter, which must be a multiple of `head_width`.
         grid: (H, W) patches.
+        head_width: of an attention head of the route function.
         temporal: whether the reduction sees three frames.
 
     Shape: patch tokens (B*T, N, D) and T, N = H*W -> (B*T, N, D), to be added to them.
 
     Raises:
-        ValueError: D is no multiple of 256.
+        ValueError: D is no multiple of 4 * head_width.
 
     Source: TAdaConv, branches/tadaformer.py, TAdaFormerBlock, and ops/tadaconv_v2.py, TAdaConv2dV2.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int], *, temporal: bool):
+    def __init__(self, width: int, grid: tuple[int, int], *, head_width: int, temporal: bool):
         super().__init__()
         reduced, self.grid = width // 2, grid
         self.reduce = TemporalProjection(width, reduced, 3) if temporal else nn.Linear(width, reduced)
         self.conv = TAdaConv2dV2(reduced, 3)
         self.norm = nn.BatchNorm2d(reduced)
         self.norm_average = nn.BatchNorm2d(reduced)
-        self.route = RouteFunctionV2(reduced, head_width=HEAD_WIDTH)
+        self.route = RouteFunctionV2(reduced, head_width=head_width)
         self.expand = nn.Linear(reduced, width)
         for module in (self.reduce, self.expand):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -96,17 +97,18 @@ class TAdaFormer(nn.Module):
     on every second frame. The feature is the last norm of the mean of the class tokens.
 
     Args:
-        tower: open_clip's vision transformer of width D, a multiple of 256.
+        tower: open_clip's vision transformer of width D, a multiple of 4 * head_width.
         num_classes: K.
         temporal_projection: whether the modules' reduction sees three frames.
         two_convolutions: whether each block has a second module, before its MLP.
+        head_width: of the route functions.
         drop_path: probability that a clip skips a branch of the last block in training, rising linearly from 0.
         dropout: probability before the classifier.
 
     Shape: video (B, T, 3, height, width), normalised, T >= 5 -> logits (B, K).
 
     Raises:
-        ValueError: D is no multiple of 256.
+        ValueError: D is no multiple of 4 * head_width.
 
     Source: Huang et al. (arXiv 2308.05787); TAdaConv, tadaconv/models/base/models.py, VisionTransformer.
     """
@@ -120,6 +122,7 @@ class TAdaFormer(nn.Module):
         num_classes: int,
         temporal_projection: bool = False,
         two_convolutions: bool = False,
+        head_width: int = 64,
         drop_path: float = 0.0,
         dropout: float = 0.0,
     ):
@@ -137,7 +140,9 @@ class TAdaFormer(nn.Module):
         self.drop_paths = linear_rates(drop_path, count)
         names = ("first", "second") if two_convolutions else ("first",)
         self.tada = nn.ModuleList(
-            nn.ModuleDict({name: TAdaModule(D, tower.grid, temporal=temporal_projection) for name in names})
+            nn.ModuleDict(
+                {name: TAdaModule(D, tower.grid, head_width=head_width, temporal=temporal_projection) for name in names}
+            )
             for _ in range(count)
         )
         self.dropout = nn.Dropout(dropout)
@@ -220,16 +225,17 @@ def build(config: Config, options: Options) -> TAdaFormer:
         raise ConfigError(
             f"network.arch: tadaformer needs a vision transformer of open_clip, which {tower.name} is not"
         )
-    if tower.width % (4 * HEAD_WIDTH):
+    if options.head_width < 1 or tower.width % (4 * options.head_width):
         raise ConfigError(
-            f"network.arch: the route functions of tadaformer need a width that is a multiple of {4 * HEAD_WIDTH}, "
-            f"and {tower.name} is {tower.width} wide"
+            f"network.options.head_width: the route functions of tadaformer have a quarter of the width of {tower.name}, "
+            f"{tower.width} / 4, which must be a multiple of {options.head_width}"
         )
     return TAdaFormer(
         tower,
         num_classes=config.data.num_classes,
         temporal_projection=options.temporal_projection,
         two_convolutions=options.two_convolutions,
+        head_width=options.head_width,
         drop_path=options.drop_path,
         dropout=config.network.drop_fc,
     )

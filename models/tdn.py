@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import Config, ConfigError
-from models.imagenet import imagenet_weights, load_backbone
+from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
 from models.renaming import Rule, renamed
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-WIDTHS = (64, 128, 256, 512)  # inside the blocks of each stage; their outputs have four times as many channels
+WIDTH = 64  # of the stem and inside the blocks of the first stage; each later stage has twice as many channels
 FRAMES = 5  # of a segment
 SMALLEST_SIDE = 33  # pixels: the last stage pools maps of at least 2 x 2
 SHIFT_DIVISOR = 8  # one part in eight takes the next segment, one the previous
@@ -27,6 +27,8 @@ class Options:
     """`network.options` of tdn."""
 
     depth: Literal[50, 101] = 50  # of the ResNet
+    depths: Optional[tuple[int, int, int, int]] = None  # blocks of each stage; null: those of `depth`
+    width: int = WIDTH  # channels of the stem, a multiple of 8
 
 
 class SegmentExcitation(nn.Module):
@@ -168,6 +170,7 @@ class TDN(nn.Module):
         num_classes: K.
         segments: T.
         depths: blocks of each stage.
+        width: channels of the stem.
         dropout: probability before the classifier.
 
     Shape: video (B, T*5, 3, height, width), normalised, segment by segment, sides of at least 33 pixels -> logits (B, K).
@@ -178,19 +181,28 @@ class TDN(nn.Module):
     frames_per_segment = FRAMES
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def __init__(self, *, num_classes: int, segments: int, depths: tuple[int, ...] = DEPTHS[50], dropout: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        segments: int,
+        depths: tuple[int, ...] = DEPTHS[50],
+        width: int = WIDTH,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.origin = Origin(f"ResNet-{3 * sum(depths) + 2}", "random weights")
         self.segments = segments
         self.share = 0.5 if segments == 8 else 0.75  # a; b is 1 - a
-        self.stem, self.stem_norm = nn.Conv2d(3, 64, 7, stride=2, padding=3), nn.BatchNorm2d(64)
-        self.difference_stem = nn.Conv2d(3 * (FRAMES - 1), 64, 7, stride=2, padding=3, bias=False)
-        self.difference_norm = nn.BatchNorm2d(64)
-        self.difference_stage = make_stage(64, WIDTHS[0], depth=depths[0], stride=1, temporal=False)
-        self.stages, in_width = nn.ModuleList(), 64
-        for i, (width, depth) in enumerate(zip(WIDTHS, depths, strict=True)):
-            self.stages.append(make_stage(in_width, width, depth=depth, stride=2 if i else 1, temporal=i > 0))
-            in_width = 4 * width
+        self.stem, self.stem_norm = nn.Conv2d(3, width, 7, stride=2, padding=3), nn.BatchNorm2d(width)
+        self.difference_stem = nn.Conv2d(3 * (FRAMES - 1), width, 7, stride=2, padding=3, bias=False)
+        self.difference_norm = nn.BatchNorm2d(width)
+        self.difference_stage = make_stage(width, width, depth=depths[0], stride=1, temporal=False)
+        self.stages, in_width = nn.ModuleList(), width
+        for i, depth in enumerate(depths):
+            inside = width * 2**i
+            self.stages.append(make_stage(in_width, inside, depth=depth, stride=2 if i else 1, temporal=i > 0))
+            in_width = 4 * inside
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(in_width, num_classes)
         self.reset_parameters()
@@ -248,19 +260,29 @@ class TDN(nn.Module):
 
 
 def build(config: Config, options: Options) -> TDN:
-    """The model of a configuration. Raises ConfigError for inputs that are too small."""
+    """The model of a configuration.
+
+    Raises:
+        ConfigError: inputs that are too small, sizes that do not fit, weights that cannot be read or do not fit.
+    """
     if config.data.input_size < SMALLEST_SIDE:
         raise ConfigError(
             f"data.input_size: tdn needs at least {SMALLEST_SIDE} pixels, not {config.data.input_size}: "
             "its last stage pools maps of 2 x 2"
         )
+    if options.width < SHIFT_DIVISOR or options.width % SHIFT_DIVISOR:
+        raise ConfigError(f"network.options.width: must be a multiple of {SHIFT_DIVISOR}, not {options.width}")
+    require_depths(options.depths)
+    depths = options.depths or DEPTHS[options.depth]
     model = TDN(
         num_classes=config.data.num_classes,
         segments=config.data.num_segments,
-        depths=DEPTHS[options.depth],
+        depths=depths,
+        width=options.width,
         dropout=config.network.drop_fc,
     )
     if config.network.init:
+        require_image_network(options, "depths", "width")
         values, source = imagenet_weights(config.network.weights, f"resnet{options.depth}")
         load_backbone(model, from_resnet(values), source)
     return model

@@ -30,17 +30,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m scripts.check_arch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("arch", nargs="+", help="as network.arch: a name of OpenAI's, open_clip's or timm's")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all")
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help="default: all that stand on a tower")
     parser.add_argument("--size", type=positive_int, default=224, help="data.input_size in pixels (default: 224)")
-    parser.add_argument("--frames", type=positive_int, default=2, help="data.num_segments (default: 2)")
+    parser.add_argument("--frames", type=positive_int, default=5, help="data.num_segments (default: 5)")
     parser.add_argument("--clips", type=positive_int, default=2, help="of the step (default: 2; side-tuning needs two)")
     parser.add_argument("--forward", action="store_true", help="no backward pass")
     options = parser.parse_args(argv)
-    from models.registry import MODELS  # here, so that --help is quick
+    from models.registry import MODELS, uses_tower  # here, so that --help is quick
 
-    models = options.models or list(MODELS)
-    if unknown := [model for model in models if model not in MODELS]:
-        parser.error(f"--models: {unknown[0]} is unknown; choose from {', '.join(MODELS)}")
+    known = [model for model in MODELS if uses_tower(model)]
+    models = options.models or known
+    if unknown := [model for model in models if model not in known]:
+        problem = "stands on no tower" if unknown[0] in MODELS else "is unknown"
+        parser.error(f"--models: {unknown[0]} {problem}; choose from {', '.join(known)}")
     rows, works = [], True
     for arch in options.arch:
         cells, complete = check(arch, models, options)

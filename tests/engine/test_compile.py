@@ -21,6 +21,7 @@ from engine.distributed import Process, move_to_device, start, unwrap, wrap
 from engine.ema import ModelEma
 from models.registry import MODELS, build_model
 from tests.helpers.processes import run_in_two
+from tests.helpers.tiny_models import adapted, random_clips
 
 
 class Doubled(torch.autograd.Function):
@@ -150,12 +151,13 @@ def test_every_model_can_be_compiled(graphs: list[Any], model_name: str, recompu
     vision = {"width": 32, "layers": 2, "heads": 2, "patch_size": 8, "image_size": 16}
     options = {"td4v_finetune": {"zero_init": False, "ratio": "1/4"}, "aim": {"drop_path": 0}}.get(model_name, {})
     network = {"arch": "custom", "vision": vision, "pyramid": {"n_embs": [16, 32]}, "init": False}
-    network |= {"model": model_name, "options": options, "recompute": recompute}
+    network |= {"options": options, "recompute": recompute}
     data = {"dataset": "hmdb51", "num_classes": 3, "num_segments": 4, "input_size": 16}
+    config = load_config(adapted(model_name, data, network))
     torch.manual_seed(0)
-    plain = build_model(load_config({"data": data, "network": network}))
+    plain = build_model(config)
     model = move_to_device(copy.deepcopy(plain), Process(), compile=True)
-    video = torch.randn(2, 4, 3, 16, 16)
+    video = random_clips(model, config, 2)
     close(gradients(model, video), gradients(plain, video), rtol=1e-4, atol=1e-6)
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(video), plain.eval()(video), rtol=1e-4, atol=1e-6)

@@ -37,6 +37,7 @@ from tests.helpers.cli_harness import (
     train,
     training_refusal,
 )
+from tests.helpers.tiny_models import adapted, random_clips
 
 
 @pytest.fixture(autouse=True)
@@ -82,17 +83,17 @@ def test_the_registry_knows_no_tower() -> None:
     assert imported and not [node.module for node in imported if node.module.startswith("clip.towers")]
 
 
-@pytest.mark.parametrize("name", ["td4v_side", "td4v_finetune", "full_finetune", "linear_probe", "aim", "small_conv"])
+@pytest.mark.parametrize("name", [*MODELS, "small_conv"])
 def test_every_model_has_what_the_contract_asks(tiny: Path, name: str) -> None:
-    assert name in MODELS
-    config = load_config(tiny, [f"network.model={name}", "network.drop_fc=0.5"])
+    values = yaml.safe_load(tiny.read_text())
+    config = load_config(adapted(name, values["data"], values["network"] | {"drop_fc": 0.5}))
     model = build_model(config)
     assert isinstance(model.origin, Origin) and all(isinstance(text, str) and text for text in model.origin)
     assert list(model.trainable_modules())[-1] == "head" and model.trainable_modules()["head"] is model.head
     assert isinstance(model.frames_per_segment, int)
     for statistics in (model.mean, model.std):
         assert statistics is None or len(statistics) == 3
-    video = torch.randn(2, config.data.num_segments * model.frames_per_segment, 3, 32, 32)
+    video = random_clips(model, config, 2)
     assert model.eval()(video).shape == (2, config.data.num_classes)
     check_groups(model, parameter_groups(model, lr=0.1, weight_decay=0.05))
     keywords = list(inspect.signature(type(model)).parameters.values())

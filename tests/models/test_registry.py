@@ -13,17 +13,18 @@ from engine.profiling import saved_for_backward
 from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups, parameter_report
 from models.registry import MODELS, build_model
+from tests.helpers.tiny_models import TOWER_MODELS, WHOLLY_TRAINED, adapted, random_clips
 
-FROZEN = [model_name for model_name in MODELS if model_name != "full_finetune"]
+FROZEN = [model_name for model_name in MODELS if model_name not in WHOLLY_TRAINED]
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
 
 
 def config(model_name="td4v_side", classes=5, frames=4, **network):
     small = {"arch": "custom", "vision": SMALL, "pyramid": {"n_embs": [16, 16, 64]}}
-    network = {**({} if "arch" in network else small), "init": False, "model": model_name, **network}
+    network = {**({} if "arch" in network else small), "init": False, **network}
     size = 224 if "arch" in network and network["arch"] != "custom" else 32
     data = {"dataset": "hmdb51", "num_classes": classes, "num_segments": frames, "input_size": size}
-    return load_config({"data": data, "network": network})
+    return load_config(adapted(model_name, data, network))
 
 
 def b16(model_name, classes, frames=8, **network):
@@ -188,7 +189,7 @@ def test_weights_in_and_out(prefix):
         ({"classes": 7}, "classifier has 5 classes, data.num_classes is 7; .* pretrain_head: drop"),
         ({"frames": 8}, "made for T = 4 frames, data.num_segments is 8"),
         ({"pyramid": {"n_embs": [32, 32, 64]}}, "its network is 16 wide at side.*temporal_embedding, .* make it 32 wide"),
-        ({"model": "td4v_finetune"}, "holds the weights of another model"),
+        ({"model_name": "td4v_finetune"}, "holds the weights of another model"),
         ({"prefix": "net."}, "all keys begin with net., which is no part of this network"),
         ({"head.weight": lambda value: value.int()}, "its head.weight holds int32, and the model's is float32"),
         ({"head.weight": lambda value: value / 0}, "its head.weight holds NaN or infinite values"),
@@ -205,26 +206,35 @@ def test_weights_that_do_not_fit(change, message):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("model_name", TOWER_MODELS)
 def test_recompute_saves_less_or_is_refused(model_name):
-    video, saved = torch.randn(2, 4, 3, 32, 32), []
+    saved = []
     for recompute in (False, True):
         try:
-            model = build_model(config(model_name, recompute=recompute)).train()
+            chosen = config(model_name, recompute=recompute)
+            model = build_model(chosen).train()
         except ConfigError as error:
             assert recompute and str(error).startswith(f"network.recompute: {model_name} ")
             return
+        video = random_clips(model, chosen, 2)
         saved.append(sum(entry.bytes for entry in saved_for_backward(model, video)))
     assert saved[1] < 0.7 * saved[0]
 
 
 @pytest.mark.parametrize("model_name", MODELS)
 def test_drop_fc_is_dropout_before_the_head(model_name):
-    model, video = build_model(config(model_name, drop_fc=0.4)), torch.randn(16, 4, 3, 32, 32)
-    model.head = torch.nn.Identity()
-    torch.manual_seed(0)
-    shares = [(model.train(mode)(video) == 0).float().mean().item() for mode in (True, False)]
-    assert shares == [pytest.approx(0.4, abs=0.06), 0]  # of 1024
+    seen = []
+    for rate in (0.4, 0):  # of the same weights
+        chosen = config(model_name, drop_fc=rate)
+        model = build_model(chosen)
+        model.head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        torch.manual_seed(0)
+        video = random_clips(model, chosen, 16)
+        for mode in (True, False):
+            model.train(mode)(video)
+    dropped, evaluated, complete, other = seen
+    assert torch.equal(evaluated, other)
+    assert (dropped[complete != 0] == 0).float().mean().item() == pytest.approx(0.4, abs=0.06)
 
 
 def test_random_weights_are_announced(caplog):

@@ -7,6 +7,7 @@ import timm
 
 from models.registry import MODELS
 from scripts.check_arch import configure, main, token_option
+from tests.helpers.tiny_models import TOWER_MODELS
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -25,8 +26,9 @@ def table(capsys, *arguments):
 
 
 def test_every_model_has_a_cell(capsys):
-    status, head, rows = table(capsys, "vit_base_patch16_224", "ViT-B-16-SigLIP", "vit_base_patch16_dinov3")
-    assert head == ["arch", "tower", *MODELS, "to do"] and status == 0
+    archs = ("vit_base_patch16_224", "ViT-B-16-SigLIP", "vit_base_patch16_dinov3")
+    status, head, rows = table(capsys, *archs, "--models", *TOWER_MODELS)
+    assert head == ["arch", "tower", *TOWER_MODELS, "to do"] and status == 0
     probe = head.index("linear_probe")
     assert [row[0] for row in rows] == ["vit_base_patch16_224", "ViT-B-16-SigLIP", "vit_base_patch16_dinov3"]
     assert all(row[probe] == str(32 * 10 + 10) for row in rows)
@@ -49,7 +51,10 @@ def test_one_model_alone_may_fail(capsys, monkeypatch):
 
     monkeypatch.setattr(MODELS["aim"], "build", refuse)
     status, head, (row,) = table(capsys, "vit_base_patch16_224", "--forward")
-    assert status == 1 and row[head.index("aim")] == "no" and row[-1] == "aim: nothing for it"
+    assert "tdn" not in head and status == 1 and row[head.index("aim")] == row[head.index("tadaformer")] == "no"
+    assert row[-1].startswith(
+        "aim: nothing for it; tadaformer: network.arch: tadaformer needs a vision transformer of o"
+    )
     assert row[head.index("linear_probe")] == "330"
 
 
@@ -66,3 +71,6 @@ def test_an_unknown_model_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["ViT-B-16", "--models", "aym"])
     assert "--models: aym is unknown; choose from " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ViT-B-16", "--models", "tdn"])
+    assert "--models: tdn stands on no tower; choose from td4v_side" in capsys.readouterr().err

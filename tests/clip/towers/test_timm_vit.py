@@ -18,7 +18,8 @@ from clip.towers.timm_vit import build_timm_tower, find_timm_weights, timm_names
 from configs.schema import CLIP_MEAN, CLIP_STD, load_config
 from models.loading import load_weights
 from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups
-from models.registry import MODELS, build_model
+from models.registry import build_model
+from tests.helpers.tiny_models import TOWER_MODELS
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # name: tokens before the patches, whether one is a class token, pixels a side
@@ -175,7 +176,7 @@ def test_registers_do_not_count_in_what_is_read():
     assert torch.equal(alone.without_registers(x[:, :8], "mean_tokens")[:, 1:], x[:, 4:8])
 
 
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("model_name", TOWER_MODELS)
 @pytest.mark.parametrize("arch", KINDS)
 def test_every_model_trains_on_every_tower(arch, model_name):
     model = build_model(config(arch, model_name)).train()
@@ -474,7 +475,10 @@ def test_sizes_that_do_not_fit_and_missing_class_tokens_are_refused():
         TowerError, match="data.input_size: 225 is not divisible by the patch size 14 of vit_small_patch14_dinov2"
     ):
         build_timm_tower("vit_small_patch14_dinov2", 225)
-    for model_name, key in [("td4v_side", "token"), *[(name, "feature") for name in MODELS if name != "td4v_side"]]:
+    for model_name, key in [
+        ("td4v_side", "token"),
+        *[(name, "feature") for name in TOWER_MODELS if name != "td4v_side"],
+    ]:
         asked = config("ViT-B-16-SigLIP", model_name, options={key: "class_token"})
         with pytest.raises(
             TowerError, match=f"ViT-B-16-SigLIP has no class token; set network.options.{key} to mean_tokens"
