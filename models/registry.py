@@ -51,6 +51,7 @@ from clip.text_head import TextHead, build_text_head
 from configs.schema import Config, ConfigError, fill_options, nearest
 from models import (
     aim,
+    attentive_probe,
     full_finetune,
     linear_probe,
     tada2d,
@@ -69,6 +70,7 @@ MODELS: dict[str, ModuleType] = {
     "td4v_finetune": td4v_finetune,
     "full_finetune": full_finetune,
     "linear_probe": linear_probe,
+    "attentive_probe": attentive_probe,
     "aim": aim,
     "tdn": tdn,
     "tada2d": tada2d,

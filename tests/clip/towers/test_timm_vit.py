@@ -19,6 +19,7 @@ from configs.schema import CLIP_MEAN, CLIP_STD, load_config
 from models.loading import load_weights
 from models.parameters import freeze_all_but_trainable, frozen_identity, parameter_groups
 from models.registry import build_model
+from scripts.check_arch import token_option
 from tests.helpers.tiny_models import TOWER_MODELS
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -72,8 +73,8 @@ def tower_of(name: str):
 
 def config(arch: str, model_name: str = "linear_probe", init: bool = False, given=None, **network):
     prefix, has_class, size = KINDS.get(arch, (1, True, 32))
-    if not has_class and "options" not in network:
-        network["options"] = {"token" if model_name == "td4v_side" else "feature": "mean_tokens"}
+    if not has_class and "options" not in network and (option := token_option(model_name)):
+        network["options"] = {option: "mean_tokens"}
     network = {"arch": arch, "init": init, "model": model_name, "pyramid": {"n_embs": [16, 16]}, **network}
     data = {
         "dataset": "hmdb51",
@@ -475,10 +476,9 @@ def test_sizes_that_do_not_fit_and_missing_class_tokens_are_refused():
         TowerError, match="data.input_size: 225 is not divisible by the patch size 14 of vit_small_patch14_dinov2"
     ):
         build_timm_tower("vit_small_patch14_dinov2", 225)
-    for model_name, key in [
-        ("td4v_side", "token"),
-        *[(name, "feature") for name in TOWER_MODELS if name != "td4v_side"],
-    ]:
+    for model_name in TOWER_MODELS:
+        if (key := token_option(model_name)) is None:
+            continue
         asked = config("ViT-B-16-SigLIP", model_name, options={key: "class_token"})
         with pytest.raises(
             TowerError, match=f"ViT-B-16-SigLIP has no class token; set network.options.{key} to mean_tokens"
