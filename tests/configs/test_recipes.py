@@ -12,7 +12,8 @@ from configs.schema import load_config
 from models.registry import MODELS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-NAMES = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in sorted(CONFIGS.rglob("*.yaml"))]
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
+NAMES = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in FILES]
 
 PAPER = {
     "seed": 1024, "data.modality": "RGB", "data.num_segments": 8, "data.batch_size": 16, "data.num_sample": 1,
