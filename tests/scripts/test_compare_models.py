@@ -159,7 +159,7 @@ def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: P
             "small.yaml: data.train_list: there is no file none.txt; choose --accuracy",
         ),
         (["--set", "network.head=text"], "network.head: text needs the pretrained CLIP"),
-        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # which linear_probe does not have
+        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # linear_probe has none
         (["--accuracy", "none.yaml"], "none.yaml: cannot read"),
         (["--accuracy", "a/small.yaml", "b/small.yaml"], "two configurations are called small"),
     ],
