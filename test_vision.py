@@ -72,7 +72,7 @@ from engine.run_info import describe_list, run_info
 from models.function import check_class_names, check_function
 from models.loading import check_untrained, load_weights
 from models.parameters import parameter_report
-from models.registry import build_model, with_pixel_statistics
+from models.registry import build_model, run_home, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -225,8 +225,7 @@ def results_path(arguments: argparse.Namespace, config: Config, checkpoint: Chec
     if checkpoint is not None:
         return checkpoint.path.with_name(f"{checkpoint.path.stem}_{views}")
     weights = Path(config.network.weights or "default")  # a file, or a tag
-    folder = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
-    return folder / f"zero_shot_{weights.stem if weights.is_file() else weights.name}_{views}"
+    return run_home(config) / f"zero_shot_{weights.stem if weights.is_file() else weights.name}_{views}"
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ from engine.trainer import Trainer, TrainerSettings, steps_per_epoch
 from models.function import check_class_names, check_function
 from models.loading import load_run_weights, load_weights
 from models.parameters import ParameterReport, check_trainable, frozen_identity, parameter_groups, parameter_report
-from models.registry import build_model, with_pixel_statistics
+from models.registry import build_model, run_home, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -94,7 +94,7 @@ def main(arguments: argparse.Namespace) -> None:
     precision = resolve_precision(config.solver.precision, process.device, config.solver.tf32)
     trains = not (config.solver.evaluate or arguments.dry_run)
     meta = run_info({key: getattr(config.data, key) for key in ("train_list", "val_list", "label_list")}, config.seed)
-    where = {"output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
+    where = {"home": run_home(config), "output": arguments.output, "name": arguments.log_time, "fresh": arguments.fresh}
     plan = plan_run(config, meta, process, writes=trains, **where)
     meta["class_names"] = recorded_names(names, plan)
     # A resumed run gets its weights with the rest of its state, unless features are computed with them before.

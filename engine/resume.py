@@ -57,6 +57,8 @@ def plan_run(
     config: Config,
     meta: dict[str, Any],
     process: Process,
+    *,
+    home: Path,
     writes: bool = True,
     output: str | None = None,
     name: str | None = None,
@@ -64,12 +66,13 @@ def plan_run(
 ) -> RunPlan:
     """Find the run that a command starts or resumes, the same on every process. Nothing is written.
 
-    The folder is `output`, or OUTPUT_DIR/DATASET/ARCH/`name`, or that of a `resume` called last_model.pt, or the newest
-    unfinished run that began as this one, or a new one named after the time. A run in the folder is resumed from its
-    newest valid checkpoint.
+    The folder is `output`, or `home`/`name`, or that of a `resume` called last_model.pt, or the newest unfinished run
+    that began as this one, or a new one named after the time. A run in the folder is resumed from its newest valid
+    checkpoint.
 
     Args:
         meta: of run_info.run_info, with the data lists.
+        home: the folder of all runs of this dataset and network.
         writes: False for an evaluation or a dry run, which has no folder.
         fresh: start a new run in any case (but see `restarted`).
 
@@ -80,7 +83,6 @@ def plan_run(
     if not writes:
         checkpoint, resumes = read_start(config, meta, process)
         return RunPlan(checkpoint=checkpoint, resumes=resumes)
-    home = Path(config.logging.output_dir, config.data.dataset, config.network.arch.replace("/", "-"))
     named = Path(output) if output else home / name if name else None
     resume = Path(config.resume) if config.resume else None
     if named is None and resume is not None and resume.name == checkpoint_file.LAST and is_run_folder(resume.parent):

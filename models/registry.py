@@ -42,6 +42,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -82,6 +83,13 @@ MODELS: dict[str, ModuleType] = {
 def uses_tower(model_name: str) -> bool:
     """Whether a model stands on an image tower (network.arch)."""
     return hasattr(MODELS[model_name], "build_tower")
+
+
+def run_home(config: Config) -> Path:
+    """The folder of the runs of a configuration: OUTPUT_DIR/DATASET/ARCH, or .../MODEL for one that has no tower."""
+    name = config.network.model_name
+    network = config.network.arch.replace("/", "-") if name not in MODELS or uses_tower(name) else name
+    return Path(config.logging.output_dir, config.data.dataset, network)
 
 
 def build_model(config: Config, pretrained: bool = True, class_names: Sequence[str] | None = None) -> nn.Module:

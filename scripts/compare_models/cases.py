@@ -34,6 +34,24 @@ def check_head(config: Config) -> None:
         )
 
 
+def chosen_models(names: Sequence[str], study: Sequence[str]) -> list[str]:
+    """The models of a comparison, each once: a name without overrides means the study's models of that name, if any."""
+    of_study: dict[str, list[str]] = {}
+    for model in study:
+        of_study.setdefault(_name(model), []).append(model)
+    return list(dict.fromkeys(model for name in names for model in of_study.get(name, [name])))
+
+
+def labels_of(models: Sequence[str]) -> dict[str, str]:
+    """What tables call each model: its name, with its overrides if another one has the same name."""
+    names = [_name(model) for model in models]
+    return {model: name if names.count(name) == 1 else model for model, name in zip(models, names, strict=True)}
+
+
+def _name(model: str) -> str:
+    return BEFORE_OVERRIDE.split(model)[0]
+
+
 def file_name(model: str) -> str:
     """A model with its overrides as part of a path."""
     return re.sub(r"[^\w.=-]+", "_", model)

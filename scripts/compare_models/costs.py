@@ -34,8 +34,13 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 def cost_cases(options: argparse.Namespace, models: Sequence[str], device: torch.device) -> list[tuple[str, Config]]:
-    """Model and configuration of each row of costs. Raises ConfigError and the like if one cannot be built."""
-    cases = []
+    """Model and configuration of each row of costs, none without --costs.
+
+    Raises ConfigError and the like if one cannot be built.
+    """
+    cases: list[tuple[str, Config]] = []
+    if options.costs is None:
+        return cases
     for model in models:
         config = load_case(*overrides_of(options.costs, model, options.set), device)
         check_head(config)
@@ -61,7 +66,7 @@ def measured_cost(options: argparse.Namespace, model: str, config: Config, devic
 
 def measured_costs(options: argparse.Namespace, models: Sequence[str], device: torch.device) -> list[Cost]:
     """The costs that earlier calls measured, if they did so for every model; else none."""
-    if not all(_path(options, model).is_file() for model in models):
+    if options.costs is None or not all(_path(options, model).is_file() for model in models):
         return []
     try:
         configs = [load_case(*overrides_of(options.costs, model, options.set), device) for model in models]

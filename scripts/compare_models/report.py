@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Accuracy:
         """Top-1 up to which a mean is not told from chance. All seeds share the videos, so more seeds do not lower it."""
         return self.chance + STANDARD_ERRORS * (self.chance * (100 - self.chance) / self.videos) ** 0.5
 
+    def relabelled(self, labels: Mapping[str, str]) -> Accuracy:
+        """The same table with the models' labels for their names."""
+        return replace(self, models=[replace(scores, model=labels[scores.model]) for scores in self.models])
+
     def to_dict(self) -> dict[str, Any]:
         """All values, measured and derived."""
         models = [asdict(scores) | {"mean": scores.mean, "deviation": scores.deviation} for scores in self.models]
@@ -80,12 +84,12 @@ def about(recipe: str, base: Config, videos: int, majority: float) -> str:
     rows = sum(1 for line in Path(data.train_list).read_text(encoding="utf-8").splitlines() if line.strip())
     tower = base.network.arch if vision is None else f"{vision.layers} layers of width {vision.width}"
     return (
-        f"{recipe} The tower ({tower}, {data.input_size} px) has RANDOM weights, nothing of CLIP is in it; {rows} training "
-        f"and {videos} test videos, {data.num_classes} classes, T = {data.num_segments}, {plural(solver.epochs, 'epoch')}, "
-        f"lr {solver.lr:g}, weight decay {solver.weight_decay:g}. Top-1 of the last epoch's checkpoint on one clip and one "
-        f"centre crop. Chance is {100 / data.num_classes:.1f} %, always naming the most frequent class gives "
-        f"{majority:.1f} %. This shows what the models learn from so little data on such towers, not how good they are "
-        "on CLIP."
+        f"{recipe} The tower ({tower}, {data.input_size} px) has RANDOM weights, nothing of CLIP is in it, and models "
+        f"without a tower start from random weights too; {rows} training and {videos} test videos, {data.num_classes} "
+        f"classes, T = {data.num_segments}, {plural(solver.epochs, 'epoch')}, lr {solver.lr:g}, weight decay "
+        f"{solver.weight_decay:g}. Top-1 of the last epoch's checkpoint on one clip and one centre crop. Chance is "
+        f"{100 / data.num_classes:.1f} %, always naming the most frequent class gives {majority:.1f} %. This shows what "
+        "the models learn from so little data without pretrained weights, not how good they are with them."
     )
 
 
@@ -180,6 +184,8 @@ def markdown(
 ) -> str:
     """The complete report. `made_by` has the revisions of the code behind each row of costs, by its label."""
     parts = ["# Models compared\n", "![](models.png)\n"]
+    if changed := [f"{label} is `{model}`." for label, model in meta["models"].items() if label != model]:
+        parts += [bullets(changed)]
     for accuracy in accuracies:
         parts += [f"## Top-1 on {accuracy.name}, %\n", accuracy_table(accuracy), f"{accuracy.about}\n"]
         parts += [revisions_text({scores.model: scores.revisions for scores in accuracy.models})]

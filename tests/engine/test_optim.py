@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import SolverConfig
+from configs.schema import SolverConfig, load_config
 from engine.optim import (
     ClipMixup,
     OptimError,
@@ -239,18 +239,19 @@ def test_groups_keep_their_proportion() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.05])
 
 
-TADA_RATES = Path(__file__).parents[1] / "golden/tadn/tables/learning_rates_tada.json"
-TADA_RECIPES = {  # recipe: lr, its start, final, warm-up, epochs, cosine after the warm-up
-    "tada/ssv2/tada2d_8f": (0.48, 1e-4, 0.0, 4, 64, False),
-    "tada/ssv2/tada2d_16f": (0.24, 1e-4, 0.0, 4, 64, False),
-    "tada/k400/tada2d_8x8": (0.24, 0.01, 0.0, 8, 100, False),
-    "tada/k400/tada2d_16x5": (0.12, 0.01, 0.0, 8, 100, False),
-    "tadaformer/tadaformer_b16_ssv2_16f": (5e-4, 1e-8, 1e-6, 4, 24, True),
-    "tadaformer/tadaformer_b16_k400_16f": (5e-5, 1e-6, 1e-6, 5, 30, True),
-    "tadaformer/tadaformer_l14_ssv2_16f": (2.5e-4, 1e-8, 1e-6, 4, 24, True),
-    "tadaformer/tadaformer_l14_k400_16f": (2e-5, 1e-6, 1e-6, 5, 24, True),
-    "tadaconvnextv2/tadaconvnextv2_tiny_ssv2_16f": (5e-4, 1e-6, 0.0, 2.5, 64, False),
-    "tadaconvnextv2/tadaconvnextv2_base_k400_16f": (2.5e-4, 1e-6, 0.0, 8, 100, False),
+ROOT = Path(__file__).parents[2]
+TADA_RATES = ROOT / "tests/golden/tadn/tables/learning_rates_tada.json"
+TADA_RECIPES = {  # the authors' name: our file
+    "tada/ssv2/tada2d_8f": "ssv2/tada2d",
+    "tada/ssv2/tada2d_16f": "ssv2/tada2d_16f",
+    "tada/k400/tada2d_8x8": "k400/tada2d",
+    "tada/k400/tada2d_16x5": "k400/tada2d_16f",
+    "tadaformer/tadaformer_b16_ssv2_16f": "ssv2/tadaformer",
+    "tadaformer/tadaformer_b16_k400_16f": "k400/tadaformer",
+    "tadaformer/tadaformer_l14_ssv2_16f": "ssv2/tadaformer_l14",
+    "tadaformer/tadaformer_l14_k400_16f": "k400/tadaformer_l14",
+    "tadaconvnextv2/tadaconvnextv2_tiny_ssv2_16f": "ssv2/tadaconvnextv2",
+    "tadaconvnextv2/tadaconvnextv2_base_k400_16f": "k400/tadaconvnextv2_base",
 }
 
 
@@ -258,16 +259,8 @@ def test_schedules_are_those_of_the_tada_models() -> None:
     rows = json.loads(TADA_RATES.read_text())
     assert {row["recipe"] for row in rows} == TADA_RECIPES.keys()
     for row in rows:
-        lr, start, final, warmup, epochs, after = TADA_RECIPES[row["recipe"]]
-        solver = SolverConfig(
-            lr=lr,
-            epochs=epochs,
-            lr_warmup_step=warmup,
-            lr_warmup_start=start,
-            lr_final=final,
-            cosine_after_warmup=after,
-        )
-        found = [lr * lr_factor(solver, lr, epoch) for epoch in row["epochs"]]
+        solver = load_config(ROOT / f"configs/{TADA_RECIPES[row['recipe']]}.yaml").solver
+        found = [solver.lr * lr_factor(solver, solver.lr, epoch) for epoch in row["epochs"]]
         assert found == pytest.approx(row["lr"], rel=1e-9, abs=1e-15), row["recipe"]
 
 

@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor, nn
 
 from clip.towers.openclip_vit import build_openclip_tower
-from configs.schema import ConfigError
+from configs.schema import ConfigError, load_config
 from models import tada2d, tadaconvnextv2, tadaformer, tdn
 from models.imagenet import imagenet_weights, load_backbone
 from models.parameters import freeze_all_but_trainable, parameter_groups
@@ -21,6 +21,7 @@ from models.tadaconv import average_over_time, drop_clips
 from tests.helpers.golden import GOLDEN, load_fill
 
 FAMILY = GOLDEN / "tadn"
+ROOT = Path(__file__).parents[2]
 CONV1_TEMP = 9_472  # of the authors' TDN: parameters that nothing uses
 
 
@@ -96,28 +97,30 @@ def test_parameters_of_tadaformer(arch: str, classes: int, something: bool, expe
     assert count(model) == expected and count(model.tada) == temporal
 
 
-GROUPS: dict[str, tuple[Callable[[], nn.Module], Callable, dict]] = {
+GROUPS: dict[str, tuple[Callable[[], nn.Module], Callable, str]] = {
     "tada2d_8f": (
         lambda: tada2d.TAda2D(num_classes=174),
         tada2d.from_published,
-        {"weight_decay": 1e-4, "decay_norms": False},
+        "ssv2/tada2d",
     ),
     "tadaformer_b16_ssv2_16f": (
         lambda: former("ViT-B-16-quickgelu", 174, something=True),
         tadaformer.from_published,
-        {"weight_decay": 0.05, "decay_norms": False, "layer_decay": 0.7},
+        "ssv2/tadaformer",
     ),
     "tadaconvnextv2_tiny_k400_16f": (
         lambda: tadaconvnextv2.TAdaConvNeXtV2(num_classes=400, **tadaconvnextv2.SIZES["tiny"]._asdict()),
         tadaconvnextv2.from_published,
-        {"weight_decay": 0.02},
+        "k400/tadaconvnextv2",
     ),
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_optimizer_groups_are_the_authors(name: str) -> None:
-    make, from_published, settings = GROUPS[name]
+    make, from_published, recipe = GROUPS[name]
+    solver = load_config(ROOT / f"configs/{recipe}.yaml").solver
+    settings = {key: getattr(solver, key) for key in ("weight_decay", "clip_ratio", "layer_decay", "decay_norms")}
     with torch.device("meta"):
         model = freeze_all_but_trainable(make())
     expected = json.loads((FAMILY / f"tables/groups_{name}.json").read_text())["parameters"]

@@ -12,7 +12,7 @@ from configs.schema import ConfigError, load_config
 from engine.profiling import saved_for_backward
 from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups, parameter_report
-from models.registry import MODELS, build_model
+from models.registry import MODELS, build_model, run_home
 from tests.helpers.tiny_models import TOWER_MODELS, WHOLLY_TRAINED, adapted, random_clips
 
 FROZEN = [model_name for model_name in MODELS if model_name not in WHOLLY_TRAINED]
@@ -243,6 +243,14 @@ def test_random_weights_are_announced(caplog):
         assert not caplog.text
         build_model(config())
     assert "RANDOM weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"), [("ssv2/aim", "ViT-B-16"), ("ssv2/tadaformer_l14", "ViT-L-14"), ("ssv2/tdn", "tdn")]
+)
+def test_runs_are_kept_by_tower_or_else_by_model(file, folder):
+    """Of a model without a tower network.arch says nothing."""
+    assert run_home(load_config(f"configs/{file}.yaml")).as_posix() == f"exp/somethingv2/{folder}"
 
 
 def test_drop_head():

@@ -18,13 +18,15 @@ from PIL import Image
 
 from configs.schema import load_config
 from engine import profiling
+from models.registry import MODELS, build_model
 from scripts import experiments
 from scripts.compare_models import accuracy as compare_accuracy
 from scripts.compare_models import report
 from scripts.compare_models.accuracy import prepare, recipe
-from scripts.compare_models.cases import CompareError, overrides_of
-from scripts.compare_models.command import main
+from scripts.compare_models.cases import CompareError, chosen_models, labels_of, overrides_of
+from scripts.compare_models.command import main, parse_arguments
 from scripts.compare_models.report import Accuracy, Scores, accuracy_findings
+from scripts.compare_models.study import Study, read_study
 from scripts.experiments import ExperimentError, Work, seconds_left
 from tests.helpers.cli_harness import command
 
@@ -58,7 +60,7 @@ def compare(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_
     def start(*words: str) -> int:
         start.calls.clear()
         fixed = ["--costs", str(small), "--accuracy", str(small), "--output", str(tmp_path / "out"), "--jobs", "1"]
-        return main([*fixed, "--device", "cpu", "--repeats", "1", *words])
+        return main([*fixed, "--models", PROBE, "--device", "cpu", "--repeats", "1", *words])
 
     start.calls, start.fails = [], None
     monkeypatch.setattr(experiments._Commands, "run", call)
@@ -157,7 +159,7 @@ def test_a_failing_run_is_one_sentence(small: Path, tiny_data: Path, tmp_path: P
             "small.yaml: data.train_list: there is no file none.txt; choose --accuracy",
         ),
         (["--set", "network.head=text"], "network.head: text needs the pretrained CLIP"),
-        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # which no model but aim has
+        (["--set", "network.options={drop_path: 0.3}"], "network.options.drop_path"),  # linear_probe has none
         (["--accuracy", "none.yaml"], "none.yaml: cannot read"),
         (["--accuracy", "a/small.yaml", "b/small.yaml"], "two configurations are called small"),
     ],
@@ -173,6 +175,67 @@ def test_what_cannot_be_compared_is_said_before_anything_runs(
     said = caplog.records[-1].getMessage()
     assert sentence in said and "\n" not in said
     assert not compare.calls and not (tmp_path / "out").exists()
+
+
+STUDIES = Path(__file__).parents[2] / "configs" / "studies"
+
+
+def test_a_study_gives_what_the_command_line_does_not(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("models: [aim, tdn+seed=1]\naccuracy: [a.yaml]\nset: [solver.lr=1]\nseeds: [4, 5]\n")
+    given = parse_arguments(["--study", str(study)])
+    assert (given.models, given.costs, given.accuracy) == (("aim", "tdn+seed=1"), None, ("a.yaml",))
+    assert (given.set, given.seeds) == (["solver.lr=1"], (4, 5))
+    words = ["--models", "aim", "--costs", "c.yaml", "--accuracy", "b.yaml", "--set", "solver.lr=2", "--seeds", "6"]
+    given = parse_arguments(["--study", str(study), *words])
+    assert (given.models, given.costs, given.accuracy) == (["aim"], "c.yaml", ["b.yaml"])
+    assert (given.set, given.seeds) == (["solver.lr=1", "solver.lr=2"], [6])  # the later override wins
+    assert given.study == read_study(study)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("models: [aim]\nseed: [1]\n", "study.yaml, line 2: seed: unknown key; did you mean seeds?"),
+        ("seeds: [1, x]\n", "study.yaml, line 1: seeds[1]: must be"),
+        ("models: aim: tdn\n", "study.yaml, line 1: "),
+    ],
+)
+def test_a_broken_study_is_one_sentence(tmp_path: Path, capsys, text: str, sentence: str) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["--study", str(study)])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: argument --study: " in last and sentence in last
+
+
+def test_a_study_of_nothing_is_refused(tmp_path: Path, caplog) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text("models: [aim]\n")
+    assert main(["--study", str(study), "--output", str(tmp_path / "out")]) == 1
+    assert caplog.records[-1].getMessage().startswith("costs, accuracy: neither is given")
+
+
+def test_the_shipped_studies_have_every_model() -> None:
+    small, full = read_study(STUDIES / "small.yaml"), read_study(STUDIES / "full_size.yaml")
+    assert parse_arguments([]).study == small
+    assert [labels_of(study.models)[model] for study in (small, full) for model in study.models] == 2 * list(MODELS)
+    assert not full.accuracy and full.models == tuple(MODELS)
+    for model in small.models:
+        for path in small.accuracy:
+            file, overrides = overrides_of(str(STUDIES.parents[1] / path), model, ["network.init=false"])
+            built = build_model(load_config(file, overrides), pretrained=False)
+            assert sum(parameter.numel() for parameter in built.parameters()) < 5e6, (model, path)
+
+
+def test_a_name_alone_means_the_study_s_models_of_that_name() -> None:
+    study = Study(models=("aim", "tdn+a=1", "tdn+a=2"))
+    assert chosen_models(["tdn", "aim", "tdn+a=1", "tdn+a=3", "tada2d"], study.models) == [
+        "tdn+a=1", "tdn+a=2", "aim", "tdn+a=3", "tada2d",
+    ]  # fmt: skip
+    assert labels_of(study.models) == {"aim": "aim", "tdn+a=1": "tdn+a=1", "tdn+a=2": "tdn+a=2"}
+    assert labels_of(["aim+x=1", "tdn"]) == {"aim+x=1": "aim", "tdn": "tdn"}
 
 
 def test_settings_of_the_command_line_hold_for_every_model(small: Path) -> None:
@@ -233,10 +296,11 @@ def test_the_code_of_each_row_is_named_where_it_differs() -> None:
     text = report.revisions_text({"aim": ("a1", "b2*"), "probe": ("a1",)})
     assert text.endswith(": aim a1, b2*; probe a1.\n")
     meta = {"hardware": {"gpus": [], "cpu": "c", "cores": 1, "memory_gib": 1}, "versions": {}, "device": "cpu",
-            "command": ["python", "a b"], "started": "now"}  # fmt: skip
+            "command": ["python", "a b"], "started": "now", "models": {"aim": "aim+a=b", "probe": "probe"}}  # fmt: skip
     for revisions, legend in ((["a1"], False), (["a1", "b2*"], True)):
         text = report.markdown([], {}, "", [], meta | {"revisions": revisions})
         assert ("uncommitted" in text) is legend and "`python 'a b'`" in text
+        assert "- aim is `aim+a=b`.\n" in text and "probe is" not in text
 
 
 def test_every_seed_lies_within_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

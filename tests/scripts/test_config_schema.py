@@ -17,7 +17,7 @@ from models.registry import MODELS
 from scripts.config_schema import config_schema, field_comments, main, schema_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 SCHEMA = config_schema()
 SMALL = {"data": {"dataset": "hmdb51", "num_classes": 5}}
 REFUSED = [
