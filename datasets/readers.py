@@ -233,7 +233,8 @@ class _ImageFrames:
             frames = np.stack([image.decode(box, fast) for image in self.images])  # (unique, h, w, 3)
         except ImageError as error:
             raise ReadError(str(error)) from error
-        return frames if len(frames) == len(self.order) else frames[self.order]
+        in_order = np.array_equal(self.order, np.arange(len(frames)))
+        return frames if in_order else frames[self.order]
 
     def reduced(self, least_height: int, least_width: int) -> Frames:
         return _ImageFrames([image.reduced(least_height, least_width) for image in self.images], self.order)

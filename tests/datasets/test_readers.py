@@ -38,6 +38,8 @@ def test_folder_reads_in_the_requested_order(folder):
     frames = clip.read(np.array([9, 0, 3, 3]))
     assert clip.num_frames == 10 and frames.shape == (4, 20, 30, 3) and frames.dtype == np.uint8
     assert np.abs(frames.mean((1, 2, 3)) - [180, 0, 60, 60]).max() < 2
+    frames = clip.read(np.array([6, 9, 2, 5]))  # each once, as a dense clip that continues at the first frame
+    assert np.abs(frames.mean((1, 2, 3)) - [120, 180, 40, 100]).max() < 2
 
 
 def test_folder_numbered_from_zero_and_channel_order(tmp_path):
