@@ -58,6 +58,8 @@ IGNORED_KEYS = frozenset(
 # Other names of keys.
 ALIASES = {"network.method": "network.model"}
 
+MOTIONS = 9  # the classes of data.task: mosi
+
 # How a dataset samples frames; a dataset outside this table needs `data.style`.
 STYLES = {
     "kinetics": ("hmdb51", "ucf101", "k400", "k600", "k700", "kinetics", "kinetics400", "kinetics600", "diving48"),
@@ -75,10 +77,13 @@ class DataConfig:
 
     dataset: str  # a known name, such as hmdb51 or somethingv2, or a name of your own with data.style
     num_classes: int
+    task: Literal["classify", "mosi"] = "classify"  # mosi: nine motions of a crop over one frame of each video
+    static_mask: bool = False  # mosi: in training a random rectangle moves alone, and the rest stands still
+    reversed_classes: bool = False  # a second class for each of the list's, of its videos backwards
     modality: Literal["RGB", "video"] = "RGB"  # frame folders (rows `path num_frames label`) or files (`path label`)
     num_segments: int = 8  # T, the segments of a clip, one frame each for most models
     seg_length: Optional[int] = None  # frames read at each segment; null: as many as the model reads
-    batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips
+    batch_size: int = 16  # videos a process; a training batch holds batch_size * num_sample clips, with mosi * 9
     workers: int = 4  # processes that load videos, in each training process
     image_tmpl: str = "{:06d}.jpg"  # RGB: the file name of a frame by its number
     index_base: Literal[0, 1] = 1  # RGB: the number of a video's first frame
@@ -162,11 +167,35 @@ class DataConfig:
             f"{self.dataset!r} is not a known dataset{did_you_mean(self.dataset, known)}; "
             "for your own data set data.style to kinetics or something",
         )
+        self._check_task()
         self._check_sampling()
         self._check_augmentation()
         self._check_crop()
         if self.modality == "RGB":
             self._check_image_template()
+
+    def _check_task(self) -> None:
+        _refuse_settings_of_others(self, "data", "task", {"static_mask": "mosi"})
+        require(
+            not self.reversed_classes or self.num_classes % 2 == 0,
+            "data.num_classes",
+            f"must be twice the classes of the lists with data.reversed_classes: true, not {self.num_classes}",
+        )
+        if self.task != "mosi":
+            return
+        require(
+            self.num_classes == MOTIONS, "data.num_classes", f"must be {MOTIONS} with data.task: mosi, one a motion"
+        )
+        require(
+            self.short_side_size > self.input_size,
+            "data.scale_size",
+            f"must be above data.input_size {self.input_size} with data.task: mosi: the crop moves over that picture",
+        )
+        unread = ("augment", "num_sample", "rand_aug", "rand_erase", "dense", "shot", "gray_prob", "crop", "crop_scale",
+                  "reversed_classes", "test_size", "test_scale")  # fmt: skip
+        for key in unread:
+            default = getattr(self, key) == getattr(DataConfig, key)
+            require(default, f"data.{key}", "has no effect with data.task: mosi")
 
     def _check_sampling(self) -> None:
         _refuse_settings_of_others(self, "data", "style", {"interval": "tada_interval", "fps": "tada_interval"})
@@ -259,6 +288,18 @@ class DataConfig:
     def sampling_style(self) -> str:
         """data.style, or the dataset's own, `kinetics` or `something`."""
         return self.style or next(style for style, names in STYLES.items() if self.dataset in names)
+
+    @property
+    def listed_classes(self) -> int | None:
+        """The number of classes in the lists; None where their labels are not read."""
+        if self.task == "mosi":
+            return None
+        return self.num_classes // 2 if self.reversed_classes else self.num_classes
+
+    @property
+    def clips_per_video(self) -> int:
+        """The clips that a training batch holds of each of its videos."""
+        return MOTIONS if self.task == "mosi" else self.num_sample
 
     @property
     def short_side_size(self) -> int:
@@ -543,7 +584,7 @@ class Config:
             "solver.evaluate",
             "needs pretrain or resume: there are no weights to evaluate",
         )
-        clips = self.data.batch_size * self.data.num_sample
+        clips = self.data.batch_size * self.data.clips_per_video
         require(
             not self.solver.mixup or clips % 2 == 0,
             "solver.mixup",

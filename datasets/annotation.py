@@ -31,7 +31,7 @@ class VideoRecord:
 
 
 def read_list(
-    path: str, modality: Literal["RGB", "video"], num_classes: int, key: str = "list"
+    path: str, modality: Literal["RGB", "video"], num_classes: int | None, key: str = "list"
 ) -> tuple[VideoRecord, ...]:
     """Read a list of videos.
 
@@ -41,6 +41,7 @@ def read_list(
     path, backslashes between folders and a header line are not.
 
     Args:
+        num_classes: None where the labels are not used.
         key: the name of the file in messages, e.g. `data.train_list`.
 
     Raises:
@@ -55,7 +56,7 @@ def read_list(
     if not records:
         raise AnnotationError(f"{path}: {key} has no rows")
     largest = max(record.label for record in records)
-    for record in records:
+    for record in records if num_classes is not None else ():
         if not 0 <= record.label < num_classes:
             hint = from_1(records) if largest == num_classes else ""
             raise AnnotationError(f"{path}, line {record.line}: {outside(record, num_classes)}{hint}")

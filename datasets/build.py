@@ -22,6 +22,7 @@ from datasets.annotation import AnnotationError, few_shot, read_labels, read_lis
 from datasets.decoders import DecoderMissing, library
 from datasets.list_doubts import list_doubts
 from datasets.loader import VideoLoader
+from datasets.mosi import MOTION_NAMES
 from datasets.overlap import warn_of_trained_videos
 from datasets.readers import FrameFolderReader, Reader, VideoReader
 from datasets.registry import dataset_traits
@@ -35,7 +36,7 @@ from datasets.transforms import (
     RandomShortSideCrop,
     TrainTransform,
 )
-from datasets.video_dataset import EvalDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
+from datasets.video_dataset import EvalDataset, MosiDataset, PlainTrainDataset, TrainDataset, VideoSource, collate
 
 Split = Literal["train", "val", "test"]
 Sources = dict[Split, VideoSource]
@@ -59,7 +60,9 @@ def log_doubts(data: DataConfig, sources: Sources, names: Sequence[str] | None) 
         names: of the classes.
     """
     for split, source in sources.items():
-        doubts = list_doubts(source.records, data.modality, data.num_classes, names, trains=split == "train")
+        classes = data.listed_classes or 1 + max(record.label for record in source.records)
+        names = names if data.task == "classify" else None
+        doubts = list_doubts(source.records, data.modality, classes, names, trains=split == "train")
         for _, text in doubts:
             logger.warning("%s: %s", source.list_file, text)
     if (train := sources.get("train")) is not None and (val := sources.get("val")) is not None:
@@ -73,7 +76,7 @@ def warn_of_training_list(tested: VideoSource, trained: DataConfig, list_file: s
         trained: its train_root is where the list's paths start. list_file: the list that the checkpoint was trained on.
     """
     try:
-        records = read_list(list_file, trained.modality, trained.num_classes)
+        records = read_list(list_file, trained.modality, trained.listed_classes)
     except AnnotationError:  # of rules that were others
         return 0
     return warn_of_trained_videos(tested, records, trained.train_root or "", list_file)
@@ -101,7 +104,7 @@ def train_loader(
     """
     dataset = _training(data, _training_source(data, seed, source), seed, frames_per_segment)
     sampler = ShuffledSampler(len(dataset), data.batch_size, seed, rank, world_size)
-    return _loader(data, dataset, sampler, data.batch_size, views=data.num_sample, seed=seed)
+    return _loader(data, dataset, sampler, data.batch_size, views=data.clips_per_video, seed=seed)
 
 
 def listed_loader(
@@ -126,7 +129,8 @@ def val_loader(
     source: VideoSource | None = None,
 ) -> VideoLoader:
     """Every video of data.val_list once over all processes, in order: one clip, one centre crop. Raises as above."""
-    dataset = _evaluation(data, source or video_source(data, "val"), data.dense, frames_per_segment)
+    source = _with_reversed(data, source or video_source(data, "val"))
+    dataset = _evaluation(data, source, data.dense, frames_per_segment)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -152,7 +156,8 @@ def test_loader(
     if clips < 1:
         raise ValueError(f"clips must be above 0, not {clips}")
     data = data.for_testing()
-    dataset = _evaluation(data, source or video_source(data, "test"), dense, frames_per_segment, crops, clips)
+    source = _with_reversed(data, source or video_source(data, "test"))
+    dataset = _evaluation(data, source, dense, frames_per_segment, crops, clips)
     return _eval_loader(data, dataset, seed, rank, world_size)
 
 
@@ -160,15 +165,25 @@ test_loader.__test__ = False  # not a test, whatever pytest makes of its name
 
 
 def class_names(data: DataConfig) -> tuple[str, ...] | None:
-    """The names in data.label_list by label, or None where there is no such file in the configuration."""
-    return None if data.label_list is None else read_labels(data.label_list, data.num_classes)
+    """The names in data.label_list by label, or None where there is no such file in the configuration.
+
+    The motions of data.task: mosi have names of their own, and so have classes of reversed videos.
+    """
+    if data.task == "mosi":
+        return MOTION_NAMES
+    if data.label_list is None:
+        return None
+    names = read_labels(data.label_list, data.listed_classes)
+    return (*names, *(f"{name}, reversed" for name in names)) if data.reversed_classes else names
 
 
 def _training(
     data: DataConfig, source: VideoSource, seed: int, frames_per_segment: int
-) -> TrainDataset | PlainTrainDataset:
+) -> TrainDataset | PlainTrainDataset | MosiDataset:
     traits = dataset_traits(data)
     sampling = _sampling(data, data.dense, frames_per_segment)
+    if data.task == "mosi":
+        return _motions(data, source, sampling, seed)
     if not data.augment:
         return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
     pixels = data.with_pixel_statistics()
@@ -199,7 +214,24 @@ def _crop(data: DataConfig, scale_size: int | tuple[int, int]) -> Crop:
 
 def _training_source(data: DataConfig, seed: int, source: VideoSource | None) -> VideoSource:
     source = source or video_source(data, "train")
-    return source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
+    source = source if data.shot is None else replace(source, records=few_shot(source.records, data.shot, seed))
+    return _with_reversed(data, source)
+
+
+def _with_reversed(data: DataConfig, source: VideoSource) -> VideoSource:
+    return source.with_reversed(data.listed_classes) if data.reversed_classes else source
+
+
+def _motions(data: DataConfig, source: VideoSource, sampling: ClipSampling, seed: int | None) -> MosiDataset:
+    return MosiDataset(
+        source if seed is not None else source.with_motions(),
+        sampling,
+        input_size=data.input_size,
+        scale_size=data.short_side_size,
+        seed=seed,
+        flip=data.flip is not False,
+        static_mask=data.static_mask,
+    )
 
 
 def _evaluation(
@@ -209,7 +241,11 @@ def _evaluation(
     frames_per_segment: int,
     crops: int = 1,
     clips: int | None = None,
-) -> EvalDataset:
+) -> EvalDataset | MosiDataset:
+    if data.task == "mosi":
+        if crops != 1 or clips not in (None, 1):
+            raise ValueError(f"data.task: mosi is tested on one crop and one clip, not {crops} crops and {clips} clips")
+        return _motions(data, source, _sampling(data, dense, frames_per_segment), seed=None)
     transform = EvalTransform(data.input_size, dataset_traits(data).scale_size, crops)
     return EvalDataset(source, _sampling(data, dense, frames_per_segment), transform, clips)
 
@@ -224,8 +260,10 @@ def _sampling(data: DataConfig, dense: bool, frames_per_segment: int) -> ClipSam
     )
 
 
-def _eval_loader(data: DataConfig, dataset: EvalDataset, seed: int, rank: int, world_size: int) -> VideoLoader:
-    views = dataset.transform.crops * (dataset.clips or 1)
+def _eval_loader(
+    data: DataConfig, dataset: EvalDataset | MosiDataset, seed: int, rank: int, world_size: int
+) -> VideoLoader:
+    views = dataset.transform.crops * (dataset.clips or 1) if isinstance(dataset, EvalDataset) else 1
     sampler = StridedSampler(len(dataset), rank, world_size)
     return _loader(data, dataset, sampler, max(1, data.batch_size // views), views=views, seed=seed)
 
@@ -244,7 +282,7 @@ def video_source(data: DataConfig, split: Split) -> VideoSource:
     check_paths(data, split)
     (list_key, list_file), (_, root) = (list_or_root(data, split, what) for what in ("list", "root"))
     return VideoSource(
-        records=read_list(list_file, data.modality, data.num_classes, f"data.{list_key}"),
+        records=read_list(list_file, data.modality, data.listed_classes, f"data.{list_key}"),
         root=root,
         reader=build_reader(data),
         list_file=list_file,
@@ -273,7 +311,7 @@ def list_or_root(data: DataConfig, split: str, what: Literal["list", "root"]) ->
 
 def _loader(
     data: DataConfig,
-    dataset: TrainDataset | EvalDataset,
+    dataset: TrainDataset | EvalDataset | MosiDataset,
     sampler: Sampler[tuple[int, int]],
     batch_size: int,
     views: int,

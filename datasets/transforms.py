@@ -324,6 +324,19 @@ class EvalTransform:
         return [(0, 0), (0, right), (bottom, 0), (bottom, right), centre]
 
 
+def picture(frames: Frames, side: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """A square of the first frame, whose short side is resized to `side`: (side, side, 3) uint8.
+
+    Args:
+        rng: draws where it lies on the long side; None for the centre.
+    """
+    height, width = scaled(frames.height, frames.width, side)
+    pixels = _resized(frames.decode()[:1], (height, width), InterpolationMode.BICUBIC)[0].numpy()
+    room = height - side, width - side
+    top, left = (each // 2 if rng is None else int(rng.integers(each, endpoint=True)) for each in room)
+    return pixels[top : top + side, left : left + side]
+
+
 # ---- pixels
 
 

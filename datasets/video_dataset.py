@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from datasets import mosi
 from datasets.annotation import VideoRecord
 from datasets.box import Box
 from datasets.decoders import DecodeError, DecoderMissing
@@ -26,7 +27,7 @@ from datasets.loader import INDEX, SharedBuffers, Slot, too_many_files
 from datasets.readers import Clip, Frames, Reader, ReadError
 from datasets.sampling import ClipSampling
 from datasets.seeding import seeded
-from datasets.transforms import EvalTransform, TrainTransform
+from datasets.transforms import EvalTransform, TrainTransform, picture
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class VideoSource:
         root: the folder that their paths start from.
         list_file: named in messages, with the line.
         skip_errors: skip a video that cannot be read, instead of ending the run.
+        backwards_from: the first label whose videos are played backwards; None: no video is.
     """
 
     records: Sequence[VideoRecord]
@@ -45,6 +47,17 @@ class VideoSource:
     reader: Reader
     list_file: str
     skip_errors: bool = False
+    backwards_from: int | None = None
+
+    def with_reversed(self, classes: int) -> VideoSource:
+        """Each video once more, backwards, as one of `classes` more classes."""
+        backwards = [replace(row, label=row.label + classes) for row in self.records]
+        return replace(self, records=(*self.records, *backwards), backwards_from=classes)
+
+    def with_motions(self) -> VideoSource:
+        """Each video once a motion, with the motion as label."""
+        motions = range(len(mosi.MOTIONS))
+        return replace(self, records=[replace(row, label=motion) for row in self.records for motion in motions])
 
     def stamp(self) -> str:
         """A hash of the sizes and modification times of all files that the rows name; the contents are not read.
@@ -143,7 +156,10 @@ class _VideoDataset(Dataset):
         if self.sampling.needs_fps and clip.fps is None:
             path = os.path.join(self.source.root, self.source.records[index].path)
             raise ReadError(f"{path}: does not state its frames a second, which data.style: tada_interval needs")
-        return self.frame_indices(clip.num_frames, epoch, index, clip.fps)
+        indices = self.frame_indices(clip.num_frames, epoch, index, clip.fps)
+        backwards_from = self.source.backwards_from
+        is_backwards = backwards_from is not None and self.source.records[index].label >= backwards_from
+        return indices[:, ::-1] if is_backwards else indices
 
     def frame_indices(self, num_frames: int, epoch: int, index: int, fps: float | None = None) -> np.ndarray:
         """The same of a video of `num_frames`, `fps` a second: (clips, T * f) int64."""
@@ -238,6 +254,63 @@ class PlainTrainDataset(EvalDataset):
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         item = super()._views(frames, label, epoch, index)
         return item | {key: item[key][None] for key in ("label", "index")}  # (1,)
+
+
+class MosiDataset(_VideoDataset):
+    """Motions over one frame of a video, its picture: short side `scale_size`, a square of it.
+
+    In training an item is all nine motions over a random frame and square, mirrored half the time. In evaluation an item
+    is one motion, the label of its row, over the middle of the middle frame (see VideoSource.with_motions).
+
+    Item: training: video (9, T * f, S, S, 3) uint8, label and index (9,) int64, path str; evaluation: video
+    (1, T * f, S, S, 3) uint8, label and index () int64, path str; or BadVideo.
+
+    Args:
+        input_size: S, pixels. scale_size: the side of the picture, above S.
+        seed: of all that is random in training; None for evaluation.
+        flip: mirror half of the pictures in training.
+        static_mask: in training only a random rectangle of each clip moves.
+    """
+
+    def __init__(
+        self,
+        source: VideoSource,
+        sampling: ClipSampling,
+        *,
+        input_size: int,
+        scale_size: int,
+        seed: int | None,
+        flip: bool = True,
+        static_mask: bool = False,
+    ):
+        super().__init__(source, sampling)
+        self.input_size, self.scale_size, self.seed = input_size, scale_size, seed
+        self.flip, self.static_mask = flip, static_mask
+
+    def frame_indices(self, num_frames: int, epoch: int, index: int, fps: float | None = None) -> np.ndarray:
+        """The one frame that is the picture: (1, 1) int64."""
+        if self.seed is None:
+            return np.array([[num_frames // 2]])
+        return np.random.default_rng([self.seed, epoch, index]).integers(num_frames, size=(1, 1))
+
+    def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        T, S = self.sampling.clip_frames, self.input_size
+        if self.seed is None:
+            clip = mosi.moving_clips(picture(frames, self.scale_size), S, T)[label]
+            return {
+                "video": torch.from_numpy(clip[None]),
+                "label": torch.tensor(label),
+                "index": torch.tensor(index),
+            }
+        rng = np.random.default_rng([self.seed, epoch, index, 1])
+        still = picture(frames, self.scale_size, rng)
+        if rng.random() < 0.5 and self.flip:
+            still = still[:, ::-1]  # before it moves, so that right stays right
+        clips = mosi.moving_clips(still, S, T, rng)  # (9, T * f, S, S, 3)
+        if self.static_mask:
+            clips = np.stack([mosi.with_static_mask(clip, rng) for clip in clips])
+        motions = torch.arange(len(clips))
+        return {"video": torch.from_numpy(clips), "label": motions, "index": torch.full_like(motions, index)}
 
 
 def collate(items: Sequence[dict[str, Any] | BadVideo | Slot], buffers: SharedBuffers | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from engine.train_step import TrainingState
 def clips_per_step(config: Config, process: Process) -> int:
     """Clips that one optimizer step averages over, on all processes together."""
     data = config.data
-    return data.batch_size * data.num_sample * process.world_size * config.solver.grad_accumulation_steps
+    return data.batch_size * data.clips_per_video * process.world_size * config.solver.grad_accumulation_steps
 
 
 def build_training_state(

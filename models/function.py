@@ -20,7 +20,7 @@ logger = logging.getLogger("td4v")
 
 # Every key of a configuration begins with an entry of one of the two; a test holds that against the schema.
 FUNCTION = (
-    "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.interval",
+    "data.task", "data.reversed_classes", "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.interval",
     "data.dense", "data.mean", "data.std", "network.model", "network.fine_tuning", "network.arch", "network.vision", "network.head",
     "network.text", "network.DA_ratio", "network.sample_mode", "network.pyramid", "network.options",
 )  # fmt: skip
@@ -29,7 +29,7 @@ FREE = (
     "data.dataset", "data.num_classes", "data.modality", "data.batch_size", "data.workers", "data.image_tmpl",
     "data.index_base", "data.train_", "data.val_", "data.test_", "data.label_list", "data.random_shift", "data.augment",
     "data.num_sample", "data.rand_", "data.shot", "data.flip", "data.gray_prob", "data.crop", "data.short_side",
-    "data.fps", "data.on_error", "data.decoder", "network.init", "network.weights", "network.drop_fc", "network.sync_bn",
+    "data.static_mask", "data.fps", "data.on_error", "data.decoder", "network.init", "network.weights", "network.drop_fc", "network.sync_bn",
     "network.recompute", "network.cache_features", "solver.", "logging.", "checkpoint.", "resume", "pretrain", "seed",
 )  # fmt: skip
 _OF_SIDE_TUNING = ("network.DA_ratio", "network.sample_mode", "network.pyramid")

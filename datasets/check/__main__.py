@@ -76,7 +76,15 @@ from configs.schema import ConfigError, DataConfig, load_config
 from datasets.annotation import AnnotationError
 from datasets.check.doubts import row_doubts
 from datasets.check.figures import contact_sheet, plot_balance
-from datasets.check.lists import balance_table, findings_between, findings_of, label_names, open_lists, values_of
+from datasets.check.lists import (
+    balance_table,
+    findings_between,
+    findings_of,
+    label_names,
+    lists_alone,
+    open_lists,
+    values_of,
+)
 from datasets.check.report import Finding, Report
 from datasets.check.rows import RowChecker, check_rows
 from datasets.check.speed import advise, measure, need_of_run
@@ -105,21 +113,22 @@ def check(options: argparse.Namespace, command: str) -> Report:
     report = Report(command, options.config, config.to_dict())
     report.findings += [Finding("note", "configuration", str(warning.message)) for warning in caught]
 
-    names, name_findings = label_names(data)
+    listed = lists_alone(data, lists)
+    names, name_findings = label_names(listed)
     report.findings += [*list_findings, *name_findings]
     for checked in lists:
         records = checked.source.records
         results = check_rows(RowChecker(checked.source, options.full), records, options.jobs)
         results = progress(results, len(records), f"checking {checked.split}")
         checked.results = sorted(results, key=lambda result: result.record.line)
-        report.findings += findings_of(checked, data, names)
+        report.findings += findings_of(checked, listed, names)
         report.findings += row_doubts(checked, names)
-        report.values[checked.split] = values_of(checked, data)
+        report.values[checked.split] = values_of(checked, listed)
     report.findings += findings_between(lists)
     _log(report.findings)
     if lists:
-        _add_section(report, "Classes and videos", balance_table(lists, data))
-        plot_balance(lists, data, names, folder / "class_balance.png")
+        _add_section(report, "Classes and videos", balance_table(lists, listed))
+        plot_balance(lists, listed, names, folder / "class_balance.png")
         report.figures["Class balance"] = "class_balance.png"
     sheet = folder / "contact_sheet.png"
     views = {"videos": options.videos, "crops": options.crops, "clips": options.clips}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from configs.schema import DataConfig
 from datasets.build import test_loader, train_loader, val_loader
 from datasets.check.lists import CheckedList
+from datasets.mosi import MOTION_NAMES
 from datasets.video_dataset import BadVideo
 
 MAX_WIDTH = 2900  # pixels of the contact sheet
@@ -65,9 +66,11 @@ def contact_sheet(
         OSError: `path` cannot be written.
     """
     alone = replace(data, workers=0, batch_size=1)
-    drawn = [f"draw {draw + 1}" for draw in range(data.num_sample)]
+    drawn = [f"draw {draw + 1}" for draw in range(data.num_sample)] if data.task == "classify" else MOTION_NAMES
     crop_names = CROP_NAMES.get(crops) or (*CROP_NAMES[5], *(f"{name}, mirrored" for name in CROP_NAMES[5]))
     views = [f"clip {clip + 1}: {crop}" for clip in range(clips) for crop in crop_names]
+    if data.task == "mosi":
+        crops, clips, views = 1, 1, ["centre"]
     parts = {
         "training": (lambda: train_loader(alone, seed), drawn, videos, seed),
         "validation": (lambda: val_loader(alone, seed), ["centre"], videos, seed),
@@ -176,7 +179,9 @@ def _draw(blocks: Sequence[SheetBlock], data: DataConfig) -> Image.Image:
                     image = image.resize((side, side), Image.Resampling.BICUBIC)
                 sheet.paste(image, (x, y))
                 if numbered:
-                    pen.text((x + side // 2, y + side + 1), str(row.numbers[t]), PALE, small, anchor="ma")
+                    pen.text(
+                        (x + side // 2, y + side + 1), str(row.numbers[t % len(row.numbers)]), PALE, small, anchor="ma"
+                    )
             y += side + caption + gap
         y += 8
     return sheet

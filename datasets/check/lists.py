@@ -56,7 +56,8 @@ def open_lists(data: DataConfig) -> tuple[list[CheckedList], list[Finding]]:
     lists, findings = [], []
     for split in splits:
         try:
-            lists.append(CheckedList(split, video_source(replace(data, num_classes=ANY_LABEL), split)))
+            any_label = replace(data, num_classes=ANY_LABEL, task="classify", reversed_classes=False)
+            lists.append(CheckedList(split, video_source(any_label, split)))
         except AnnotationError:
             source, errors = _valid_rows(data, split)
             findings += [Finding("problem", "list", str(error)) for error in errors]
@@ -80,6 +81,13 @@ def _valid_rows(data: DataConfig, split: Split) -> tuple[VideoSource, list[Annot
     except AnnotationError as error:
         errors.append(error)
     return VideoSource(tuple(records), root, build_reader(data), list_file), errors
+
+
+def lists_alone(data: DataConfig, lists: Sequence[CheckedList]) -> DataConfig:
+    """The configuration of the lists themselves, without what data.task or data.reversed_classes make of them."""
+    largest = max((record.label for checked in lists for record in checked.source.records), default=0)
+    classes = data.listed_classes or largest + 1
+    return replace(data, num_classes=classes, task="classify", reversed_classes=False)
 
 
 def label_names(data: DataConfig) -> tuple[tuple[str, ...] | None, list[Finding]]:

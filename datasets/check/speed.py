@@ -83,7 +83,7 @@ def measure(data: DataConfig, seed: int, workers: int, seconds: float) -> Rate:
     span = now - warm
     return Rate(
         workers=workers,
-        videos_per_s=clips / span / data.num_sample,
+        videos_per_s=clips / span / data.clips_per_video,
         clips_per_s=clips / span,
         cpu_ms=None if cpu is None or cpu_before is None else 1000 * (cpu - cpu_before) / clips,
         batches=num_measured,

@@ -81,7 +81,7 @@ def labels_of(cases: Sequence[tuple[str, list[str]]], models: Sequence[str], fir
 
 def default_batch(config: Config, device: torch.device) -> int:
     """Clips of a batch."""
-    return config.data.batch_size * config.data.num_sample if device.type == "cuda" else 2
+    return config.data.batch_size * config.data.clips_per_video if device.type == "cuda" else 2
 
 
 def default_repeats(device: torch.device) -> int:
