@@ -53,6 +53,7 @@ MODEL = {
         "data.augment": False, "network.cache_features": "all", "network.options.feature": "class_token",
         "solver.weight_decay": 0.0, "logging.skip_epoch": [],
     },
+    "attentive_probe": {"data.augment": True, "network.cache_features": "off", "solver.weight_decay": 0.15},
     "full_finetune": {
         "solver.lr": 1e-4, "solver.clip_ratio": 0.1, "solver.layer_decay": 0.75, "solver.decay_norms": False,
         "network.options.feature": "class_token", "logging.skip_epoch": [],

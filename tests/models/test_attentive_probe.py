@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from clip.towers.openclip_vit import build_openclip_tower
 from configs.schema import ConfigError, load_config
 from models.attentive_probe import AttentiveProbe, TokenPooling
-from models.parameters import parameter_report
+from models.parameters import freeze_all_but_trainable, parameter_report
 from models.registry import build_model
 
 WIDTH, CLASSES, FRAMES, SIDE = 64, 5, 4, 32
@@ -55,6 +56,13 @@ def test_counts_by_hand() -> None:
         "head": WIDTH * CLASSES + CLASSES,
     }
     assert "temporal_embedding" not in parameter_report(probe(temporal_embedding=False)).by_module
+
+
+def test_counts_of_vit_b16() -> None:
+    with torch.device("meta"):
+        model = AttentiveProbe(build_openclip_tower("ViT-B/16", 224), num_classes=51, frames=8, heads=12)
+    report = parameter_report(freeze_all_but_trainable(model))
+    assert report.trainable == 6_501_888 + report.by_module["head"]
 
 
 def test_only_the_temporal_embedding_sees_the_order_of_frames() -> None:
