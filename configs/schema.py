@@ -111,6 +111,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random_resized: share of the area that a crop covers
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)  # multi_scale: a crop's sides as shares of the short side
     short_side: tuple[int, int] = (256, 320)  # random_short_side: its range, both ends included
+    eval_crop: Literal["clip", "tdn", "tada"] = "clip"  # whose resizing and crops validation and testing take
     mean: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
     std: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
     on_error: Literal["raise", "skip"] = "raise"  # what a video that cannot be read does

@@ -170,7 +170,7 @@ def _training(
     traits = dataset_traits(data)
     sampling = _sampling(data, data.dense, frames_per_segment)
     if not data.augment:
-        return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
+        return PlainTrainDataset(source, sampling, _eval_transform(data, crops=1))
     pixels = data.with_pixel_statistics()
     try:
         transform = TrainTransform(
@@ -210,8 +210,12 @@ def _evaluation(
     crops: int = 1,
     clips: int | None = None,
 ) -> EvalDataset:
-    transform = EvalTransform(data.input_size, dataset_traits(data).scale_size, crops)
-    return EvalDataset(source, _sampling(data, dense, frames_per_segment), transform, clips)
+    sampling = _sampling(data, dense, frames_per_segment)
+    return EvalDataset(source, sampling, _eval_transform(data, crops), clips)
+
+
+def _eval_transform(data: DataConfig, crops: int) -> EvalTransform:
+    return EvalTransform(data.input_size, dataset_traits(data).scale_size, crops, data.eval_crop)
 
 
 def _sampling(data: DataConfig, dense: bool, frames_per_segment: int) -> ClipSampling:
