@@ -70,7 +70,7 @@ from engine.normalize import Normalizer
 from engine.optim import resolve_precision
 from engine.run_info import describe_list, run_info
 from models.function import check_class_names, check_function
-from models.loading import check_untrained, load_weights
+from models.loading import WeightsError, check_untrained, load_weights
 from models.parameters import parameter_report
 from models.registry import build_model, run_home, with_pixel_statistics
 
@@ -206,13 +206,20 @@ def warn_of_trained(checkpoint: Checkpoint, config: Config, tested: Any) -> None
 
 def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str, ...] | None) -> nn.Module:
     """The model with the weights of the checkpoint, or CLIP's alone."""
-    config = dataclasses.replace(config, data=config.data.for_testing())  # networks may depend on the size
+    trained_size, tested = config.data.input_size, config.data.for_testing()
+    config = dataclasses.replace(config, data=tested)  # networks may depend on the size
     if checkpoint is None:
         model = build_model(config, class_names=names)
         check_untrained(model)
         return model
     model = build_model(config, pretrained=config.network.init and not checkpoint.has_backbone)
-    load_weights(model, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
+    try:
+        load_weights(model, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
+    except WeightsError as error:
+        if tested.input_size == trained_size:
+            raise
+        sizes = f"data.test_size {tested.input_size} is not data.input_size {trained_size}"
+        raise WeightsError(f"{error} ({sizes}, and a network with a position for each patch has one size)") from None
     return model
 
 

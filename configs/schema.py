@@ -116,6 +116,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random_resized: share of the area that a crop covers
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)  # multi_scale: a crop's sides as shares of the short side
     short_side: tuple[int, int] = (256, 320)  # random_short_side: its range, both ends included
+    eval_crop: Literal["clip", "tdn", "tada"] = "clip"  # whose resizing and crops validation and testing take
     mean: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
     std: Optional[tuple[float, float, float]] = None  # of pixels in 0..1, R G B; null: the model's own
     on_error: Literal["raise", "skip"] = "raise"  # what a video that cannot be read does
@@ -192,7 +193,7 @@ class DataConfig:
             f"must be above data.input_size {self.input_size} with data.task: mosi: the crop moves over that picture",
         )
         unread = ("augment", "num_sample", "rand_aug", "rand_erase", "dense", "shot", "gray_prob", "crop", "crop_scale",
-                  "reversed_classes", "test_size", "test_scale")  # fmt: skip
+                  "reversed_classes", "test_size", "test_scale", "eval_crop")  # fmt: skip
         for key in unread:
             default = getattr(self, key) == getattr(DataConfig, key)
             require(default, f"data.{key}", "has no effect with data.task: mosi")

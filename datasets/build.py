@@ -185,7 +185,7 @@ def _training(
     if data.task == "mosi":
         return _motions(data, source, sampling, seed)
     if not data.augment:
-        return PlainTrainDataset(source, sampling, EvalTransform(data.input_size, traits.scale_size, crops=1))
+        return PlainTrainDataset(source, sampling, _eval_transform(data, crops=1))
     pixels = data.with_pixel_statistics()
     try:
         transform = TrainTransform(
@@ -246,8 +246,12 @@ def _evaluation(
         if crops != 1 or clips not in (None, 1):
             raise ValueError(f"data.task: mosi is tested on one crop and one clip, not {crops} crops and {clips} clips")
         return _motions(data, source, _sampling(data, dense, frames_per_segment), seed=None)
-    transform = EvalTransform(data.input_size, dataset_traits(data).scale_size, crops)
-    return EvalDataset(source, _sampling(data, dense, frames_per_segment), transform, clips)
+    sampling = _sampling(data, dense, frames_per_segment)
+    return EvalDataset(source, sampling, _eval_transform(data, crops), clips)
+
+
+def _eval_transform(data: DataConfig, crops: int) -> EvalTransform:
+    return EvalTransform(data.input_size, dataset_traits(data).scale_size, crops, data.eval_crop)
 
 
 def _sampling(data: DataConfig, dense: bool, frames_per_segment: int) -> ClipSampling:

@@ -19,7 +19,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
+from typing import Literal, Protocol
 
 import cv2
 import numpy as np
@@ -276,25 +276,37 @@ class TrainTransform:
 # ---- evaluation
 
 
+EvalRule = Literal["clip", "tdn", "tada"]
+
+
 class EvalTransform:
     """Resize and take fixed crops; nothing is random.
+
+    The rules differ in the interpolation and, by a few pixels, in where the crops are:
+
+    - clip: bicubic. A half of an odd number of pixels is rounded to the even one.
+    - tdn: bilinear. Of several crops, the margins are multiples of four pixels, and three lie side by side in upright
+      frames too. Source: MCG-NJU/TDN, the crops of its tests.
+    - tada: bilinear, and not antialiased where frames shrink. Halves are rounded down. Source:
+      alibaba-mmai-research/TAdaConv, tadaconv/datasets/utils, the crops of testing; it resizes floats.
 
     Args:
         input_size: S, pixels.
         scale_size: the short side in pixels, or the exact (height, width); not smaller than `input_size`.
         crops: 1 centre; 3 both ends of the long side and its centre (left, right, centre); 5 the corners
             (top left, top right, bottom left, bottom right) and the centre; 10 those five, then their mirror images.
+        rule: of which authors.
 
     Raises:
         ValueError: another number of crops, or a scale_size that is smaller than input_size.
     """
 
-    def __init__(self, input_size: int, scale_size: int | tuple[int, int], crops: int):
+    def __init__(self, input_size: int, scale_size: int | tuple[int, int], crops: int, rule: EvalRule = "clip"):
         if crops not in CROPS:
             raise ValueError(f"crops must be one of {', '.join(map(str, CROPS))}, not {crops}")
         if input_size > (scale_size if isinstance(scale_size, int) else min(scale_size)):
             raise ValueError(f"scale_size {scale_size} is smaller than input_size {input_size}")
-        self.input_size, self.scale_size, self.crops = input_size, scale_size, crops
+        self.input_size, self.scale_size, self.crops, self.rule = input_size, scale_size, crops, rule
 
     def __call__(self, frames: Frames) -> torch.Tensor:
         """T frames -> (crops, T, S, S, 3) uint8."""
@@ -306,7 +318,8 @@ class EvalTransform:
             pixels = frames.decode(origin)
         else:
             origin = Box(0, 0, *size)
-            pixels = _resized(frames.decode(), size, InterpolationMode.BICUBIC).numpy()  # (T, H, W, 3)
+            mode = InterpolationMode.BICUBIC if self.rule == "clip" else InterpolationMode.BILINEAR
+            pixels = _resized(frames.decode(), size, mode, antialias=self.rule != "tada").numpy()  # (T, H, W, 3)
         views = [crop.cut(pixels, origin) for crop in crops]
         if self.crops == 10:
             views += [view[:, :, ::-1] for view in views]
@@ -315,12 +328,16 @@ class EvalTransform:
     def _corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """(top, left) of each crop that is not mirrored."""
         bottom, right = height - self.input_size, width - self.input_size
-        centre = (round(bottom / 2), round(right / 2))
+        if self.rule == "tdn" and self.crops > 1:
+            bottom, right = bottom // 4 * 4, right // 4 * 4
+        half = math.floor if self.rule == "tada" else round
+        centre = (half(bottom / 2), half(right / 2))
         if self.crops == 1:
             return [centre]
         if self.crops == 3:
-            ends = [(centre[0], 0), (centre[0], right)] if width >= height else [(0, centre[1]), (bottom, centre[1])]
-            return [*ends, centre]
+            if width >= height or self.rule == "tdn":
+                return [(centre[0], 0), (centre[0], right), centre]
+            return [(0, centre[1]), (bottom, centre[1]), centre]
         return [(0, 0), (0, right), (bottom, 0), (bottom, right), centre]
 
 
@@ -349,10 +366,12 @@ def scaled(height: int, width: int, scale_size: int | tuple[int, int]) -> tuple[
     return sides if height <= width else sides[::-1]
 
 
-def _resized(frames: np.ndarray, size: tuple[int, int], interpolation: InterpolationMode) -> torch.Tensor:
-    """(T, h, w, 3) uint8 -> (T, *size, 3) uint8, antialiased. torchvision wants a view with the channels first."""
+def _resized(
+    frames: np.ndarray, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool = True
+) -> torch.Tensor:
+    """(T, h, w, 3) uint8 -> (T, *size, 3) uint8. torchvision wants a view with the channels first."""
     video = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)  # (T, 3, h, w)
-    return F.resize(video, list(size), interpolation, antialias=True).movedim(1, -1)
+    return F.resize(video, list(size), interpolation, antialias=antialias).movedim(1, -1)
 
 
 def _mirrored(video: torch.Tensor) -> torch.Tensor:

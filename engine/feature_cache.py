@@ -219,7 +219,17 @@ class FeatureCache:
         }
         stored, shown = (
             ("modality", "image_tmpl", "index_base", "decoder"),
-            ("task", "reversed_classes", "num_segments", "dense", "interval", "fps", "input_size", "scale_size"),
+            (
+                "task",
+                "reversed_classes",
+                "num_segments",
+                "dense",
+                "interval",
+                "fps",
+                "input_size",
+                "scale_size",
+                "eval_crop",
+            ),
         )
         identity |= {name: getattr(data, name) for name in (*stored, *shown)}
         identity |= {"mean": list(data.mean), "std": list(data.std)}

@@ -18,6 +18,8 @@ from torch import Tensor
 from engine.distributed import gather
 from engine.errors import EngineError
 
+_TENSORS = ("index", "score", "label", "positive_logit")  # what Scores collects, one row a video
+
 
 class MetricsError(EngineError):
     """The scores are not one valid score for each video of the list."""
@@ -37,6 +39,7 @@ class ScoreTable:
         label: (N,) int64.
         path: the N names of the videos, or their indices as text if the loader gives no names.
         skipped: number of videos of the list that could not be read.
+        positive_logit: (N, K) float64, the mean over the views of max(logit, 0), or None if that is not known.
     """
 
     index: Tensor
@@ -44,6 +47,7 @@ class ScoreTable:
     label: Tensor
     path: tuple[str, ...]
     skipped: int = 0
+    positive_logit: Tensor | None = None
 
     def rows(self) -> Iterator[tuple[int, str, int]]:
         """Index, path and label of each video."""
@@ -85,6 +89,7 @@ class Scores:
 
     index: list[Tensor] = field(default_factory=list)
     score: list[Tensor] = field(default_factory=list)
+    positive_logit: list[Tensor] = field(default_factory=list)
     label: list[Tensor] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
     skipped: int = 0
@@ -97,6 +102,7 @@ class Scores:
         self.index.append(index.cpu())
         views = logits.cpu().double()
         self.score += [video.softmax(dim=-1).mean(dim=0, keepdim=True) for video in views]  # (V, K) -> (1, K) each
+        self.positive_logit += [video.clamp(min=0).mean(dim=0, keepdim=True) for video in views]
         self.label.append(label.cpu())
         self.path += names
 
@@ -114,9 +120,9 @@ class Scores:
         parts = [part for part in parts if part["path"]]
         if not parts:
             raise MetricsError(f"none of {expected} videos could be evaluated ({skipped} were skipped)")
-        index, score, label = (torch.cat([part[name] for part in parts]) for name in ("index", "score", "label"))
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
         path = [name for part in parts for name in part["path"]]
-        return _sorted_table(index, score, label, path, expected, skipped)
+        return _sorted_table(**tensors, path=path, expected=expected, skipped=skipped)
 
     def accuracy(self, expected: int) -> Accuracy:
         """The accuracy over the videos of all processes; arguments and errors as of `collect`."""
@@ -126,7 +132,7 @@ class Scores:
         """This process's scores for the others; few large tensors travel faster than many small ones."""
         if not self.path:
             return {"path": [], "skipped": self.skipped}
-        tensors = {name: torch.cat(getattr(self, name)) for name in ("index", "score", "label")}
+        tensors = {name: torch.cat(getattr(self, name)) for name in _TENSORS}
         return {**tensors, "path": self.path, "skipped": self.skipped}
 
 
@@ -147,11 +153,19 @@ def compute_accuracy(
 
 
 def _sorted_table(
-    index: Tensor, score: Tensor, label: Tensor, path: Sequence[str], expected: int, skipped: int
+    index: Tensor,
+    score: Tensor,
+    label: Tensor,
+    path: Sequence[str],
+    expected: int,
+    skipped: int,
+    positive_logit: Tensor | None = None,
 ) -> ScoreTable:
     """The rows in the order of the list, after the checks."""
     index, order = index.sort()
-    table = ScoreTable(index, score[order], label[order], tuple(path[row] for row in order.tolist()), skipped)
+    path = tuple(path[row] for row in order.tolist())
+    positive_logit = None if positive_logit is None else positive_logit[order]
+    table = ScoreTable(index, score[order], label[order], path, skipped, positive_logit)
     _check(table, expected)
     return table
 

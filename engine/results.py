@@ -8,7 +8,7 @@
 
 The arrays of X.npz, none of them pickled: `index` (N,) int64, `score` (N, K) float64, `label` (N,) int64 and `path` (N,)
 text, as in metrics.ScoreTable; `skipped` () int64; `class_names` (K,) text, (0,) if there are none; `sha256` () text, of
-the rows' paths and labels; `meta` () text, JSON.
+the rows' paths and labels; `meta` () text, JSON. Tests, not ensembles, have `positive_logit` (N, K) float64 too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SUFFIXES = {
     "plot": "_confusion.png",
 }
 ARRAYS = ("index", "score", "label", "path", "skipped", "class_names", "sha256", "meta")
+POSITIVE_LOGIT = "positive_logit"  # not in files of earlier versions
 
 
 class ResultsError(EngineError):
@@ -183,7 +184,8 @@ def load_scores(path: str | Path) -> SavedScores:
         with numpy.load(path, allow_pickle=False) as file:
             if missing := [name for name in ARRAYS if name not in file.files]:
                 raise ResultsError(f"{path}: not the scores of a test: {', '.join(missing)} missing")
-            arrays = {name: file[name] for name in ARRAYS}
+            optional = [POSITIVE_LOGIT] if POSITIVE_LOGIT in file.files else []
+            arrays = {name: file[name] for name in (*ARRAYS, *optional)}
     except ResultsError:
         raise
     except Exception as error:  # zip, zlib and NumPy raise different ones for damaged bytes
@@ -193,7 +195,9 @@ def load_scores(path: str | Path) -> SavedScores:
     if (fault := _fault(arrays)) is not None:
         raise ResultsError(f"{path}: not the scores of a test: {fault}")
     index, score, label = (torch.from_numpy(arrays[name]) for name in ("index", "score", "label"))
-    table = ScoreTable(index, score, label, tuple(arrays["path"].tolist()), int(arrays["skipped"]))
+    positive_logit = torch.from_numpy(arrays[POSITIVE_LOGIT]) if POSITIVE_LOGIT in arrays else None
+    path_texts, skipped = tuple(arrays["path"].tolist()), int(arrays["skipped"])
+    table = ScoreTable(index, score, label, path_texts, skipped, positive_logit)
     if rows_sha256(table) != str(arrays["sha256"]):
         raise ResultsError(f"{path}: its videos or labels were changed after the test")
     return SavedScores(table, tuple(arrays["class_names"].tolist()) or None, json.loads(str(arrays["meta"])))
@@ -201,7 +205,7 @@ def load_scores(path: str | Path) -> SavedScores:
 
 def _fault(arrays: dict[str, numpy.ndarray]) -> str | None:
     """The first error in the arrays of an .npz, or None."""
-    kinds = {"index": "i8", "score": "f8", "label": "i8", "skipped": "i8"}
+    kinds = {"index": "i8", "score": "f8", "label": "i8", "skipped": "i8", POSITIVE_LOGIT: "f8"}
     for name, array in arrays.items():
         kind, wanted = array.dtype.str[1:], kinds.get(name, "text")
         if kind != wanted and not (wanted == "text" and kind.startswith("U")):
@@ -216,6 +220,9 @@ def _fault(arrays: dict[str, numpy.ndarray]) -> str | None:
             return f"{name} has shape {arrays[name].shape}, not {shape}"
     if arrays["class_names"].shape not in ((0,), (classes,)):
         return f"class_names has shape {arrays['class_names'].shape} for {classes} classes"
+    logit = arrays.get(POSITIVE_LOGIT, numpy.zeros_like(score))
+    if logit.shape != score.shape or not numpy.isfinite(logit).all() or logit.min() < 0:
+        return "positive_logit does not hold one finite number from 0 for each score"
     if not numpy.isfinite(score).all():
         return "score holds values that are not finite"
     if score.min() < 0 or score.max() > 1.000001 or not numpy.allclose(score.sum(axis=1), 1, rtol=0, atol=1e-6):
@@ -247,8 +254,10 @@ def _write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
 
 
 def _write_scores(file: BinaryIO, table: ScoreTable, names: Sequence[str] | None, about: dict[str, Any]) -> None:
+    logit = table.positive_logit
     numpy.savez(
         file,
+        **({} if logit is None else {POSITIVE_LOGIT: logit.numpy()}),
         index=table.index.numpy(),
         score=table.score.numpy(),
         label=table.label.numpy(),

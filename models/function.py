@@ -20,8 +20,9 @@ logger = logging.getLogger("td4v")
 
 # Every key of a configuration begins with an entry of one of the two; a test holds that against the schema.
 FUNCTION = (
-    "data.task", "data.reversed_classes", "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.interval",
-    "data.dense", "data.mean", "data.std", "network.model", "network.fine_tuning", "network.arch", "network.vision", "network.head",
+    "data.task", "data.reversed_classes",
+    "data.num_segments", "data.seg_length", "data.input_size", "data.scale_size", "data.style", "data.interval",
+    "data.dense", "data.eval_crop", "data.mean", "data.std", "network.model", "network.fine_tuning", "network.arch", "network.vision", "network.head",
     "network.text", "network.DA_ratio", "network.sample_mode", "network.pyramid", "network.options",
 )  # fmt: skip
 # Where things are, how a run goes, what the weights' names and shapes show.

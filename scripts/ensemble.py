@@ -2,9 +2,12 @@
 
     python -m scripts.ensemble RUN8/model_best_1crops_2clips.npz RUN16/model_best_1crops_2clips.npz
     python -m scripts.ensemble a.npz b.npz c.npz --weights 1 1 2 --out exp/three
+    python -m scripts.ensemble RUN8/X.npz RUN16/X.npz --rule positive_logits
 
-A score is the softmax of the logits, averaged over a video's views by test_vision.py and here over the runs. Neither the
-order of the runs nor a common factor of the weights changes the result.
+A score is the softmax of the logits, averaged over a video's views by test_vision.py and here over the runs. With
+`--rule positive_logits` it is max(logit, 0) that is averaged, as TDN's authors do with networks of 8 and 16 segments
+(MCG-NJU/TDN; they sum over the views, which ranks the classes alike), and the result is divided by its sum over the
+classes. Neither the order of the runs nor a common factor of the weights changes the result.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from engine.results import SavedScores
 
 
+RULES = ("softmax", "positive_logits")
+
 logger = logging.getLogger("td4v")
 
 
@@ -51,20 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m scripts.ensemble", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("scores", nargs="+", type=Path, metavar="X.npz", help="written by test_vision.py; two or more")
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one a file (default: all the same)")
+    parser.add_argument("--rule", choices=RULES, default="softmax", help="what is averaged (default: %(default)s)")
     parser.add_argument("--out", type=expanded, default="ensemble", metavar="NAME",
                         help="results: NAME.json, NAME.npz, ... (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(argv)
     log_to_console()
     target = Path(f"{options.out.removesuffix('.json')}.json")
-    return run(lambda: ensemble(options.scores, options.weights, target))
+    return run(lambda: ensemble(options.scores, options.weights, target, options.rule))
 
 
-def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Path) -> None:
+def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Path, rule: str = "softmax") -> None:
     """Average the runs, print the table, write the results to `target` (X.json) and beside it.
+
+    Args:
+        rule: one of RULES.
 
     Raises:
         EnsembleError: fewer than two files, one file or its copy twice, weights that do not fit, runs over different
-            videos or classes.
+            videos or classes, a file without what the rule averages.
         ResultsError: a file that cannot be read or written.
     """
     from engine.results import check_target, files_of, write  # here, as all that imports torch
@@ -78,11 +87,14 @@ def ensemble(paths: Sequence[Path], weights: Sequence[float] | None, target: Pat
         raise EnsembleError(f"--out: {overwritten[0]} is one of the runs to average and would be overwritten")
     runs = [_read(path, weight) for path, weight in zip(paths, weights, strict=True)]
     check_runs(runs)
-    score = mean_score([run.saved.table.score for run in runs], weights)
+    score = mean_score([averaged(run, rule) for run in runs], weights)
+    if rule == "positive_logits":
+        score = as_shares(score)
     accuracy = _accuracy(runs[0].saved.table, score)
     show(table(runs, accuracy))
     names = next((run.saved.names for run in runs if run.saved.names is not None), None)
-    write(target, accuracy, names, {"runs": [_to_dict(run) for run in runs], "meta": run_info()})
+    about = {"rule": rule, "runs": [_to_dict(run) for run in runs], "meta": run_info()}
+    write(target, accuracy, names, about)
 
 
 def check_arguments(paths: Sequence[Path], weights: Sequence[float]) -> None:
@@ -109,6 +121,21 @@ def check_runs(runs: Sequence[Run]) -> None:
     unnamed = [run.path for run in runs if run.saved.names is None]
     if unnamed and len(unnamed) < len(runs):
         logger.warning("%s: has no class names, so the order of its classes cannot be compared", unnamed[0])
+
+
+def averaged(run: Run, rule: str) -> Tensor:
+    """What a rule averages: (N, K) float64."""
+    if rule == "softmax":
+        return run.saved.table.score
+    if run.saved.table.positive_logit is None:
+        raise EnsembleError(f"{run.path}: --rule {rule}: holds no logits, as it is an ensemble or of an older version")
+    return run.saved.table.positive_logit
+
+
+def as_shares(score: Tensor) -> Tensor:
+    """(N, K) numbers from 0 -> divided by their sum over the classes; all alike where that is 0."""
+    total = score.sum(dim=1, keepdim=True)
+    return (score / total).where(total > 0, 1 / score.shape[1])
 
 
 def mean_score(scores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

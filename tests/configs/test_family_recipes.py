@@ -22,26 +22,29 @@ FILES = {
 
 # Nobody of them has these; the files that the recipes build on are written for other models.
 ALIKE = {
-    "data.num_sample": 1, "data.rand_erase": False, "data.random_shift": True, "data.augment": True, "data.dense": False,
-    "data.input_size": 224, "data.mean": None, "data.std": None, "data.test_scale": None, "data.flip": None,
-    "network.init": True, "network.weights": None, "network.head": "linear", "network.sync_bn": False,
-    "network.drop_fc": 0.5, "solver.clip_ratio": 1.0, "solver.grad_accumulation_steps": 1, "solver.mixup": False,
-    "solver.ema_decay": None, "solver.precision": "fp32", "logging.skip_epoch": [], "pretrain": None,
+    "data.num_sample": 1, "data.rand_erase": False, "data.random_shift": True, "data.augment": True,
+    "data.dense": False, "data.input_size": 224, "data.mean": None, "data.std": None, "data.test_scale": None,
+    "data.flip": None, "network.init": True, "network.weights": None, "network.head": "linear",
+    "network.sync_bn": False, "network.drop_fc": 0.5, "solver.clip_ratio": 1.0, "solver.grad_accumulation_steps": 1,
+    "solver.mixup": False, "solver.ema_decay": None, "solver.precision": "fp32", "logging.skip_epoch": [],
+    "pretrain": None,
 }  # fmt: skip
 TDN = {
-    "data.style": "tdn", "data.crop": "multi_scale", "data.crop_scales": [1.0, 0.875, 0.75, 0.66], "data.rand_aug": False,
-    "data.scale_size": None, "solver.type": "step", "solver.gamma": 0.1, "solver.optim": "sgd", "solver.momentum": 0.9,
-    "solver.nesterov": False, "solver.lr_warmup_step": 0.0, "solver.decay_norms": True, "solver.clip_grad": 20.0,
-    "solver.smoothing": 0.0, "solver.layer_decay": 1.0,
+    "data.style": "tdn", "data.eval_crop": "tdn", "data.crop": "multi_scale",
+    "data.crop_scales": [1.0, 0.875, 0.75, 0.66], "data.rand_aug": False, "data.scale_size": None,
+    "solver.type": "step", "solver.gamma": 0.1, "solver.optim": "sgd", "solver.momentum": 0.9, "solver.nesterov": False,
+    "solver.lr_warmup_step": 0.0, "solver.decay_norms": True, "solver.clip_grad": 20.0, "solver.smoothing": 0.0,
+    "solver.layer_decay": 1.0,
 }  # fmt: skip
 TADA2D = {
-    "data.crop": "random_short_side", "data.short_side": [224, 339], "data.rand_aug": False, "data.scale_size": None,
-    "data.test_size": 256, "solver.type": "cosine", "solver.cosine_after_warmup": False, "solver.optim": "sgd",
-    "solver.momentum": 0.9, "solver.nesterov": True, "solver.lr_final": 0.0, "solver.weight_decay": 1e-4,
-    "solver.decay_norms": False, "solver.clip_grad": None, "solver.smoothing": 0.0, "solver.layer_decay": 1.0,
+    "data.eval_crop": "tada", "data.crop": "random_short_side", "data.short_side": [224, 339], "data.rand_aug": False,
+    "data.scale_size": None, "data.test_size": 256, "solver.type": "cosine", "solver.cosine_after_warmup": False,
+    "solver.optim": "sgd", "solver.momentum": 0.9, "solver.nesterov": True, "solver.lr_final": 0.0,
+    "solver.weight_decay": 1e-4, "solver.decay_norms": False, "solver.clip_grad": None, "solver.smoothing": 0.0,
+    "solver.layer_decay": 1.0,
 }  # fmt: skip
 RANDOM = {
-    "data.crop": "random_resized", "data.crop_scale": [0.08, 1.0], "data.rand_aug": True,
+    "data.eval_crop": "tada", "data.crop": "random_resized", "data.crop_scale": [0.08, 1.0], "data.rand_aug": True,
     "data.rand_aug_policy": "rand-m9-n4-mstd0.5-inc1", "solver.type": "cosine", "solver.optim": "adamw",
     "solver.betas": [0.9, 0.999], "solver.clip_grad": None,
 }  # fmt: skip

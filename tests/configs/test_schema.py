@@ -174,6 +174,11 @@ def test_errors_name_the_key(write, addition, message):
         ("data.num_segments=1", "data.num_segments: must be at least 2"),
         ("data.image_tmpl=frame.jpg", "no place for the frame number"),
         ("data.scale_size=100", "data.scale_size: 100 is smaller than data.input_size 224"),
+        ("data.test_scale=100", "data.test_scale: 100 is smaller than data.input_size 224"),
+        ("data.test_size=0", "data.test_size: must be above 0, not 0"),
+        ("data.interval=5", "data.interval: is for data.style: tada_interval, but data.style is None"),
+        ("data.fps=25", "data.fps: is for data.style: tada_interval"),
+        ("data.style=tada_interval", "data.fps: is needed with data.style: tada_interval, as frame folders do not"),
         ("data.flip_pairs=[[1,9]]", "data.flip_pairs: names a label outside 0..4"),
         ("network.metod=x", "did you mean network.model?"),
         ("solver.lr", "--set solver.lr: write it as section.key=value"),
@@ -193,6 +198,30 @@ def test_bad_overrides(write, override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(write(SMALL), [override])
     assert message in str(caught.value)
+
+
+def test_sampling_of_the_families(write):
+    with pytest.raises(ConfigError, match="data.dense: true is another sampling than data.style: tdn; set one of"):
+        load_config(write(SMALL), ["data.style=tdn", "data.dense=true"])
+    with pytest.raises(ConfigError, match="data.fps: is for frame folders, but data.modality is video"):
+        load_config(write(SMALL), ["data.style=tada_interval", "data.fps=25", "data.modality=video"])
+    for modality in ("data.fps=25", "data.modality=video"):
+        data = load_config(write(SMALL), ["data.style=tada_interval", "data.interval=5", modality]).data
+        assert (data.sampling_style, data.interval) == ("tada_interval", 5)
+
+
+def test_sizes_of_testing(write):
+    def sizes(*overrides):
+        data = load_config(write(SMALL), overrides).data.for_testing()
+        return data.input_size, data.scale_size, data.test_size, data.test_scale
+
+    assert sizes() == (224, 256, None, None) and sizes("data.scale_size=300") == (224, 300, None, None)
+    assert sizes("data.test_size=256") == (256, 256, None, None)
+    assert sizes("data.test_size=288") == (288, 288, None, None)
+    assert sizes("data.test_size=256", "data.test_scale=320") == (256, 320, None, None)
+    assert sizes("data.test_scale=224") == (224, 224, None, None)
+    with pytest.raises(ConfigError, match="data.test_scale: 250 is smaller than data.test_size 256"):
+        sizes("data.test_size=256", "data.test_scale=250")
 
 
 def test_a_number_sign_in_an_override_is_no_comment(write):

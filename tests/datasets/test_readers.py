@@ -145,6 +145,15 @@ def test_video_with_fewer_frames_than_declared(tmp_path):
     assert "holds 3 frames" in message and "declares 4" in message
 
 
+def test_frames_a_second(tmp_path, folder):
+    assert FrameFolderReader("{:06d}.jpg").open(str(folder), 4).fps is None
+    assert FrameFolderReader("{:06d}.jpg", fps=12.5).open(str(folder), 4).fps == 12.5
+    assert VideoReader().open(str(write_video(tmp_path / "a.mp4")), None).fps == 25
+    assert VideoReader().open(str(write_video(tmp_path / "a.avi", codec="mpeg4")), None).fps == 25
+    uneven = write_video(tmp_path / "uneven.mp4", frames=3, stamps=[0, 50, 200])
+    assert 10 <= VideoReader().open(str(uneven), None).fps <= 20
+
+
 def test_damaged_videos(tmp_path):
     damaged = overwrite(write_video(tmp_path / "some.mp4", frames=100, **{"x264-params": "keyint=15"}), 0.5, 0.55)
     assert "cannot be decoded" in failure(VideoReader(), damaged, None, range(0, 100, 10))

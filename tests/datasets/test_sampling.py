@@ -111,6 +111,27 @@ def test_neighbours_are_tdns():
         assert (with_neighbours(starts, case["num_frames"], 5) + 1).tolist() == case["indices"], case
 
 
+@pytest.mark.parametrize("family", ["tdn", "tada"])
+def test_training_draws_reach_the_bounds_of_the_family(family):
+    """All draws lie between the authors' least and greatest frames of many draws, and reach most of both."""
+    cases = json.loads((GOLDEN / f"tadn/tables/sampling_train_{family}.json").read_text())
+    assert cases
+    rng = np.random.default_rng(0)
+    for case in cases:
+        style, f = case.get("style", "tdn"), 5 if family == "tdn" else 1
+        sampling = ClipSampling(case["T"], style, frames_per_segment=f, interval=case.get("interval", 8))
+        clips = [sampling.train(case["num_frames"], rng, case.get("fps"))[::f] for _ in range(400)]
+        starts = np.stack(clips) + (family == "tdn")  # TDN's are numbered from 1
+        names = ("start_low", "start_high") if family == "tdn" else ("low", "high")
+        low, high = (np.array(case[name]) for name in names)
+        assert (np.diff(starts) >= 0).all()
+        sorted_draws = family == "tdn" and case["T"] < case["num_frames"] < case["T"] + f - 1
+        slack = 1 if sorted_draws else 0  # their ends are rare
+        assert (starts >= low - slack).all() and (starts <= high + slack).all(), case
+        near = np.maximum(1, (high - low) // 20)
+        assert (starts.min(0) <= low + near).all() and (starts.max(0) >= high - near).all(), case
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("style", STYLES)
 def test_every_split_reads_neighbours(style, dense):

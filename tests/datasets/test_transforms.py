@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datasets.box import Box
 from datasets.readers import DecodedFrames
@@ -19,7 +20,7 @@ from datasets.transforms import (
     scaled,
 )
 
-TDN_CROPS = Path(__file__).parents[1] / "golden/tadn/tables/crops_train_tdn.json"
+TABLES = Path(__file__).parents[1] / "golden/tadn/tables"
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 POLICY = "rand-m7-n4-mstd0.5-inc1"
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -204,6 +205,62 @@ def test_something_resize_ignores_the_aspect():
     assert exact_range > 191 > 115 > short_range
 
 
+def coordinates(height, width):
+    """One frame whose red is the row and whose green is the column; blue tells columns from 256 on."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows % 256, columns % 256, columns // 256], -1).astype(np.uint8)[None]
+
+
+def test_three_crops_of_tdn():
+    """In frames of the scaled size, which are not resized: their first pixel says where they are."""
+    cases = json.loads((TABLES / "crops_test_tdn.json").read_text())
+    assert cases
+    for case in cases:
+        transform = EvalTransform(case["crop"], 256, 3, "tdn")
+        views = evaluate(transform, coordinates(case["height"], case["width"]))[:, 0].int()
+        for view, (left, top, right, bottom) in zip(views, case["boxes_left_right_center"], strict=True):
+            row, column, over = view[:, 0, 0].tolist()
+            assert (column + 256 * over, row, *view.shape[1:]) == (left, top, bottom - top, right - left), case
+
+
+@pytest.mark.parametrize("end", ["corner", "end"])
+def test_crops_of_tada(end):
+    """Of a frame that grows by 20 a pixel around the expected place: a corner of the crop is grey to a tenth of a pixel."""
+    cases = json.loads((TABLES / "crops_test_tada.json").read_text())
+    assert cases
+    for case in cases:
+        rows, columns = np.mgrid[: case["height"], : case["width"]]
+        steps = [rows - case[f"row_of_{end}"], columns - case[f"column_of_{end}"], 0 * rows]
+        frame = np.clip(np.round(128 + 20 * np.stack(steps, -1)), 0, 255).astype(np.uint8)
+        views = evaluate(EvalTransform(case["crop"], case["test_scale"], case["crops"], "tada"), frame[None])[:, 0]
+        view = views[case["index"] if len(views) == 1 else (0, 2, 1)[case["index"]]]  # theirs: start, centre, end
+        corner = view[:, 0, 0] if end == "corner" else view[:, -1, -1]
+        assert np.abs(corner.numpy().astype(int) - 128).max() <= 2, case
+
+
+def test_where_the_crops_of_tada_are():
+    """Halves are rounded down, in every direction; clip's go to the even number, tdn's margins are multiples of 4."""
+    frames = coordinates(256, 455)
+    for rule, left in (("tada", [0, 199, 99]), ("clip", [0, 199, 100]), ("tdn", [0, 196, 98])):
+        views = evaluate(EvalTransform(256, 256, 3, rule), frames)[:, 0]
+        assert views[:, 1, 0, 0].tolist() == left, rule
+    for rule, left in (("tada", 99), ("clip", 100), ("tdn", 100)):
+        assert evaluate(EvalTransform(256, 256, 1, rule), frames)[0, 0, 1, 0, 0] == left, rule
+
+
+def test_interpolation_of_evaluation():
+    frames = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    theirs = {
+        "tdn": Image.fromarray(frames[0]).resize((32, 32), Image.Resampling.BILINEAR),
+        "tada": torch.nn.functional.interpolate(
+            torch.from_numpy(frames).permute(0, 3, 1, 2).float(), (32, 32), mode="bilinear", align_corners=False
+        )[0].permute(1, 2, 0),
+    }
+    for rule, expected in theirs.items():
+        view = evaluate(EvalTransform(32, 32, 1, rule), frames)[0, 0].permute(1, 2, 0).numpy()
+        assert np.abs(view.astype(float) - np.asarray(expected, float)).max() <= 1, rule
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="one of 1, 3, 5, 10, not 2"):
         EvalTransform(32, 40, 2)
@@ -274,7 +331,7 @@ def test_multi_scale_positions():
 
 
 def test_multi_scale_crops_are_tdns():
-    cases = json.loads(TDN_CROPS.read_text())
+    cases = json.loads((TABLES / "crops_train_tdn.json").read_text())
     assert cases
     crop = MultiScaleCrop(224)
     for case in cases:

@@ -27,8 +27,8 @@ from datasets.sampler import ShuffledSampler, StridedSampler
 from datasets.sampling import ClipSampling, train_indices, val_indices
 from datasets.sampling import test_indices as indices_of_test
 from datasets.seeding import seeded
-from datasets.transforms import RandomResizedCrop, TrainTransform
-from datasets.video_dataset import BadVideo, TrainDataset, VideoSource, collate
+from datasets.transforms import EvalTransform, RandomResizedCrop, TrainTransform
+from datasets.video_dataset import BadVideo, EvalDataset, TrainDataset, VideoSource, collate
 from tests.helpers.video_files import overwrite, write_avi, write_video
 
 
@@ -141,6 +141,49 @@ def test_repeated_augmentation_reads_once_and_keeps_frames(data):
     assert len({draw.numpy().tobytes() for draw in item["video"]}) == 3
     dataset[(0, 0)], dataset[(1, 0)]
     assert Reader.fetched[0] == Reader.fetched[1] != Reader.fetched[2]
+
+
+def test_intervals_follow_the_frames_a_second(data):
+    """15 of 60 frames a second span as many frames as 30 of 30; a video that does not state them is refused by name."""
+
+    class Reader(Clip):
+        fetched, num_frames, fps = [], 60, 15
+
+        def open(self, path, declared):
+            return self
+
+        def fetch(self, indices):
+            self.fetched.append(indices.tolist())
+            return DecodedFrames(np.zeros((len(indices), 24, 24, 3), np.uint8))
+
+    reader, sampling = Reader(), ClipSampling(4, "tada_interval", interval=8)
+    source = VideoSource((VideoRecord("a", 60, 1, 1),), "root", reader, "list")
+    train = TrainTransform(16, RandomResizedCrop(20), mean=CLIP_MEAN, std=CLIP_STD)
+    val = EvalTransform(16, 20, 1)
+    EvalDataset(source, sampling, val)[0]
+    EvalDataset(source, sampling, val, clips=3)[0]
+    TrainDataset(source, sampling, train, seed=0)[0]
+    TrainDataset(source, sampling, train, seed=0, random_frames=False)[0]
+    centre, three, random, fixed = reader.fetched
+    assert centre == fixed == sampling.val(60, fps=15).tolist() == [22, 27, 32, 37]  # 16 frames from 22 to 37
+    assert three == sampling.test(60, 3, fps=15).reshape(-1).tolist() and 15 <= random[-1] - random[0] <= 16
+    reader.fps = None
+    bad = EvalDataset(source, sampling, val)[0]
+    assert bad.message == (
+        "root/a: does not state its frames a second, which data.style: tada_interval needs (list, line 1)"
+    )
+    assert "video" in EvalDataset(source, ClipSampling(4, "tada_segment"), val)[0]
+
+
+@pytest.mark.parametrize("style", ["tdn", "tada_segment", "tada_interval"])
+def test_styles_of_the_families_in_every_split(data, style):
+    data = replace(data, style=style, fps=10.0 if style == "tada_interval" else None)
+    f = 5 if style == "tdn" else 1
+    assert batches(data, frames_per_segment=f)[0]["video"].shape == (3, 4 * f, 3, 16, 16)
+    (first, *_) = val_loader(data, frames_per_segment=f)
+    assert first["video"].shape == (3, 1, 4 * f, 3, 16, 16)
+    (first, *_) = loader_of_test(replace(data, test_size=20), crops=3, clips=2, frames_per_segment=f)
+    assert first["video"].shape == (1, 6, 4 * f, 3, 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +409,15 @@ def test_traits(caplog):
     assert of("somethingv1", flip_pairs=((1, 2),)).flip
     assert of("mine", style="something") == v1 and of("mine", style="kinetics") == kinetics
     assert of("hmdb51", input_size=112).scale_size == 112
+    for style in ("tdn", "tada_segment"):  # another sampling, the same videos
+        family = of("somethingv2", style=style)
+        assert family.scale_size == 256 and (family.flip, family.flip_pairs, family.gray_prob) == (
+            True,
+            v2.flip_pairs,
+            0,
+        )
+    mirrored = of("somethingv2", flip=True, flip_pairs=())  # as TAdaConv's first flip: the labels stay
+    assert mirrored.flip and mirrored.flip_pairs == ()
     with caplog.at_level(logging.WARNING, "td4v"):
         few = of("somethingv2", num_classes=10)
     assert not few.flip and few.flip_pairs == () and "10 classes" in caplog.text

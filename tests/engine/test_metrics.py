@@ -47,6 +47,14 @@ def test_a_video_scores_the_mean_of_its_softmaxed_views() -> None:
     assert scores.score[0].dtype == torch.float64 and scores.accuracy(expected=1).top1 == 100.0
 
 
+def test_what_tdn_sums_is_kept_beside() -> None:
+    logits = torch.tensor([[[2.0, -3.0, 0.5], [-1.0, -2.0, 1.5]], [[0.0, 1.0, -1.0], [-4.0, 3.0, -1.0]]])
+    scores = Scores()
+    scores.add(torch.tensor([1, 0]), logits, torch.tensor([0, 1]))
+    table = scores.collect(expected=2)
+    assert table.positive_logit.tolist() == [[0.0, 2.0, 0.0], [1.0, 0.0, 1.0]]
+
+
 def _videos(videos: int = 23, views: int = 3, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and labels, made coarse so that many scores are equal; no video has the last class."""
     generator = torch.Generator().manual_seed(0)
@@ -68,6 +76,8 @@ def _assert_same(one: Accuracy, other: Accuracy) -> None:
     assert one == other and (one.table.path, one.table.skipped) == (other.table.path, other.table.skipped)
     for name in ("index", "score", "label"):
         assert torch.equal(getattr(one.table, name), getattr(other.table, name)), name
+    logits = [table.positive_logit for table in (one.table, other.table)]
+    assert None in logits or torch.equal(*logits)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 23, 25])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from engine import confusion_plot, results
-from engine.metrics import Accuracy, compute_accuracy
+from engine.metrics import Accuracy, Scores, compute_accuracy
 from engine.results import ResultsError, check_target, load_scores, worst_confusions, write
 
 NAMES = ("left", "in $x", "out, $y$ \u5de6", "never")
@@ -83,6 +83,20 @@ def test_the_scores_are_read_back_bit_for_bit_without_pickle(accuracy: Accuracy,
         assert (saved.table.path, saved.table.skipped) == (accuracy.table.path, 1)
         assert saved.table.path[5] == "v 6/ü.avi" and saved.table.score.dtype == torch.float64
         assert (saved.names, saved.meta) == (names, about)
+
+
+def test_positive_logits_are_read_back_and_checked(tmp_path: Path) -> None:
+    scores = Scores()
+    scores.add(torch.arange(2), torch.tensor([[[1.0, -2.0]], [[0.5, 3.0]]]), torch.tensor([0, 1]))
+    write(tmp_path / "x.json", scores.accuracy(2), None, {})
+    assert load_scores(tmp_path / "x.npz").table.positive_logit.tolist() == [[1.0, 0.0], [0.5, 3.0]]
+    with numpy.load(tmp_path / "x.npz") as file:
+        arrays = dict(file)
+    logit = arrays["positive_logit"]
+    for wrong in (-logit, logit[:1], numpy.full_like(logit, numpy.nan)):
+        numpy.savez(tmp_path / "x.npz", **{**arrays, "positive_logit": wrong})
+        with pytest.raises(ResultsError, match="positive_logit does not hold one finite number from 0 for each score"):
+            load_scores(tmp_path / "x.npz")
 
 
 def test_the_worst_confusions_come_first_and_ties_by_share_and_number() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from datasets.prepare.synthetic import CLASSES
+from engine.results import load_scores
 from tests.clip.test_published import authors_shapes
 from tests.helpers.cli_harness import (
     VIDEOS,
@@ -47,6 +48,22 @@ def test_results_of_many_views(tiny: Path, varied: Path, tmp_path: Path):
     assert (result["crops"], result["clips"], result["dense"], result["epoch"]) == (3, 2, False, 1)
     assert tuple(result["class_names"]) == CLASSES and result["weights"] == str(weights)
     assert result["parameters"]["trainable"] == sum(result["parameters"]["by_module"].values()) > 0
+
+
+def test_testing_has_sizes_of_its_own(tiny: Path, varied: Path, tmp_path: Path):
+    """They are no other function of the weights; a network of one size refuses others with a sentence."""
+    arguments = ("--config", tiny, "--weights", varied, "--set")
+    status, text = command("test_vision.py", *arguments, "data.test_scale=64", "--json", tmp_path / "large.json")
+    assert status == 0 and "were trained with" not in text, text
+    forced = ("data.scale_size=64", "--json", tmp_path / "forced.json")
+    status, text = command("test_vision.py", *arguments, *forced)
+    assert status == 0 and "were trained with data.scale_size 32 and are used with 64" in text, text
+    usual = evaluated(tiny, varied, tmp_path / "usual.json")
+    scores = [load_scores(tmp_path / f"{name}.npz").table.score for name in ("large", "forced", "usual")]
+    assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2]) and usual["crops"] == 1
+    assert json.loads((tmp_path / "large.json").read_text())["config"]["data"]["test_scale"] == 64
+    sentence = refusal("test_vision.py", *arguments, "data.test_size=40")
+    assert "(data.test_size 40 is not data.input_size 32, and a network with a position for each patch" in sentence
 
 
 def test_a_run_folder_alone_is_enough(trained: Path, tmp_path: Path):

@@ -53,6 +53,7 @@ def test_every_key_is_decided_once() -> None:
         ("data.style=something", "data.style"),
         ("network.vision.image_size=112 data.input_size=112", "data.input_size"),
         ("data.scale_size=300", "data.scale_size"),
+        ("data.eval_crop=tdn", "data.eval_crop"),
     ],
 )
 def test_what_is_a_difference(override: str, key: str) -> None:
@@ -75,6 +76,8 @@ def test_what_is_a_difference(override: str, key: str) -> None:
         "solver.precision=bf16",
         "data.decoder=decord",
         "data.modality=video",
+        "data.test_size=256",
+        "data.test_scale=288",
         "data.workers=0",
         "seed=3",
     ],

@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 
-from engine.metrics import compute_accuracy
+from engine.metrics import Scores, compute_accuracy
 from engine.results import load_scores, write
 from scripts.ensemble import main, mean_score
 
@@ -92,6 +92,33 @@ def test_three_runs_with_weights_in_any_order(capsys: pytest.CaptureFixture) -> 
     assert results[0][0].tolist() == pytest.approx([0.5, 0.5, 0]) and results[0][3, 0] == pytest.approx(0.7)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert "c.npz" in capsys.readouterr().out
+
+
+def _tested(name: str, logits: list) -> str:
+    """The file of a test whose logits of (video, view, class) are these."""
+    scores = Scores()
+    count = len(logits)
+    scores.add(torch.arange(count), torch.tensor(logits), torch.zeros(count, dtype=torch.int64))
+    write(Path(f"{name}.json"), scores.accuracy(count), NAMES, {})
+    return f"{name}.npz"
+
+
+def test_tdns_rule_sums_positive_logits_over_the_views(capsys: pytest.CaptureFixture, caplog) -> None:
+    """The first video: class 0 by 5 + 1 of 4 views to 2 + 2, where the mean of the softmax says class 1."""
+    one = _tested("eight", [[[5.0, 0.0, -9.0], [-9.0, 2.0, -9.0]], [[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]]])
+    two = _tested("sixteen", [[[1.0, 0.0, -9.0], [-9.0, 2.0, -9.0]], [[-1.0, -2.0, -2.0], [-1.0, -5.0, -3.0]]])
+    assert main([one, two, "--rule", "positive_logits"]) == 0
+    assert load_scores("ensemble.npz").table.score[0].tolist() == pytest.approx([0.6, 0.4, 0.0])
+    assert load_scores("ensemble.npz").table.score[1].tolist() == pytest.approx([1 / 3] * 3)  # no logit is positive
+    assert json.loads(Path("ensemble.json").read_text())["rule"] == "positive_logits"
+    assert main([one, two, "--out", "usual"]) == 0
+    usual = load_scores("usual.npz").table.score
+    capsys.readouterr()
+    assert usual[0, 1] > usual[0, 0] and json.loads(Path("usual.json").read_text())["rule"] == "softmax"
+    said = _refusal(capsys, caplog, one, "ensemble.npz", "--rule", "positive_logits", "--out", "again")
+    assert said == (
+        "ensemble.npz: --rule positive_logits: holds no logits, as it is an ensemble or of an older version"
+    )
 
 
 def test_the_mean_is_exact_in_any_order_and_for_any_common_factor() -> None:
