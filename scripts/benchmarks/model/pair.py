@@ -6,7 +6,7 @@ Letters: B clips, T frames, D width of the features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,19 +15,31 @@ from torch.nn.functional import cross_entropy
 
 from configs.schema import Config, ConfigError, VisionConfig, fill_options
 from engine.optim import Precision
+from models import tadaconvnextv2, tdn
 from models.registry import MODELS, build_model
 from scripts.benchmarks.model.command import MODEL_NAMES, SIDES
+from scripts.benchmarks.model.family import PlainTAda2D, PlainTAdaConvNeXt, PlainTAdaFormer, PlainTDN
 from scripts.benchmarks.model.reference import PlainFineTuning, PlainSideTuning, TowerSizes, fill, to_product
 
 EXACT = Precision("fp32", None, scaled=False)  # the models' own format
+SMALL = {  # options of small models
+    "tdn": {"depths": (1, 1, 1, 1), "width": 16},
+    "tada2d": {"depths": (1, 1, 1, 1), "width": 16},
+    "tadaformer": {"head_width": 16},
+    "tadaconvnextv2": {"depths": (1, 1, 1, 1), "widths": (16, 16, 32, 32), "head_width": 8},
+}
 LOSS_SCALE = {torch.float16: 2.0**12}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models with the same weights, and a batch: video (B, T, 3, height, width), label (B,)."""
+    """The two models with the same weights, and a batch: video (B, T*f, 3, height, width), label (B,).
+
+    `to_product` gives the plain one's weights or gradients under the product's names.
+    """
 
     models: dict[str, nn.Module]
+    to_product: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
     video: Tensor
     label: Tensor
 
@@ -49,7 +61,7 @@ class Pair:
         """Features, logits, and the gradient of each trainable parameter under the product's name, of one training step."""
         model = self.train().models[side]
         found: dict[str, Tensor] = {}
-        head = model.get_submodule("head" if side == "product" else "fc_proj")
+        head = model.get_submodule("head" if side == "product" else model.classifier)
         hook = head.register_forward_hook(
             lambda _, inputs, logits: found.update(features=inputs[0].detach(), logits=logits.detach())
         )
@@ -62,7 +74,7 @@ class Pair:
             name: torch.zeros_like(p) if p.grad is None else p.grad / scale for name, p in model.named_parameters()
         }
         model.zero_grad()
-        grads = grads if side == "product" else to_product(grads)
+        grads = grads if side == "product" else self.to_product(grads)
         trainable = [name for name, p in self.models["product"].named_parameters() if p.requires_grad]
         return found | {name: grads[name] for name in trainable}
 
@@ -77,13 +89,16 @@ def make_pair(config: Config, batch: int, seed: int, device: torch.device, dtype
     product = build_model(config, pretrained=False)
     plain = plain_model(config, product)
     fill(plain, seed)
-    product.load_state_dict({**product.state_dict(), **to_product(plain.state_dict())})
+    is_td4v = config.network.model_name.startswith("td4v")
+    carry = to_product if is_td4v else MODELS[config.network.model_name].from_published
+    product.load_state_dict({**product.state_dict(), **carry(plain.state_dict())})
     generator = torch.Generator().manual_seed(seed)
     size, classes = config.data.input_size, config.data.num_classes
-    video = torch.randn(batch, config.data.num_segments, 3, size, size, generator=generator)
+    frames = config.data.num_segments * product.frames_per_segment
+    video = torch.randn(batch, frames, 3, size, size, generator=generator)
     label = torch.randint(classes, (batch,), generator=generator)
     models = {"plain": plain.to(device, dtype), "product": product.to(device, dtype)}
-    return Pair(models, video.to(device, dtype), label.to(device))
+    return Pair(models, carry, video.to(device, dtype), label.to(device))
 
 
 def plain_model(config: Config, product: nn.Module) -> nn.Module:
@@ -92,6 +107,12 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
     if network.model_name not in MODEL_NAMES.values():
         raise ConfigError(f"network.model: {network.model_name} has no plain transcription in this benchmark")
     options = fill_options(MODELS[network.model_name].Options, network.options, "network.options")
+    if network.model_name == "tdn":
+        return PlainTDN(classes, frames, options.depths or tdn.DEPTHS[options.depth], options.width)
+    if network.model_name == "tada2d":
+        return PlainTAda2D(classes, options.depths, options.width)
+    if network.model_name == "tadaconvnextv2":
+        return PlainTAdaConvNeXt(classes, **tadaconvnextv2.chosen_size(options)._asdict())
     tower = product.tower
     block = tower.blocks[0].module
     sizes = TowerSizes(
@@ -103,6 +124,9 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
         hidden=block.mlp.c_fc.out_features,
         quick_gelu=tower.quick_gelu,
     )
+    if network.model_name == "tadaformer":
+        temporal, double = options.temporal_projection, options.two_convolutions
+        return PlainTAdaFormer(sizes, classes, frames, options.head_width, temporal, double)
     if network.model_name == "td4v_finetune":
         return PlainFineTuning(
             sizes,
@@ -128,13 +152,14 @@ def plain_model(config: Config, product: nn.Module) -> nn.Module:
 
 
 def small(config: Config) -> Config:
-    """The same model on a tower of two blocks and 3 x 3 patches, for what would take too long at full size."""
+    """The same model with few blocks, on a tower of 3 x 3 patches, for what would take too long at full size."""
     frames = config.data.num_segments
     network = replace(
         config.network,
         arch="custom",
         vision=VisionConfig(width=64, layers=2, heads=2, patch_size=16, image_size=48),
         pyramid=replace(config.network.pyramid, n_embs=(max(24, frames), max(72, frames))),
+        options={**config.network.options, **SMALL.get(config.network.model_name, {})},
     )
     return replace(config, data=replace(config.data, num_classes=4, input_size=48), network=network)
 

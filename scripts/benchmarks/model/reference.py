@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip.published import from_authors
 
@@ -146,6 +147,8 @@ class PlainBlock(nn.Module):
 
 class PlainTower(nn.Module):
     """Frozen CLIP: images (M, 3, height, width) -> tokens behind the last block (1 + N, M, D)."""
+
+    classifier = "fc_proj"  # of the models on it
 
     def __init__(self, sizes: TowerSizes):
         super().__init__()
@@ -330,17 +333,18 @@ def to_product(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fill(model: nn.Module, seed: int) -> None:
     """Random weights and buffers that keep activations of order one and leave nothing trivial: no zeros, no ones."""
     generator = torch.Generator().manual_seed(seed)
-    norms = {module.weight for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.BatchNorm3d))}
+    norms = {module.weight for module in model.modules() if isinstance(module, nn.LayerNorm | _BatchNorm)}
     with torch.no_grad():
         for name, value in (*model.named_parameters(), *model.named_buffers()):
             if not value.is_floating_point():
                 continue
             noise = torch.randn(value.shape, generator=generator)
-            if value in norms or name.endswith(".scale"):
+            if value in norms or name.endswith((".scale", ".gamma")):
                 value.copy_(1 + 0.1 * noise)
             elif name.endswith("running_var"):
                 value.copy_(1 + 0.1 * noise.abs())
             elif value.ndim >= 2 and "embedding" not in name:
-                value.copy_(noise * value[0].numel() ** -0.5)
+                rows = value[0, 0] if value.ndim == 6 else value  # a TAdaConv's has two axes before the others
+                value.copy_(noise * rows[0].numel() ** -0.5)
             else:
                 value.copy_(0.1 * noise)
