@@ -62,6 +62,22 @@ def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
+def light(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`recomputed`, for norms, activations and the like up to one convolution or linear layer, which is the last.
+
+    What comes before it is cheap and is computed again in backward; the last layer itself is not, because all that its
+    gradient needs is there before it runs. torch.compile decides itself what it computes again, so it sees the plain
+    function.
+
+    Args:
+        part, function: see `recomputed`.
+        inputs: tensors, which are saved, and plain values.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return recomputed(part, function, *inputs)
+
+
 class _SameNorms(contextlib.AbstractContextManager):
     """Inside the context the BatchNorms of `part` have their present mode, and updates of their statistics are lost."""
 

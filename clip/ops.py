@@ -64,17 +64,24 @@ def normed_linear(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | Non
     dtype = working_dtype(x)
     with as_is(x):
         x = x.to(dtype)
+        if type(norm) is nn.LayerNorm and norm.bias is not None:
+            return layer_normed_linear(x, norm, weight, bias)
         if not _can_be_fused(norm):
             normed = norm(x.flatten(0, -2)).view(x.shape)  # (R, D) -> (..., D)
             return F.linear(normed, weight.to(dtype), None if bias is None else bias.to(dtype))
-        if isinstance(norm, nn.BatchNorm1d) and norm.training:
+        if norm.training:
             norm.num_batches_tracked.add_(1)
         return _NormedLinear.apply(x, norm.weight, norm.bias, weight, bias, norm)
 
 
+def layer_normed_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`normed_linear` for a LayerNorm with weight and bias, or a subclass that computes the same."""
+    dtype = working_dtype(x)
+    with as_is(x):
+        return _NormedLinear.apply(x.to(dtype), norm.weight, norm.bias, weight, bias, norm)
+
+
 def _can_be_fused(norm: nn.Module) -> bool:
-    if type(norm) is nn.LayerNorm:
-        return norm.bias is not None
     is_batch_norm = type(norm) is nn.BatchNorm1d
     return is_batch_norm and norm.affine and norm.running_mean is not None and norm.momentum is not None
 
@@ -83,14 +90,14 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.linear(F.gelu(x), weight, bias)` that saves x alone: (..., D) -> (..., O)."""
     dtype = working_dtype(x)
     with as_is(x):
-        return _GeluLinear.apply(x.to(dtype), weight, bias, False)
+        return _GeluLinear.apply(x.to(dtype), weight, bias, None, False)
 
 
-def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.linear(QuickGELU(x), weight, bias)` that saves x alone: (..., D) -> (..., O)."""
+def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`scale * F.linear(QuickGELU(x), weight, bias)` that saves x alone: (..., D) -> (..., O), with scale (O,)."""
     dtype = working_dtype(x)
     with as_is(x):
-        return _GeluLinear.apply(x.to(dtype), weight, bias, True)
+        return _GeluLinear.apply(x.to(dtype), weight, bias, scale, True)
 
 
 def temporal_sum(x: Tensor, taps: int) -> Tensor:
@@ -197,23 +204,29 @@ class _GeluLinear(torch.autograd.Function):
     """See gelu_linear and quick_gelu_linear."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, quick: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, quick: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, scale)
         ctx.quick = quick
+        if scale is not None:
+            weight, bias = weight * scale[:, None], bias * scale
         return F.linear(_gelu(x, quick), weight.to(x.dtype), bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias, scale = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])  # (R, O)
-        dweight = rows.t() @ _gelu(x, ctx.quick).reshape(len(rows), -1)
-        dx = (rows @ weight.to(dy.dtype)).view(x.shape)
+        dweight = (rows.t() @ _gelu(x, ctx.quick).reshape(len(rows), -1)).to(weight.dtype)  # of weight * scale
+        dbias, dscale, scaled = rows.sum(0, dtype=weight.dtype), None, weight
+        if scale is not None:
+            dscale = (dweight * weight).sum(1) + dbias * bias
+            dweight, dbias, scaled = dweight.mul_(scale[:, None]), dbias * scale, weight * scale[:, None]
+        dx = (rows @ scaled.to(dy.dtype)).view(x.shape)
         if ctx.quick:
             dx = torch.ops.aten.silu_backward(dx, x * QUICK)
         else:
             dx = torch.ops.aten.gelu_backward(dx, x)
-        return dx, dweight.to(weight.dtype), rows.sum(0, dtype=weight.dtype), None
+        return dx, dweight, dbias, dscale, None
 
 
 def _gelu(x: Tensor, quick: bool) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.layers import light
 from configs.schema import Config, ConfigError
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
@@ -70,12 +71,19 @@ class TAdaBlock(nn.Module):
         self.norm_c = nn.BatchNorm2d(4 * width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        y = as_clips(F.relu(self.norm_a(self.conv_a(x)), inplace=True), frames)  # (B, width, T, H, W)
-        y = self.conv_b(y, self.route(y))
-        average = as_images(average_over_time(y))
-        y = F.relu(self.norm_b(as_images(y)) + self.norm_average(average), inplace=True)  # (B*T, width, H', W')
-        y = self.norm_c(self.conv_c(y))
+        y = light(self, self.middle, self.conv_a(x), frames)
+        y = self.norm_c(light(self, self.last, y, frames))
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+
+    def middle(self, y: Tensor, frames: int) -> Tensor:
+        """From the first convolution to the TAdaConv: (B*T, width, H, W) -> (B*T, width, H / stride, W / stride)."""
+        y = as_clips(F.relu(self.norm_a(y), inplace=True), frames)  # (B, width, T, H, W)
+        return as_images(self.conv_b(y, self.route(y)))
+
+    def last(self, y: Tensor, frames: int) -> Tensor:
+        """From the TAdaConv to the last convolution: (B*T, width, H, W) -> (B*T, 4 * width, H, W)."""
+        average = as_images(average_over_time(as_clips(y, frames)))
+        return self.conv_c(F.relu(self.norm_b(y) + self.norm_average(average), inplace=True))
 
 
 class TAda2D(nn.Module):

@@ -26,9 +26,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from clip.ops import QUICK, as_is, working_dtype
+from clip.layers import light
+from clip.ops import QUICK
 from models.renaming import Rule, renamed
 
 SMALLEST_T = 3  # frames that the average over neighbouring frames needs
@@ -56,11 +56,23 @@ def average_over_time(x: Tensor, dim: int = 2) -> Tensor:
     T = x.shape[dim]
     if T < SMALLEST_T:
         raise ValueError(f"a temporally adaptive network needs at least {SMALLEST_T} frames, not {T}")
-    third = x / 3
-    mean = third.clone()
-    mean.narrow(dim, 1, T - 1).add_(third.narrow(dim, 0, T - 1))
-    mean.narrow(dim, 0, T - 1).add_(third.narrow(dim, 1, T - 1))
-    return mean
+    return _AverageOverTime.apply(x, dim)
+
+
+class _AverageOverTime(torch.autograd.Function):
+    """See average_over_time. It is its own transpose and saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim, T = dim, x.shape[dim]
+        mean = x / 3
+        mean.narrow(dim, 1, T - 1).add_(x.narrow(dim, 0, T - 1), alpha=1 / 3)
+        mean.narrow(dim, 0, T - 1).add_(x.narrow(dim, 1, T - 1), alpha=1 / 3)
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _AverageOverTime.apply(dy, ctx.dim), None
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -149,13 +161,16 @@ class TAdaConv2d(nn.Conv2d):
             _uniform(self.bias, self.weight[0].numel())
 
     def forward(self, x: Tensor, factors: Tensor) -> Tensor:
-        images, scale = as_images(x), as_images(factors)  # (B*T, C, H, W), (B*T, C or O, 1, 1)
-        if self.factors_on == "input":
-            y = scaled_conv2d(images, scale, self.weight, self.bias, self.stride, self.padding)
-        else:
-            y = scale * F.conv2d(images, self.weight, None, self.stride, self.padding)
-            y = y if self.bias is None else y + self.bias[:, None, None]
+        y = light(self, self.convolve, as_images(x), as_images(factors))  # of (B*T, C, H, W), (B*T, C or O, 1, 1)
         return as_clips(y, x.shape[2])
+
+    def convolve(self, images: Tensor, scale: Tensor) -> Tensor:
+        """The same on images."""
+        if self.factors_on == "input":
+            return F.conv2d(images * scale, self.weight, self.bias, self.stride, self.padding)
+        y = F.conv2d(images, self.weight, None, self.stride, self.padding)
+        y = scale.to(y.dtype) * y
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
 
 class RouteFunctionV2(nn.Module):
@@ -239,94 +254,13 @@ class TAdaConv2dV2(nn.Conv2d):
         _uniform(self.bias, self.weight[0].numel())
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-        weight_factors, bias_factors = map(as_images, factors)  # (B*T, C, 1, 1)
-        images = as_images(x)
-        dtype = working_dtype(images)
-        with as_is(images):
-            y = _ScaledDepthwise.apply(
-                *(images.to(dtype), weight_factors.to(dtype), self.weight.to(dtype), self.padding, self.groups)
-            )
-            y = y + bias_factors.to(dtype) * self.bias.to(dtype)[:, None, None]
+        y = light(self, self.convolve, as_images(x), *map(as_images, factors))
         return as_clips(y, x.shape[2])
 
-
-def scaled_conv2d(
-    x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
-) -> Tensor:
-    """`F.conv2d(scale * x, weight, bias)` that saves x and not the product: (M, C, H, W), (M, C, 1, 1) -> (M, O, H', W')."""
-    dtype = working_dtype(x)
-    with as_is(x):
-        bias = None if bias is None else bias.to(dtype)
-        return _ScaledConv.apply(x.to(dtype), scale.to(dtype), weight.to(dtype), bias, stride, padding)
-
-
-class _ScaledConv(torch.autograd.Function):
-    """See scaled_conv2d."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, weight)
-        ctx.has_bias, ctx.stride, ctx.padding = bias is not None, stride, padding
-        return F.conv2d(x * scale, weight, bias, stride, padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight = ctx.saved_tensors
-        dscaled, dweight, dbias = _conv_gradients(dy, x * scale, weight, ctx.stride, ctx.padding, 1, ctx.has_bias)
-        dscale = (dscaled * x).sum((2, 3), keepdim=True) if ctx.needs_input_grad[1] else None
-        return dscaled * scale, dscale, dweight, dbias, None, None
-
-
-class _ScaledDepthwise(torch.autograd.Function):
-    """`scale * F.conv2d(x, weight)` for one filter a channel, computed again in backward instead of saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> Tensor:
-        ctx.save_for_backward(x, scale, weight)
-        ctx.padding, ctx.groups = padding, groups
-        return scale * F.conv2d(x, weight, None, 1, padding, 1, groups)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight = ctx.saved_tensors
-        unscaled = F.conv2d(x, weight, None, 1, ctx.padding, 1, ctx.groups)
-        dscale = (dy * unscaled).sum((2, 3), keepdim=True)
-        dx, dweight, _ = _conv_gradients(dy * scale, x, weight, (1, 1), ctx.padding, ctx.groups, False)
-        return dx, dscale, dweight, None, None
-
-
-def _conv_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return torch.ops.aten.convolution_backward(
-        dy,
-        x,
-        weight,
-        bias_sizes=[weight.shape[0]] if has_bias else None,
-        stride=stride,
-        padding=padding,
-        dilation=(1, 1),
-        transposed=False,
-        output_padding=(0, 0),
-        groups=groups,
-        output_mask=(True, True, has_bias),
-    )
+    def convolve(self, images: Tensor, weight_factors: Tensor, bias_factors: Tensor) -> Tensor:
+        """The same on images (B*T, C, H, W), with factors (B*T, C, 1, 1), for a caller that is computed again itself."""
+        y = F.conv2d(images, self.weight, None, 1, self.padding, 1, self.groups)
+        return weight_factors.to(y.dtype) * y + (bias_factors * self.bias[:, None, None]).to(y.dtype)
 
 
 # The authors' names inside a route function -> ours, first and second version; what comes before is `route.`.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clip.layers import light
 from clip.ops import quick_gelu_linear
 from configs.schema import Config, ConfigError, training_only
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
@@ -90,12 +91,16 @@ class TAdaConvNeXtBlock(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        clips = as_clips(x.permute(0, 3, 1, 2), frames)  # (B, C, T, H, W)
-        z = as_images(self.conv(clips, self.route(clips))).permute(0, 2, 3, 1)  # (B*T, H, W, C)
-        average = average_over_time(z.unflatten(0, (-1, frames)), dim=1).flatten(0, 1)
-        z = self.norm(z) + self.norm_average(average)
-        y = self.scale * quick_gelu_linear(self.fc1(z), self.fc2.weight, self.fc2.bias)
+        factors = self.route(as_clips(x.permute(0, 3, 1, 2), frames))
+        z = light(self, self.widen, x, *map(as_images, factors), frames)
+        y = quick_gelu_linear(z, self.fc2.weight, self.fc2.bias, self.scale)
         return x + drop_clips(y, self.drop_path, frames, self.training)
+
+    def widen(self, x: Tensor, weight_factors: Tensor, bias_factors: Tensor, frames: int) -> Tensor:
+        """Up to the first layer of the MLP: (B*T, H, W, C), two factors (B*T, C, 1, 1) -> (B*T, H, W, 4 * C)."""
+        z = self.conv.convolve(x.permute(0, 3, 1, 2), weight_factors, bias_factors).permute(0, 2, 3, 1)
+        average = average_over_time(z.unflatten(0, (-1, frames)), dim=1).flatten(0, 1)
+        return self.fc1(self.norm(z) + self.norm_average(average))
 
 
 class TAdaConvNeXtV2(nn.Module):

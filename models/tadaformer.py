@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clip.layers import TemporalProjection
+from clip.layers import TemporalProjection, light
 from clip.ops import add_to_patches
 from clip.towers.base import Block
 from clip.towers.build import build_tower
@@ -81,11 +81,15 @@ class TAdaModule(nn.Module):
         x = x.unflatten(0, (-1, frames))  # (B, T, N, D)
         x = self.reduce(x, x.new_ones(1)) if isinstance(self.reduce, TemporalProjection) else self.reduce(x)
         images = x.flatten(0, 1).transpose(1, 2).unflatten(2, self.grid)  # (B*T, d, H, W)
-        clips = as_clips(images, frames)
-        z = self.conv(clips, self.route(clips))  # (B, d, T, H, W)
-        average = self.norm_average(as_images(average_over_time(z)))
-        z = quick_gelu(self.norm(as_images(z)) + average)  # (B*T, d, H, W)
-        return self.expand(z.flatten(2).transpose(1, 2))  # (B*T, N, D)
+        factors = self.route(as_clips(images, frames))
+        return light(self, self.adapt, images, *map(as_images, factors), frames)
+
+    def adapt(self, images: Tensor, weight_factors: Tensor, bias_factors: Tensor, frames: int) -> Tensor:
+        """All behind the reduction: (B*T, d, H, W), two factors (B*T, d, 1, 1) -> (B*T, N, D)."""
+        z = self.conv.convolve(images, weight_factors, bias_factors)
+        average = as_images(average_over_time(as_clips(z, frames)))
+        z = quick_gelu(self.norm(z) + self.norm_average(average))
+        return self.expand(z.flatten(2).transpose(1, 2))
 
 
 class TAdaFormer(nn.Module):
@@ -200,10 +204,10 @@ class TAdaFormer(nn.Module):
             return drop_clips(branch, drop_path, frames, self.training)
 
         x = add_to_patches(x, drop(tada["first"](x[:, 1:], frames)))
-        x = x + drop(block.attention(block.norm_attention(x)))
+        x = x + drop(block.attention_of(x))
         if "second" in tada:
             x = add_to_patches(x, drop(tada["second"](x[:, 1:], frames)))
-        return x + drop(block.mlp(block.norm_mlp(x)))
+        return x + drop(block.mlp_of(x))
 
 
 def build(config: Config, options: Options) -> TAdaFormer:

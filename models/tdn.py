@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from clip.layers import light
 from configs.schema import Config, ConfigError
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
@@ -63,7 +65,7 @@ class SegmentExcitation(nn.Module):
         to_previous = F.pad(there[:, :-1] - here[:, 1:], (0, 0) * 3 + (1, 0))
         # One after the other: in training each has batch statistics of its own, and the running ones move twice.
         gate = self.gate(to_next.flatten(0, 1)) + self.gate(to_previous.flatten(0, 1))
-        return x * (0.5 + 0.5 * gate)  # x + x * mean of (gate - 0.5)
+        return x * (gate + 1).mul_(0.5)  # x + x * mean of (gate - 0.5)
 
     def gate(self, difference: Tensor) -> Tensor:
         """(B*T, r, H, W) -> (B*T, C, H, W) in 0..1."""
@@ -96,12 +98,34 @@ class SegmentShift(nn.Module):
             self.weight[2 * fold :, 0, 1] = 1
 
     def forward(self, x: Tensor, segments: int) -> Tensor:
-        x = x.unflatten(0, (-1, segments))  # (B, T, C, H, W)
-        previous, own, following = self.weight.to(x.dtype).squeeze(1)[..., None, None].unbind(1)  # each (C, 1, 1)
-        y = own * x
-        y[:, 1:] += previous * x[:, :-1]
-        y[:, :-1] += following * x[:, 1:]
-        return y.flatten(0, 1)
+        weight = self.weight.to(x.dtype).squeeze(1)[..., None, None]  # (C, 3, 1, 1)
+        return _Shift.apply(x.unflatten(0, (-1, segments)), weight).flatten(0, 1)
+
+
+class _Shift(torch.autograd.Function):
+    """The sums of SegmentShift, one pass for each tap: (B, T, C, H, W), (C, 3, 1, 1) -> (B, T, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _shifted_sum(x, *weight.unbind(1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        previous, own, following = weight.unbind(1)
+        pairs = (dy[:, 1:], x[:, :-1]), (dy, x), (dy[:, :-1], x[:, 1:])
+        dweight = torch.stack([(a * b).sum((0, 1, 3, 4)) for a, b in pairs], 1)  # (C, 3)
+        return _shifted_sum(dy, following, own, previous), dweight[..., None, None]
+
+
+def _shifted_sum(x: Tensor, previous: Tensor, own: Tensor, following: Tensor) -> Tensor:
+    """Weighted sum of each segment and its neighbours: (B, T, C, H, W), weights (C, 1, 1)."""
+    y = own * x
+    y[:, 1:].addcmul_(previous, x[:, :-1])
+    y[:, :-1].addcmul_(following, x[:, 1:])
+    return y
 
 
 class Bottleneck(nn.Module):
@@ -132,12 +156,20 @@ class Bottleneck(nn.Module):
         self.shift = SegmentShift(width) if temporal else None
 
     def forward(self, x: Tensor, segments: int) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = light(self, self.middle, self.conv1(x), segments)
+        y = light(self, self.last, y)
+        y = self.norm3(y)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+
+    def middle(self, y: Tensor, segments: int) -> Tensor:
+        """From the first convolution to the second: (B*T, width, H, W) -> (B*T, width, H / stride, W / stride)."""
+        y = F.relu(self.norm1(y), inplace=True)
         if self.excitation is not None:
             y = self.shift(self.excitation(y, segments), segments)
-        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
-        y = self.norm3(self.conv3(y))
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x)), inplace=True)
+        return self.conv2(y)
+
+    def last(self, y: Tensor) -> Tensor:
+        return self.conv3(F.relu(self.norm2(y), inplace=True))
 
 
 def make_stage(in_width: int, width: int, *, depth: int, stride: int, temporal: bool) -> nn.ModuleList:
@@ -243,10 +275,10 @@ class TDN(nn.Module):
     def short_term(self, frames: Tensor) -> Tensor:
         """Stem, first stage and difference branch: (B*T, 5, 3, height, width) -> (B*T, 256, height / 4, width / 4)."""
         differences = (frames[:, 1:] - frames[:, :-1]).flatten(1, 2)  # (B*T, 12, height, width)
-        d = self.difference_norm(self.difference_stem(F.avg_pool2d(differences, 2)))
-        d = F.max_pool2d(F.relu(d, inplace=True), 3, stride=2, padding=1)  # (B*T, 64, height / 8, width / 8)
-        x = self.stem_norm(self.stem(frames[:, FRAMES // 2]))
-        x = F.max_pool2d(F.relu(x, inplace=True), 3, stride=2, padding=1)  # (B*T, 64, height / 4, width / 4)
+        d = self.difference_stem(F.avg_pool2d(differences, 2))
+        d = light(self.difference_norm, pooled, self.difference_norm, d)  # (B*T, 64, height / 8, width / 8)
+        x = self.stem(frames[:, FRAMES // 2].contiguous())  # a view would keep all five frames for backward
+        x = light(self.stem_norm, pooled, self.stem_norm, x)  # (B*T, 64, height / 4, width / 4)
         x = self.join(x, d)
         for block in self.difference_stage:
             d = block(d, self.segments)
@@ -257,6 +289,11 @@ class TDN(nn.Module):
     def join(self, x: Tensor, d: Tensor) -> Tensor:
         """The weighted sum of the ResNet's map and the enlarged map of the differences."""
         return self.share * x + (1 - self.share) * F.interpolate(d, x.shape[2:])  # nearest
+
+
+def pooled(norm: nn.Module, x: Tensor) -> Tensor:
+    """What follows the convolution of a stem: (M, C, H, W) -> (M, C, H / 2, W / 2)."""
+    return F.max_pool2d(F.relu(norm(x), inplace=True), 3, stride=2, padding=1)
 
 
 def build(config: Config, options: Options) -> TDN:

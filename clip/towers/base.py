@@ -61,13 +61,21 @@ class Block:
         """The MLP on normalised tokens, up to the residual sum: (M, L, D) -> (M, L, D)."""
         raise NotImplementedError
 
+    def attention_of(self, x: Tensor) -> Tensor:
+        """The attention half without its residual: (M, L, D) -> (M, L, D)."""
+        return self.attention(self.norm_attention(x))
+
+    def mlp_of(self, x: Tensor) -> Tensor:
+        """The MLP half without its residual: (M, L, D) -> (M, L, D)."""
+        return self.mlp(self.norm_mlp(x))
+
     def attend(self, x: Tensor, queries: int | None = None) -> Tensor:
         """The attention half with its residual: (M, L, D) -> (M, L, D), or (M, queries, D) of the first tokens."""
-        return (x + self.attention(self.norm_attention(x)))[:, :queries]
+        return (x + self.attention_of(x))[:, :queries]
 
     def transform(self, x: Tensor) -> Tensor:
         """The MLP half with its residual: (M, L, D) -> (M, L, D)."""
-        return x + self.mlp(self.norm_mlp(x))
+        return x + self.mlp_of(x)
 
     def run(self, x: Tensor) -> Tensor:
         """The complete block without gradients: (M, L, D) -> (M, L, D).

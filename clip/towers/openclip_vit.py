@@ -17,7 +17,7 @@ from open_clip.model import CLIPVisionCfg, resize_pos_embed
 from open_clip.transformer import LayerNorm, LayerNormFp32, QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from clip.ops import as_is, tensor_versions, working_dtype
+from clip.ops import as_is, gelu_linear, layer_normed_linear, quick_gelu_linear, tensor_versions, working_dtype
 from clip.towers.base import Block, Tower, TowerError
 from clip.towers.frozen_block import FrozenBlock
 from clip.towers.weights import OPENAI, ClipWeights, check_fit
@@ -32,7 +32,8 @@ class _Copy(NamedTuple):
 
 
 class OpenClipBlock(Block):
-    """A block of open_clip's vision transformer. A plain frozen one runs as a FrozenBlock, others as open_clip wrote them.
+    """A block of open_clip's vision transformer. A plain frozen one runs as a FrozenBlock, a plain trained one with the
+    functions of `clip.ops`, others as open_clip wrote them.
 
     In autocast's dtype a FrozenBlock has a low-precision copy of the weights. The block keeps the copy and makes it
     again after the weights have changed; changes through `.data` leave no mark and are not seen.
@@ -74,6 +75,25 @@ class OpenClipBlock(Block):
         with as_is(x):
             return frozen.mlp(x)
 
+    def attention_of(self, x: Tensor) -> Tensor:
+        """See Block. A plain block that is trained saves only what `clip.ops` says."""
+        if not self._is_trained():
+            return super().attention_of(x)
+        attn, proj = self.module.attn, self.module.attn.out_proj
+        qkv = layer_normed_linear(x, self.module.ln_1, attn.in_proj_weight, attn.in_proj_bias)  # (M, L, 3*D)
+        q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)  # each (M, L, heads, head width)
+        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
+        return F.linear(y.transpose(1, 2).flatten(2), proj.weight, proj.bias)
+
+    def mlp_of(self, x: Tensor) -> Tensor:
+        """See Block. A plain block that is trained saves only what `clip.ops` says."""
+        if not self._is_trained():
+            return super().mlp_of(x)
+        mlp = self.module.mlp
+        inner = layer_normed_linear(x, self.module.ln_2, mlp.c_fc.weight, mlp.c_fc.bias)  # (M, L, 4*D)
+        activated_linear = quick_gelu_linear if type(mlp.gelu) is QuickGELU else gelu_linear
+        return activated_linear(inner, mlp.c_proj.weight, mlp.c_proj.bias)
+
     def attend(self, x: Tensor, queries: int | None = None) -> Tensor:
         x = x.to(working_dtype(x))
         if (frozen := self._frozen(x.dtype)) is None:
@@ -87,6 +107,9 @@ class OpenClipBlock(Block):
             return super().transform(x)
         with as_is(x):
             return frozen.transform(x)
+
+    def _is_trained(self) -> bool:
+        return _is_usual(self.module) and not _is_plain(self.module)
 
     def keep_norms(self) -> None:
         self._fold = False
@@ -182,7 +205,12 @@ class OpenClipTower(Tower):
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether a block is open_clip's usual one, without layer scale, with nothing in it trainable or replaced."""
+    """Whether a block is open_clip's usual one with nothing in it trainable."""
+    return _is_usual(block) and not any(parameter.requires_grad for parameter in block.parameters())
+
+
+def _is_usual(block: nn.Module) -> bool:
+    """Whether a block is open_clip's usual one, without layer scale, with nothing in it replaced."""
     return (
         type(block) is ResidualAttentionBlock
         and type(block.ls_1) is nn.Identity
@@ -190,7 +218,6 @@ def _is_plain(block: nn.Module) -> bool:
         and {type(block.ln_1), type(block.ln_2)} <= {nn.LayerNorm, LayerNorm, LayerNormFp32}
         and type(block.mlp.c_fc) is type(block.mlp.c_proj) is nn.Linear
         and (type(block.mlp.gelu) is QuickGELU or getattr(block.mlp.gelu, "approximate", None) == "none")
-        and not any(parameter.requires_grad for parameter in block.parameters())
     )
 
 
