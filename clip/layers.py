@@ -46,20 +46,21 @@ def over_tokens(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.compiler.disable
-def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any, draws: bool = False) -> Tensor:
     """`function(*inputs)`, of which only the inputs are saved for backward. The backward pass runs the function again.
 
     torch.utils.checkpoint alone would update the running statistics of BatchNorms twice.
 
     Args:
         part: the module with the BatchNorms that the function uses.
-        function: must not draw random numbers.
+        function, inputs: what is called with what.
+        draws: whether the function draws random numbers.
     """
 
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         return contextlib.nullcontext(), _SameNorms(part)
 
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
 
 
 def light(part: nn.Module, function: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.layers import light
+from clip.layers import light, recomputed
 from configs.schema import Config, ConfigError
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
@@ -96,6 +96,7 @@ class TAda2D(nn.Module):
         depths: blocks of each stage.
         width: channels of the stem.
         dropout: probability before the classifier.
+        recompute: save only the input of each block for backward.
 
     Shape: video (B, T, 3, height, width), normalised, T >= 3 -> logits (B, K).
 
@@ -105,8 +106,17 @@ class TAda2D(nn.Module):
     frames_per_segment = 1
     mean, std = (0.45,) * 3, (0.225,) * 3
 
-    def __init__(self, *, num_classes: int, depths: tuple[int, ...] = DEPTHS, width: int = WIDTH, dropout: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        depths: tuple[int, ...] = DEPTHS,
+        width: int = WIDTH,
+        dropout: float = 0.0,
+        recompute: bool = False,
+    ):
         super().__init__()
+        self.recompute = recompute
         self.origin = Origin(f"ResNet-{3 * sum(depths) + 2}", "random weights")
         self.stem = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.stem_norm = nn.BatchNorm2d(width)
@@ -153,7 +163,7 @@ class TAda2D(nn.Module):
         B, T = video.shape[:2]
         x = F.relu(self.stem_norm(self.stem(video.flatten(0, 1))), inplace=True)  # (B*T, 64, height / 2, width / 2)
         for block in self.blocks():
-            x = block(x, T)
+            x = recomputed(block, block, x, T) if self.recompute and self.training else block(x, T)
         return x.mean((2, 3)).unflatten(0, (B, T)).mean(1)  # (B, D)
 
 
@@ -176,6 +186,7 @@ def build(config: Config, options: Options) -> TAda2D:
         depths=options.depths,
         width=options.width,
         dropout=config.network.drop_fc,
+        recompute=config.network.recompute,
     )
     if config.network.init:
         require_image_network(options, "depths", "width")

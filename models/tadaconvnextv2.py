@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip.layers import light
+from clip.layers import light, recomputed
 from clip.ops import quick_gelu_linear
 from configs.schema import Config, ConfigError, training_only
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
@@ -112,6 +112,7 @@ class TAdaConvNeXtV2(nn.Module):
         head_width: of the route functions.
         drop_path: probability that a clip skips the last block in training, rising linearly from 0 in the first.
         dropout: probability before the classifier.
+        recompute: save only the input of each block for backward.
 
     Shape: video (B, T, 3, height, width), normalised, T >= 5 -> logits (B, K).
 
@@ -130,8 +131,10 @@ class TAdaConvNeXtV2(nn.Module):
         head_width: int,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
         self.origin = Origin("ConvNeXt", "random weights")
         self.stem = nn.Conv3d(3, widths[0], (3, PATCH, PATCH), stride=(STRIDE, PATCH, PATCH), padding=(1, 0, 0))
         self.stem_norm = nn.LayerNorm(widths[0], eps=EPS)
@@ -201,7 +204,8 @@ class TAdaConvNeXtV2(nn.Module):
                 x = self.reduce[i - 1]["norm"](x).permute(0, 3, 1, 2)
                 x = self.reduce[i - 1]["conv"](x).permute(0, 2, 3, 1)  # (B*T', H / 2, W / 2, C)
             for block in stage:
-                x = block(x, T)
+                recompute = self.recompute and self.training
+                x = recomputed(block, block, x, T, draws=True) if recompute else block(x, T)
         x = x.mean((1, 2)).unflatten(0, (-1, T)).mean(1)  # (B, C)
         return self.norm(x)
 
@@ -245,6 +249,7 @@ def build(config: Config, options: Options) -> TAdaConvNeXtV2:
         **size._asdict(),
         drop_path=options.drop_path,
         dropout=config.network.drop_fc,
+        recompute=config.network.recompute,
     )
     if config.network.init:
         require_image_network(options, "depths", "widths")

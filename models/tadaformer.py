@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clip.layers import TemporalProjection, light
+from clip.layers import TemporalProjection, light, recomputed
 from clip.ops import add_to_patches
 from clip.towers.base import Block
 from clip.towers.build import build_tower
@@ -108,6 +108,7 @@ class TAdaFormer(nn.Module):
         head_width: of the route functions.
         drop_path: probability that a clip skips a branch of the last block in training, rising linearly from 0.
         dropout: probability before the classifier.
+        recompute: save only the input of each block for backward.
 
     Shape: video (B, T, 3, height, width), normalised, T >= 5 -> logits (B, K).
 
@@ -129,8 +130,10 @@ class TAdaFormer(nn.Module):
         head_width: int = 64,
         drop_path: float = 0.0,
         dropout: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
         tower.keep_norms()
         self.origin, self.mean, self.std = Origin(tower.name, tower.weights), tower.mean, tower.std
         D, P = tower.width, tower.patch_size
@@ -185,7 +188,10 @@ class TAdaFormer(nn.Module):
         """The input of the classifier: (B, T, 3, height, width) -> (B, D)."""
         x, T = self.embed(video)  # (B*T', L, D)
         for block, tada, drop_path in zip(self.tower.blocks, self.tada, self.drop_paths, strict=True):
-            x = self.run_block(block, tada, x, frames=T, drop_path=drop_path)
+            if self.recompute and self.training:
+                x = recomputed(tada, self.run_block, block, tada, x, T, drop_path, draws=True)
+            else:
+                x = self.run_block(block, tada, x, T, drop_path)
         return self.tower.final_norm(x[:, 0].unflatten(0, (-1, T)).mean(1))  # (B*T', D) -> (B, D)
 
     def embed(self, video: Tensor) -> tuple[Tensor, int]:
@@ -197,7 +203,7 @@ class TAdaFormer(nn.Module):
         x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
         return visual.ln_pre(x + visual.positional_embedding.to(x.dtype)), T
 
-    def run_block(self, block: Block, tada: nn.ModuleDict, x: Tensor, *, frames: int, drop_path: float) -> Tensor:
+    def run_block(self, block: Block, tada: nn.ModuleDict, x: Tensor, frames: int, drop_path: float) -> Tensor:
         """A block with its TAda modules: (B*T', L, D) -> (B*T', L, D)."""
 
         def drop(branch: Tensor) -> Tensor:
@@ -242,6 +248,7 @@ def build(config: Config, options: Options) -> TAdaFormer:
         head_width=options.head_width,
         drop_path=options.drop_path,
         dropout=config.network.drop_fc,
+        recompute=config.network.recompute,
     )
 
 

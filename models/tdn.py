@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from clip.layers import light
+from clip.layers import light, recomputed
 from configs.schema import Config, ConfigError
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
@@ -204,6 +204,7 @@ class TDN(nn.Module):
         depths: blocks of each stage.
         width: channels of the stem.
         dropout: probability before the classifier.
+        recompute: save only the input of each block for backward.
 
     Shape: video (B, T*5, 3, height, width), normalised, segment by segment, sides of at least 33 pixels -> logits (B, K).
 
@@ -221,10 +222,11 @@ class TDN(nn.Module):
         depths: tuple[int, ...] = DEPTHS[50],
         width: int = WIDTH,
         dropout: float = 0.0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.origin = Origin(f"ResNet-{3 * sum(depths) + 2}", "random weights")
-        self.segments = segments
+        self.segments, self.recompute = segments, recompute
         self.share = 0.5 if segments == 8 else 0.75  # a; b is 1 - a
         self.stem, self.stem_norm = nn.Conv2d(3, width, 7, stride=2, padding=3), nn.BatchNorm2d(width)
         self.difference_stem = nn.Conv2d(3 * (FRAMES - 1), width, 7, stride=2, padding=3, bias=False)
@@ -269,7 +271,7 @@ class TDN(nn.Module):
         x = self.short_term(video.unflatten(1, (-1, FRAMES)).flatten(0, 1))  # (B*T, 256, height / 4, width / 4)
         for stage in self.stages[1:]:
             for block in stage:
-                x = block(x, self.segments)
+                x = self.run_block(block, x)
         return x.mean((2, 3))
 
     def short_term(self, frames: Tensor) -> Tensor:
@@ -281,10 +283,16 @@ class TDN(nn.Module):
         x = light(self.stem_norm, pooled, self.stem_norm, x)  # (B*T, 64, height / 4, width / 4)
         x = self.join(x, d)
         for block in self.difference_stage:
-            d = block(d, self.segments)
+            d = self.run_block(block, d)
         for block in self.stages[0]:
-            x = block(x, self.segments)
+            x = self.run_block(block, x)
         return self.join(x, d)
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """A block, whose activations are computed again in backward if the model is to."""
+        if self.recompute and self.training:
+            return recomputed(block, block, x, self.segments)
+        return block(x, self.segments)
 
     def join(self, x: Tensor, d: Tensor) -> Tensor:
         """The weighted sum of the ResNet's map and the enlarged map of the differences."""
@@ -317,6 +325,7 @@ def build(config: Config, options: Options) -> TDN:
         depths=depths,
         width=options.width,
         dropout=config.network.drop_fc,
+        recompute=config.network.recompute,
     )
     if config.network.init:
         require_image_network(options, "depths", "width")

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from clip.towers.openclip_vit import build_openclip_tower
 from configs.schema import ConfigError, load_config
+from engine.profiling import count_flops
 from models import tada2d, tadaconvnextv2, tadaformer, tdn
 from models.imagenet import imagenet_weights, load_backbone
 from models.parameters import freeze_all_but_trainable, parameter_groups
+from models.registry import build_model
 from models.tadaconv import average_over_time, drop_clips
 from tests.helpers.golden import GOLDEN, load_fill
+from tests.helpers.tiny_models import adapted, random_clips
 
 FAMILY = GOLDEN / "tadn"
 ROOT = Path(__file__).parents[2]
@@ -95,6 +98,71 @@ def test_parameters_of_tadaformer(arch: str, classes: int, something: bool, expe
     with torch.device("meta"):
         model = former(arch, classes, something)
     assert count(model) == expected and count(model.tada) == temporal
+
+
+SHIFT_MACS = 3  # of each number that TDN's shift makes; here they are sums and no convolution, so nothing counts them
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "side", "expected"),
+    [
+        ("tdn_50", 8, 224, 35.64),
+        ("tdn_50", 16, 256, 93.10),
+        ("tdn_101", 8, 224, 65.84),
+        ("tada2d", 8, 224, 33.02),
+        ("tada2d", 16, 256, 86.25),
+        ("former_k400", 16, 224, 153.60),
+        ("former_ssv2", 16, 224, 187.03),
+        ("tiny", 16, 224, 36.01),
+        ("tiny", 16, 256, 46.99),
+        ("small", 16, 224, 69.96),
+        ("base", 16, 224, 123.60),
+    ],
+)
+def test_multiply_adds_of_a_clip(name: str, frames: int, side: int, expected: float) -> None:
+    """The authors' GFLOPs, which are multiply-adds."""
+    classes, shifted = 174 if name == "former_ssv2" else 400, []
+    with torch.device("meta"):
+        if name.startswith("tdn"):
+            depths = tdn.DEPTHS[int(name.removeprefix("tdn_"))]
+            model = tdn.TDN(num_classes=classes, segments=frames, depths=depths)
+        elif name == "tada2d":
+            model = tada2d.TAda2D(num_classes=classes)
+        elif name.startswith("former"):
+            model = former("ViT-B-16-quickgelu", classes, something=name == "former_ssv2")
+        else:
+            model = tadaconvnextv2.TAdaConvNeXtV2(num_classes=classes, **tadaconvnextv2.SIZES[name]._asdict())
+        video = torch.empty(1, frames * model.frames_per_segment, 3, side, side)
+    for module in model.modules():
+        if isinstance(module, tdn.SegmentShift):
+            module.register_forward_hook(lambda _, inputs, y: shifted.append(SHIFT_MACS * y.numel()))
+    with torch.no_grad():
+        found = count_flops(lambda: model.eval()(video)) / 2 + sum(shifted)
+    assert found / 1e9 == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["tdn", "tada2d", "tadaformer", "tadaconvnextv2"])
+def test_recomputation_changes_nothing(name: str) -> None:
+    """Logits, gradients and running statistics bit for bit, with the same clips dropped."""
+    results = []
+    for recompute in (False, True):
+        network = {
+            "arch": "custom", "init": False, "drop_fc": 0.5, "recompute": recompute,
+            "vision": {"width": 64, "layers": 2, "heads": 2, "patch_size": 16, "image_size": 48},
+            "options": {"drop_path": 0.5} if name in ("tadaformer", "tadaconvnextv2") else {},
+        }  # fmt: skip
+        data = {"dataset": "hmdb51", "num_classes": 5, "num_segments": 4, "input_size": 48}
+        config = load_config(adapted(name, data, network))
+        model = build_model(config).train()
+        torch.manual_seed(0)
+        logits = model(random_clips(model, config, 2))
+        logits.square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append({"logits": logits, **gradients, **dict(model.named_buffers())})
+    plain, again = results
+    assert plain.keys() == again.keys()
+    for key, value in plain.items():
+        assert value is again[key] is None or torch.equal(value, again[key]), key
 
 
 GROUPS: dict[str, tuple[Callable[[], nn.Module], Callable, str]] = {

@@ -13,7 +13,7 @@ from engine.profiling import saved_for_backward
 from models.loading import WeightsError, load_weights
 from models.parameters import parameter_groups, parameter_report
 from models.registry import MODELS, build_model, run_home
-from tests.helpers.tiny_models import TOWER_MODELS, WHOLLY_TRAINED, adapted, random_clips
+from tests.helpers.tiny_models import WHOLLY_TRAINED, adapted, random_clips
 
 FROZEN = [model_name for model_name in MODELS if model_name not in WHOLLY_TRAINED]
 SMALL = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "image_size": 32}
@@ -206,7 +206,7 @@ def test_weights_that_do_not_fit(change, message):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("model_name", TOWER_MODELS)
+@pytest.mark.parametrize("model_name", MODELS)
 def test_recompute_saves_less_or_is_refused(model_name):
     saved = []
     for recompute in (False, True):
