@@ -277,10 +277,11 @@ class TDN(nn.Module):
     def short_term(self, frames: Tensor) -> Tensor:
         """Stem, first stage and difference branch: (B*T, 5, 3, height, width) -> (B*T, 256, height / 4, width / 4)."""
         differences = (frames[:, 1:] - frames[:, :-1]).flatten(1, 2)  # (B*T, 12, height, width)
-        d = self.difference_stem(F.avg_pool2d(differences, 2))
-        d = light(self.difference_norm, pooled, self.difference_norm, d)  # (B*T, 64, height / 8, width / 8)
-        x = self.stem(frames[:, FRAMES // 2].contiguous())  # a view would keep all five frames for backward
-        x = light(self.stem_norm, pooled, self.stem_norm, x)  # (B*T, 64, height / 4, width / 4)
+        d = self.difference_norm(self.difference_stem(F.avg_pool2d(differences, 2)))
+        d = F.max_pool2d(F.relu(d, inplace=True), 3, stride=2, padding=1)  # (B*T, 64, height / 8, width / 8)
+        x = frames[:, FRAMES // 2].contiguous()  # a view would keep all five frames for backward
+        x = self.stem_norm(self.stem(x))
+        x = F.max_pool2d(F.relu(x, inplace=True), 3, stride=2, padding=1)  # (B*T, 64, height / 4, width / 4)
         x = self.join(x, d)
         for block in self.difference_stage:
             d = self.run_block(block, d)
@@ -297,11 +298,6 @@ class TDN(nn.Module):
     def join(self, x: Tensor, d: Tensor) -> Tensor:
         """The weighted sum of the ResNet's map and the enlarged map of the differences."""
         return self.share * x + (1 - self.share) * F.interpolate(d, x.shape[2:])  # nearest
-
-
-def pooled(norm: nn.Module, x: Tensor) -> Tensor:
-    """What follows the convolution of a stem: (M, C, H, W) -> (M, C, H / 2, W / 2)."""
-    return F.max_pool2d(F.relu(norm(x), inplace=True), 3, stride=2, padding=1)
 
 
 def build(config: Config, options: Options) -> TDN:
