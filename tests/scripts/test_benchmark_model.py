@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,17 @@ def test_fine_tuning(placement, mode, frames, feature, embedding, train):
 
 def tower():
     return build_custom_tower(SIZES.width, SIZES.layers, SIZES.heads, SIZES.patch_size, 12)
+
+
+@pytest.mark.parametrize("name", ["tdn", "tada2d", "tadaformer", "tadaconvnextv2"])
+def test_family(name):
+    options = SimpleNamespace(configs=[f"configs/ssv2/{name}.yaml"], models=None, recompute=False, frames=None, batch=2)
+    ((_, config),) = command.configurations(options)
+    both = pair.make_pair(pair.small(config), 2, 0, torch.device("cpu"), torch.float64)
+    found = pair.differences(both)
+    assert found.keys() == {"logits", "inference", "gradients", "gradients as one vector"}
+    for what, (error, where) in found.items():
+        assert error < 1e-9, f"{what}, {where}"
 
 
 @pytest.mark.parametrize("path", [p for p in CASES if p.stem.startswith(("td4v", "side_block", "side_network_small"))],
