@@ -24,7 +24,7 @@ from scripts.profile.workload import random_batch, seconds_of_processes, threads
 logger = logging.getLogger("td4v")
 
 # The halves of a tower's block and their parts, which may run without the block's module.
-BLOCK_PARTS = ("attend", "transform", "norm_attention", "attention", "norm_mlp", "mlp")
+BLOCK_PARTS = ("attend", "transform", "attention_of", "mlp_of", "norm_attention", "attention", "norm_mlp", "mlp")
 COUNTED_CLIPS = 2  # FLOPs are counted with two clips: side-tuning cannot train on one
 
 

@@ -269,7 +269,7 @@ def test_model_flops_leave_recomputation_out(command, tmp_path: Path) -> None:
     assert command("--set", method, "--compare", "+network.recompute=true") == 0
     plain, again = json.loads((tmp_path / "out" / "profile.json").read_text())["rows"]
     assert plain["training_flops"] == again["training_flops"] and again["recompute"]
-    assert again["saved_bytes_a_clip"] < plain["saved_bytes_a_clip"] / 2
+    assert again["saved_bytes_a_clip"] < 0.7 * plain["saved_bytes_a_clip"]
 
 
 @pytest.mark.slow
