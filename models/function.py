@@ -14,7 +14,7 @@ from typing import Any
 from configs.compare import differing
 from configs.parse import flatten
 from configs.schema import Config, ConfigError, fill_options, load_config
-from models.registry import MODELS
+from models.registry import MODELS, uses_tower
 
 logger = logging.getLogger("td4v")
 
@@ -34,6 +34,7 @@ FREE = (
     "network.recompute", "network.cache_features", "solver.", "logging.", "checkpoint.", "resume", "pretrain", "seed",
 )  # fmt: skip
 _OF_SIDE_TUNING = ("network.DA_ratio", "network.sample_mode", "network.pyramid")
+_OF_TOWERS = ("network.arch", "network.vision")
 # Settings that follow these where they are null: who names the one means the other too.
 _FOLLOWS = {
     "network.model": "network.fine_tuning",
@@ -61,6 +62,8 @@ def function_settings(config: Config) -> dict[str, Any]:
     if network.head != "text":
         values = {key: value for key, value in values.items() if not key.startswith("network.text")}
     if network.model_name in MODELS:
+        if not uses_tower(network.model_name):
+            values = {key: value for key, value in values.items() if not key.startswith(_OF_TOWERS)}
         options = MODELS[network.model_name].Options
         filled = dataclasses.asdict(fill_options(options, network.options, "network.options"))
         training_only = {field.name for field in dataclasses.fields(options) if field.metadata.get("training_only")}

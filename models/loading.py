@@ -46,7 +46,7 @@ def load_weights(
     """
     prefixes = [prefix for prefix in PREFIXES if not any(key.startswith(prefix) for key in model.state_dict())]
     state_dict = without_wrappers(state_dict, prefixes)
-    saved, name_in_file = _with_our_names(state_dict, source)
+    saved, name_in_file = _with_our_names(model, state_dict, source)
     current = model.state_dict()
     _keep_class_names(model, saved, current, source)
     if drop_head:
@@ -95,14 +95,23 @@ def _load(
         model.origin = model.origin._replace(weights=f"those in {source}")
 
 
-def _with_our_names(values: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Callable[[str], str]]:
-    """The weights under our names, and the function that gives the file's name for one of ours."""
-    for module in MODELS.values():
+def _with_our_names(
+    model: nn.Module, values: dict[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], Callable[[str], str]]:
+    """The weights under our names, and the function that gives the file's name for one of ours.
+
+    Raises:
+        WeightsError: keys that the authors' model does not have, or another model's.
+    """
+    for name, module in MODELS.items():
         try:
             renamed = module.from_published(values) if hasattr(module, "from_published") else None
         except ValueError as error:
             raise WeightsError(f"{source}: {error}") from None
         if renamed is not None:
+            own = next((each for each, file in MODELS.items() if file.__name__ == type(model).__module__), name)
+            if own != name:
+                raise WeightsError(f"{source}: holds the weights of {name} by its authors, and network.model is {own}")
             return renamed, getattr(module, "published_name", str)
     return values, str
 

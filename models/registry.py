@@ -49,7 +49,7 @@ import torch
 from torch import nn
 
 from clip.text_head import TextHead, build_text_head
-from configs.schema import Config, ConfigError, fill_options, nearest
+from configs.schema import Config, ConfigError, NetworkConfig, fill_options, nearest
 from models import (
     aim,
     attentive_probe,
@@ -113,6 +113,8 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
         hint = f"; did you mean {close}?" if close else ""
         raise ConfigError(f"network.model: {network.model_name!r} is unknown{hint} (known: {', '.join(MODELS)})")
     file = MODELS[network.model_name]
+    if not uses_tower(network.model_name):
+        _warn_of_unread(network)
     options = fill_options(file.Options, network.options, "network.options")
     init = network.init and pretrained
     with torch.random.fork_rng(devices=[]):
@@ -130,6 +132,13 @@ def build_model(config: Config, pretrained: bool = True, class_names: Sequence[s
             f"network.cache_features: {network.model_name} has no frozen features of its own to keep; only {able} have"
         )
     return freeze_all_but_trainable(model)
+
+
+def _warn_of_unread(network: NetworkConfig) -> None:
+    """Log a warning if settings of image towers and of side networks are given to a model without a tower."""
+    keys, default = ("arch", "vision", "DA_ratio", "sample_mode", "pyramid"), NetworkConfig()
+    if given := [f"network.{key}" for key in keys if getattr(network, key) != getattr(default, key)]:
+        logger.warning("%s: %s stands on no image tower and does not read this", ", ".join(given), network.model_name)
 
 
 def _text_head(config: Config, model: nn.Module, pretrained: bool, class_names: Sequence[str] | None) -> TextHead:

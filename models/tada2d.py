@@ -227,6 +227,24 @@ FROM_PUBLISHED: tuple[Rule, ...] = (
 )
 
 
+# Our names -> the authors'
+_TO_PUBLISHED: tuple[Rule, ...] = (
+    (r"^head\.", "head.out."),
+    (r"^stem\.", "backbone.conv1.a."),
+    (r"^stem_norm\.", "backbone.conv1.a_bn."),
+    (r"^stages\.(\d+)\.(\d+)\.", lambda match: f"backbone.conv{int(match[1]) + 2}.res_{int(match[2]) + 1}."),
+    (r"\.shortcut\.0\.", ".short_cut."),
+    (r"\.shortcut\.1\.", ".short_cut_bn."),
+    (r"\.route\.clip\.", ".conv_branch.b_rf.g."),
+    (r"\.route\.reduce\.", ".conv_branch.b_rf.a."),
+    (r"\.route\.norm\.", ".conv_branch.b_rf.bn."),
+    (r"\.route\.expand\.", ".conv_branch.b_rf.b."),
+    (r"\.norm_average\.", ".conv_branch.b_avgpool_bn."),
+    (r"\.norm_([abc])\.", r".conv_branch.\1_bn."),
+    (r"\.conv_([abc])\.", r".conv_branch.\1."),
+)
+
+
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The authors' weights under our names, or None if these are not theirs.
 
@@ -236,3 +254,8 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     if not any(key.endswith("conv_branch.b_rf.g.weight") for key in state_dict):
         return None
     return renamed_weights(state_dict, FROM_PUBLISHED)
+
+
+def published_name(key: str) -> str:
+    """The authors' name for one of ours."""
+    return renamed(key, _TO_PUBLISHED)

@@ -263,7 +263,7 @@ class TAdaConv2dV2(nn.Conv2d):
         return weight_factors.to(y.dtype) * y + (bias_factors * self.bias[:, None, None]).to(y.dtype)
 
 
-# The authors' names inside a route function -> ours, first and second version; what comes before is `route.`.
+# The authors' names inside a route function -> ours, first and second version; what comes before is `route.`. And back.
 ROUTE_NAMES: tuple[Rule, ...] = (
     (r"(^|\.)route\.g\.", r"\1route.clip."),
     (r"(^|\.)route\.a\.", r"\1route.reduce."),
@@ -277,6 +277,14 @@ ROUTE_V2_NAMES: tuple[Rule, ...] = (
     (r"(^|\.)route\.attn_out\.", r"\1route.out."),
     (r"(^|\.)route\.b\.", r"\1route.weight_factors."),
     (r"(^|\.)route\.b_bias\.", r"\1route.bias_factors."),
+)
+ROUTE_V2_TO_PUBLISHED: tuple[Rule, ...] = (
+    (r"\broute\.reduce\.", "route.a."),
+    (r"\broute\.norm_attention\.", "route.norm_transformer."),
+    (r"\broute\.qkv\.", "route.qkv_proj."),
+    (r"\broute\.out\.", "route.attn_out."),
+    (r"\broute\.weight_factors\.", "route.b."),
+    (r"\broute\.bias_factors\.", "route.b_bias."),
 )
 
 

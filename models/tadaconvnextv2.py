@@ -19,6 +19,7 @@ from models.parameters import Origin, Scale
 from models.renaming import Rule, renamed
 from models.tadaconv import (
     ROUTE_V2_NAMES,
+    ROUTE_V2_TO_PUBLISHED,
     SMALLEST_T,
     RouteFunctionV2,
     TAdaConv2dV2,
@@ -275,6 +276,22 @@ FROM_PUBLISHED: tuple[Rule, ...] = (
 )
 
 
+# Our names -> the authors', without `backbone.`
+_TO_PUBLISHED: tuple[Rule, ...] = (
+    (r"^head\.", "head.out."),
+    (r"^stem\.", "downsample_layers.0.0."),
+    (r"^stem_norm\.", "downsample_layers.0.1."),
+    (r"^reduce\.(\d)\.norm\.", lambda match: f"downsample_layers.{int(match[1]) + 1}.0."),
+    (r"^reduce\.(\d)\.conv\.", lambda match: f"downsample_layers.{int(match[1]) + 1}.1."),
+    *ROUTE_V2_TO_PUBLISHED,
+    (r"\.route\.", ".dwconv_rf."),
+    (r"\.scale$", ".gamma"),
+    (r"\.conv\.", ".dwconv."),
+    (r"\.norm_average\.", ".norm_avgpool."),
+    (r"\.fc([12])\.", r".pwconv\1."),
+)
+
+
 def from_convnext(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A ConvNeXt's weights; the stem reads the middle one of its three frames."""
     ours = {renamed(key, FROM_PUBLISHED): value for key, value in values.items()}
@@ -291,3 +308,9 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     if not any(key.endswith("dwconv_rf.qkv_proj.weight") for key in state_dict):
         return None
     return renamed_weights(state_dict, FROM_PUBLISHED)
+
+
+def published_name(key: str) -> str:
+    """The authors' name for one of ours."""
+    name = renamed(key, _TO_PUBLISHED)
+    return name if name.startswith("head.") else f"backbone.{name}"

@@ -15,9 +15,10 @@ from clip.towers.build import build_tower
 from clip.towers.openclip_vit import OpenClipTower
 from configs.schema import Config, ConfigError, training_only
 from models.parameters import Origin, Scale
-from models.renaming import Rule
+from models.renaming import Rule, renamed
 from models.tadaconv import (
     ROUTE_V2_NAMES,
+    ROUTE_V2_TO_PUBLISHED,
     SMALLEST_T,
     RouteFunctionV2,
     TAdaConv2dV2,
@@ -270,6 +271,24 @@ FROM_PUBLISHED: tuple[Rule, ...] = (
 )
 
 
+# Our names -> the authors'
+_TO_PUBLISHED: tuple[Rule, ...] = (
+    (r"^head\.", "head.out."),
+    (r"^stem\.", "backbone.conv1."),
+    (r"^tower\.visual\.transformer\.resblocks\.", "backbone.layers."),
+    (r"^tower\.visual\.", "backbone."),
+    *ROUTE_V2_TO_PUBLISHED,
+    (r"\.(first|second)\.route\.", r".\1.tadaconv.rf_func."),
+    (r"\.(first|second)\.reduce\.", r".\1.tada_pre_proj."),
+    (r"\.(first|second)\.expand\.", r".\1.tada_proj."),
+    (r"\.(first|second)\.norm\.", r".\1.tadaconv.bn_a."),
+    (r"\.(first|second)\.norm_average\.", r".\1.tadaconv.bn_b."),
+    (r"\.(first|second)\.conv\.", r".\1.tadaconv."),
+    (r"^tada\.(\d+)\.first\.", r"backbone.layers.\1.tada."),
+    (r"^tada\.(\d+)\.second\.", r"backbone.layers.\1.tada2."),
+)
+
+
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The authors' weights under our names, or None if these are not theirs.
 
@@ -279,3 +298,8 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None
     if not any(key.endswith("tadaconv.rf_func.qkv_proj.weight") for key in state_dict):
         return None
     return renamed_weights(state_dict, FROM_PUBLISHED)
+
+
+def published_name(key: str) -> str:
+    """The authors' name for one of ours."""
+    return renamed(key, _TO_PUBLISHED)

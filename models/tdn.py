@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -16,6 +17,8 @@ from configs.schema import Config, ConfigError
 from models.imagenet import imagenet_weights, load_backbone, require_depths, require_image_network
 from models.parameters import Origin
 from models.renaming import Rule, renamed
+
+logger = logging.getLogger("td4v")
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 WIDTH = 64  # of the stem and inside the blocks of the first stage; each later stage has twice as many channels
@@ -370,15 +373,48 @@ FROM_PUBLISHED: tuple[Rule, ...] = (
     (r"^norm1\.", "stem_norm."),
 )
 _KINDS = {"conv": "conv", "bn": "norm"}
+# Our names -> the authors', without `base_model.`
+_TO_PUBLISHED: tuple[Rule, ...] = (
+    (r"^head\.", "new_fc."),
+    (r"^difference_stem\.", "conv1_5.0."),
+    (r"^difference_norm\.", "conv1_5.1."),
+    (r"^difference_stage\.", "resnext_layer1."),
+    (r"^stages\.(\d)\.", lambda match: f"layer{int(match[1]) + 1}_bak."),
+    (r"\.excitation\.reduce\.", ".mse.conv1."),
+    (r"\.excitation\.norm\.", ".mse.bn1."),
+    (r"\.excitation\.smooth\.", ".mse.conv2."),
+    (r"\.excitation\.expand\.", ".mse.conv3."),
+    (r"\.excitation\.norm_expand\.", ".mse.bn3."),
+    (r"\.excitation\.conv_(half|full)\.", lambda match: f".mse.conv3_smallscale{_SCALES[match[1]]}."),
+    (r"\.excitation\.norm_(half|full)\.", lambda match: f".mse.bn3_smallscale{_SCALES[match[1]]}."),
+    (r"\.shift\.", ".shift.conv."),
+    (r"\.norm([123])\.", r".bn\1."),
+    (r"\.shortcut\.", ".downsample."),
+    (r"^stem\.", "conv1."),
+    (r"^stem_norm\.", "bn1."),
+)
+_SCALES = {"half": 2, "full": 4}
+_OWN = ("base_model.conv1_5.", "base_model.resnext_layer1.")  # how the names begin that no other network has
 _UNUSED = "base_model.conv1_temp."  # a stem that the authors' network owns and never runs
 
 
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The authors' weights under our names, or None if these are not theirs.
 
-    The number of segments does not follow from them: it must be given as it was in training.
+    The number of segments does not follow from them: it must be given as it was in training, which is logged.
     """
-    if "base_model.conv1_5.0.weight" not in state_dict:
+    if not any(key.startswith(_OWN) for key in state_dict):
         return None
+    logger.info(
+        "weights of TDN's authors: they do not say their number of segments, which decides how the difference branch is "
+        "weighted: data.num_segments must be as in their training, 8 or 16; %s* is left out, for nothing uses it",
+        _UNUSED,
+    )
     used = {key: value for key, value in state_dict.items() if not key.startswith(_UNUSED)}
     return {renamed(key, FROM_PUBLISHED): value for key, value in used.items()}
+
+
+def published_name(key: str) -> str:
+    """The authors' name for one of ours."""
+    name = renamed(key, _TO_PUBLISHED)
+    return name if name.startswith("new_fc.") else f"base_model.{name}"
