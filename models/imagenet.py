@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 
 from common.weights_file import WeightsFileError, named_tensors, read, without_wrappers
 from configs.schema import ConfigError
+from models.parameters import log_fresh
 from models.renaming import Rule, renamed
-
-logger = logging.getLogger("td4v")
 
 DEFAULT_TAG = "IMAGENET1K_V1"  # torchvision's name; for both kinds of networks the weights of their authors
 
@@ -136,9 +134,4 @@ def load_backbone(model: nn.Module, values: Mapping[str, Tensor], source: str) -
             raise ConfigError(f"network.weights: {source}: {key} is {tuple(value.shape)}, in the model {shape}")
     model.load_state_dict(values, strict=False)
     model.origin = model.origin._replace(weights=source)
-    fresh = [parameter for name, parameter in model.named_parameters() if name not in values]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(
-        "%s: weights from %s; %s of %s parameters start fresh", model.origin.name, source,
-        f"{sum(parameter.numel() for parameter in fresh):,}", f"{total:,}",
-    )  # fmt: skip
+    log_fresh(model, [name for name, _ in model.named_parameters() if name not in values])

@@ -50,6 +50,7 @@ def load_weights(
     current = model.state_dict()
     _keep_class_names(model, saved, current, source)
     if drop_head:
+        logger.info("%s: its classifier is not used, and a new one starts", source)
         saved = {key: value for key, value in saved.items() if not _of_head(key)}
         current = {key: value for key, value in current.items() if not _of_head(key)}
     _load(model, saved, current, source, backbone, name_in_file)

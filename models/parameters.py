@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from clip.text_head import TextHead
 from configs.schema import ConfigError
+
+logger = logging.getLogger("td4v")
 
 
 class Origin(NamedTuple):
@@ -69,6 +72,18 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     """Count the parameters of a model."""
     by_module = {name: _count(part) for name, part in trainable_parts(model).items()}
     return ParameterReport(total=_count(model), trainable=sum(by_module.values()), by_module=by_module)
+
+
+def log_fresh(model: nn.Module, fresh: Collection[str]) -> None:
+    """Log where a model's weights come from and which parameters start fresh, without the numbers of blocks."""
+    parameters = dict(model.named_parameters())
+    parts = {name: ".".join([part for part in name.split(".") if not part.isdigit()][:2]) for name in parameters}
+    loaded = {parts[name] for name in parameters if name not in fresh}
+    shown = {f"{parts[name]} ({name.rpartition('.')[2]})" if parts[name] in loaded else parts[name] for name in fresh}
+    logger.info(
+        f"{model.origin.name}: weights from {model.origin.weights}; {sum(parameters[name].numel() for name in fresh):,} "
+        f"of {_count(model):,} parameters start fresh: {', '.join(sorted(shown))}"
+    )
 
 
 def frozen_identity(model: nn.Module) -> dict[str, str] | None:

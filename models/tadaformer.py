@@ -14,7 +14,7 @@ from clip.towers.base import Block
 from clip.towers.build import build_tower
 from clip.towers.openclip_vit import OpenClipTower
 from configs.schema import Config, ConfigError, training_only
-from models.parameters import Origin, Scale
+from models.parameters import Origin, Scale, log_fresh
 from models.renaming import Rule, renamed
 from models.tadaconv import (
     ROUTE_V2_NAMES,
@@ -241,7 +241,7 @@ def build(config: Config, options: Options) -> TAdaFormer:
             f"network.options.head_width: the route functions of tadaformer have a quarter of the width of {tower.name}, "
             f"{tower.width} / 4, which must be a multiple of {options.head_width}"
         )
-    return TAdaFormer(
+    model = TAdaFormer(
         tower,
         num_classes=config.data.num_classes,
         temporal_projection=options.temporal_projection,
@@ -251,6 +251,9 @@ def build(config: Config, options: Options) -> TAdaFormer:
         dropout=config.network.drop_fc,
         recompute=config.network.recompute,
     )
+    if config.network.init:
+        log_fresh(model, [name for name, _ in model.named_parameters() if name.startswith(("tada.", "head."))])
+    return model
 
 
 # The authors' names -> ours
