@@ -44,6 +44,7 @@ FAMILY = {
     ),
 }
 VISION = {"width": 64, "layers": 1, "heads": 2, "patch_size": 8, "image_size": 32}  # of the small tadaformer
+_HEAD = r"(new_fc|head\.out)\."
 _LATER_BLOCKS = re.compile(r"(layer\d(_bak)?|stages\.\d|backbone\.layers)\.[1-9]|\.res_([2-9]|\d\d)\.")
 
 
@@ -94,7 +95,7 @@ def _small(key: str, shape: list[int], file: Published) -> list[int]:
         return [(VISION["image_size"] // VISION["patch_size"]) ** 2 + 1, shape[1] // file.divisor]
     if key == "backbone.conv1.weight" and file.keys.startswith("tadaformer"):
         return [shape[0] // file.divisor, 3, 3, VISION["patch_size"], VISION["patch_size"]]
-    if re.search(r"(new_fc|head\.out)\.", key):
+    if re.search(_HEAD, key):
         return [CLASSES, *(size // file.divisor for size in shape[1:])]
     kept = (1, 2, 3, 4, 7, 12)  # kernels, colours and differences of colours
     return [size if size in kept else size // file.divisor for size in shape]
@@ -108,4 +109,5 @@ def _value(key: str, shape: list[int], generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
-    return values * (values.numel() / max(shape[:3])) ** -0.5  # by the inputs of an output
+    scale = 0.1 if re.search(_HEAD, key) else 1  # scores far from 0 and 1
+    return scale * values * (values.numel() / max(shape[:3])) ** -0.5  # by the inputs of an output

@@ -95,6 +95,12 @@ def test_options_of_training_alone_are_no_function() -> None:
     assert {field.name for field in fields if field.metadata.get("training_only")} == known
 
 
+def test_a_model_without_a_tower_reads_none_of_its_settings() -> None:
+    assert (
+        differences(config("network.model=tdn").to_dict(), config("network.model=tdn", "network.vision.heads=4")) == {}
+    )
+
+
 def test_names_of_one_network() -> None:
     values = {"data": {"dataset": "hmdb51", "num_classes": 4}, "network": {"arch": "ViT-B/16"}}
     plain = load_config(values, ["network.arch=ViT-B-16"])
