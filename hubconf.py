@@ -31,7 +31,7 @@ def model(
     """A model, on the CPU, in evaluation mode.
 
     Args:
-        name: of the model, as `network.model`: td4v_side, td4v_finetune, aim, linear_probe, full_finetune.
+        name: of the model, as `network.model`: a key of models.registry.MODELS, such as aim, tdn or tadaformer.
         config: a YAML file or a mapping with the same sections. None: that of `weights`, else the defaults, which are
             CLIP ViT-B/16 with 8 frames of 224 pixels.
         num_classes: K; needed where neither `config` nor `weights` says it.

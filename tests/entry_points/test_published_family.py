@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import torchvision
 import yaml
 
 from configs.schema import load_config
@@ -146,3 +147,49 @@ def test_a_run_of_other_segments(tiny: Path, folder: Path, tmp_path: Path) -> No
     warning = f"{eight}: its weights were trained with data.num_segments 8 and are used with 16"
     assert status == 0 and text.count(warning) == 1, text
     assert {each.name for each in tmp_path.iterdir()} == {"eight.pt", "sixteen.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "sentence"),
+    [
+        ("tdn", "data.input_size=32", "data.input_size: tdn needs at least 33 pixels, not 32: "),
+        ("tdn", "network.options={depth: 34}", "network.options.depth: must be one of 50, 101"),
+        ("tdn", "data.seg_length=1", "data.seg_length: 1 is given, but network.model tdn reads 5 frames a segment"),
+        ("tdn", "network.cache_features=val", "network.cache_features: tdn has no frozen features of its own"),
+        ("tada2d", "data.num_segments=2", "data.num_segments: tada2d averages over 3 neighbouring frames and needs as "),
+        ("tada2d", "network.head=text", "network.head: text needs features in CLIP's space, which network.model tada2d "),
+        ("tadaformer", "data.num_segments=4", "data.num_segments: tadaformer halves the frames and needs 5 or more, "),
+        ("tadaformer", "network.options.head_width=64", "network.options.head_width: the route functions of tadaformer "
+         "have a quarter of the width of custom, 64 / 4, which must be a multiple of 64"),
+        ("tadaformer", "network.options.drop_path=1", "network.options.drop_path: must lie in [0, 1), not 1"),
+        ("tadaformer", "network={vision: null, arch: vit_tiny_patch16_224}", "network.arch: tadaformer needs a vision "
+         "transformer of open_clip, which vit_tiny_patch16_224 is not"),
+        ("tadaconvnextv2", "data.num_segments=4", "data.num_segments: tadaconvnextv2 halves the frames and needs 5 or "),
+        ("tadaconvnextv2", "network.options.head_width=48", "network.options.head_width: 48 does not divide 8, half of "),
+        ("tadaconvnextv2", "network.options.drop_path=-0.1", "network.options.drop_path: must lie in [0, 1), not -0.1"),
+    ],
+)  # fmt: skip
+def test_settings_that_no_such_model_can_have(
+    tiny: Path, folder: Path, tmp_path: Path, name: str, override: str, sentence: str
+) -> None:
+    path = configured(tiny, folder, name)
+    if override.startswith("network={"):
+        values = yaml.safe_load(path.read_text())
+        values["network"] |= yaml.safe_load(override.removeprefix("network="))
+        path, override = folder / "other.yaml", "seed=0"
+        path.write_text(yaml.safe_dump(values))
+    message = training_refusal(path, tmp_path / "run", override)
+    assert message.removeprefix(f"{path}: ").startswith(sentence)
+    weights = published_file(name, tmp_path / "theirs.pth")
+    assert refusal("test_vision.py", "--config", path, "--weights", weights, "--set", override) == message
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_an_image_network_of_another_depth(tiny: Path, folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "r50.pth"
+    torch.save(torchvision.models.resnet50().state_dict(), weights)
+    chosen = ("network.options={depth: 101}", "network.init=true", f"network.weights={weights}")
+    assert training_refusal(configured(tiny, folder, "tdn"), tmp_path / "run", *chosen) == (
+        f"network.weights: {weights} does not hold the weights of resnet101: has no layer3.6.conv1.weight"
+    )
+    assert list(tmp_path.iterdir()) == [weights]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -232,6 +234,8 @@ def test_published_names_and_shapes_are_all_ours(name: str) -> None:
         values = {key.removeprefix("module."): torch.empty(shape) for key, shape in shapes.items()}
     ours = {key: value.shape for key, value in from_published(values).items()}
     assert ours == {key: value.shape for key, value in model.state_dict().items()}
+    module = importlib.import_module(type(model).__module__)
+    assert {module.published_name(key) for key in ours} == {key for key in values if ".conv1_temp." not in key}
 
 
 def digest(value: Tensor) -> list:
@@ -277,6 +281,48 @@ def test_imagenet_weights_become_what_the_authors_code_makes_of_them(name: str, 
     for key in table["target_not_from_source"]:
         if key in ours:
             assert torch.equal(loaded[ours[key]], before[ours[key]]), key
+
+
+def test_clip_becomes_what_the_authors_code_makes_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A complete CLIP: the text half and the projection are not used, and what starts fresh is named."""
+    table = json.loads((FAMILY / "keys/convert_clip_to_tadaformer_b16_k400.json").read_text())
+    fill, path = load_fill(GOLDEN / "fill.py"), tmp_path / "clip.pt"
+    values = {key: torch.from_numpy(fill._normal(key, shape)) for key, shape in table["source"].items()}
+    torch.save({**values, "token_embedding.weight": torch.ones(2, 512), "logit_scale": torch.ones(())}, path)
+    network = {"arch": "ViT-B/16", "model": "tadaformer", "weights": str(path)}
+    data = {"dataset": "kinetics400", "num_classes": 5, "num_segments": 16}
+    with caplog.at_level("INFO", "td4v"):
+        model = build_model(load_config({"data": data, "network": network}))
+    fresh = [name for name in model.state_dict() if name.startswith(("tada.", "head."))]
+    assert (
+        "16,912,901 of 103,891,973" in caplog.text
+        and "start fresh: head.bias, head.weight, tada.first\n" in caplog.text
+    )
+    loaded = {tadaformer.published_name(key): value for key, value in model.state_dict().items()}
+    assert loaded.keys() - table["target"].keys() == {tadaformer.published_name(name) for name in fresh}
+    for key, target in table["target"].items():
+        norm, first, total = target["digest"]
+        assert digest(loaded[key]) == pytest.approx([norm, *first, total], rel=1e-6, abs=1e-4), key
+
+
+@pytest.mark.parametrize("kind", ["timm", "safetensors", "state_dict", "22k"])
+def test_files_of_image_networks_in_other_forms(kind: str, tmp_path: Path) -> None:
+    """timm's names of a ResNet are torchvision's; wrappers are taken off, and classifiers of any size left out."""
+    is_convnext = kind == "22k"
+    make = torchvision.models.convnext_tiny if is_convnext else torchvision.models.resnet50
+    with torch.device("meta"):
+        network = timm.create_model("resnet50") if kind == "timm" else make(num_classes=21_841 if is_convnext else 10)
+    values = {key: torch.zeros(value.shape) for key, value in network.state_dict().items()}
+    path = tmp_path / ("r.safetensors" if kind == "safetensors" else "r.pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file(values, path)
+    elif kind == "state_dict":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in values.items()}, "epoch": 90}, path)
+    else:
+        torch.save({"model": values} if is_convnext else values, path)
+    found, source = imagenet_weights(str(path), "convnext_tiny" if is_convnext else "resnet50")
+    assert source == str(path) and len(found) == (180 if is_convnext else 318)
+    assert not [key for key in found if key.startswith(("fc.", "head."))]
 
 
 def test_files_of_another_network_are_refused(tmp_path: Path) -> None:
