@@ -40,7 +40,7 @@ class SegmentExcitation(nn.Module):
     """TDN's long-term module: channels are weighted by differences between neighbouring segments, at two scales.
 
     Args:
-        channels: C; 16 C / 16 of them compare segments.
+        channels: C; the segments are compared in a sixteenth of them.
 
     Shape: (B*T, C, H, W) and T, H and W at least 2 -> (B*T, C, H, W).
 
