@@ -6,7 +6,12 @@ import re
 from collections.abc import Sequence
 
 from configs.schema import Config, load_config
+from models.registry import MODELS, uses_tower
 from scripts.profile.cases import BEFORE_OVERRIDE, parse_case
+
+
+# The defaults of what describes image towers and side networks, for models that read none of it.
+WITHOUT_TOWER = ("network.arch=null", "network.vision=null", "network.pyramid=null")
 
 
 class CompareError(ValueError):
@@ -22,6 +27,8 @@ def overrides_of(path: str, model: str, common: Sequence[str]) -> tuple[str, lis
     name, *chosen = BEFORE_OVERRIDE.split(model)
     is_files_model = load_config(file, [*common, *own]).network.model_name == name
     options = [] if is_files_model else ["network.options={}"]
+    if name in MODELS and not uses_tower(name):
+        options += WITHOUT_TOWER
     return file, [*options, *common, *own, f"network.model={name}", *chosen]
 
 
