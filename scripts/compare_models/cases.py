@@ -9,7 +9,6 @@ from configs.schema import Config, load_config
 from models.registry import MODELS, uses_tower
 from scripts.profile.cases import BEFORE_OVERRIDE, parse_case
 
-
 # The defaults of what describes image towers and side networks, for models that read none of it.
 WITHOUT_TOWER = ("network.arch=null", "network.vision=null", "network.pyramid=null")
 
