@@ -94,9 +94,15 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def quick_gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None = None) -> Tensor:
-    """`scale * F.linear(QuickGELU(x), weight, bias)` that saves x alone: (..., D) -> (..., O), with scale (O,)."""
+    """`scale * F.linear(QuickGELU(x), weight, bias)` that saves x alone: (..., D) -> (..., O), with scale (O,).
+
+    In float16 the scale is a layer of its own, in its own dtype, whose input is saved too: a small one, as networks have
+    at first, would vanish in float16 weights, and without it the scaled loss's gradients leave float16's range.
+    """
     dtype = working_dtype(x)
     with as_is(x):
+        if scale is not None and dtype == torch.float16:
+            return scale * _GeluLinear.apply(x.to(dtype), weight, bias, None, True)
         return _GeluLinear.apply(x.to(dtype), weight, bias, scale, True)
 
 

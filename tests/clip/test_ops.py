@@ -12,7 +12,15 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from clip.layers import recomputed
-from clip.ops import add_to_patches, difference_streams, gelu_linear, normed_linear, temporal_linear, temporal_sum
+from clip.ops import (
+    add_to_patches,
+    difference_streams,
+    gelu_linear,
+    normed_linear,
+    quick_gelu_linear,
+    temporal_linear,
+    temporal_sum,
+)
 from clip.towers.openclip_vit import build_custom_tower
 from models.parameters import freeze_all_but_trainable
 from models.td4v_finetune import TD4VFinetune
@@ -112,7 +120,28 @@ def test_other_functions():
     hidden, weight, bias = random(2, 3, 4), random(5, 4), random(5)
     torch.testing.assert_close(gelu_linear(hidden, weight, bias), F.linear(F.gelu(hidden), weight, bias))
     assert gradcheck(gelu_linear, (hidden, weight, bias))
+    scale = random(5)
+    expected = scale * F.linear(quick_gelu(hidden), weight, bias)
+    torch.testing.assert_close(quick_gelu_linear(hidden, weight, bias, scale), expected)
+    assert gradcheck(quick_gelu_linear, (hidden, weight, bias, scale))
     assert gradcheck(add_to_patches, (random(2, 4, 3), random(2, 3, 3)))
+
+
+def test_a_small_scale_trains_in_float16():
+    """A scale as ConvNeXt has at first, and gradients of the size that a scaled loss gives them."""
+    torch.manual_seed(0)
+    values = torch.randn(500, 8), torch.randn(4, 8), torch.randn(4), torch.full((4,), 1e-6)
+    weights = 3000 * torch.randn(500, 4)
+    found, expected = (
+        [value.detach().to(dtype).requires_grad_() for value in values] for dtype in (torch.float32, torch.float64)
+    )
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = quick_gelu_linear(*found)
+    (y * weights).sum().backward()
+    x, weight, bias, scale = expected
+    (scale * F.linear(quick_gelu(x), weight, bias) * weights).sum().backward()
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours.grad - exact.grad).norm() < 5e-3 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
