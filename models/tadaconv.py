@@ -294,10 +294,12 @@ def reshaped(name: str, value: Tensor) -> Tensor:
         return value.flatten(0, 2)  # a TAdaConv's weight (1, 1, O, C, k, k) and bias (1, 1, O)
     if value.ndim != 5 or (name.startswith("stem.") and value.shape[2] > 1):
         return value
-    if value.shape[2:] == (1, 1, 1) and re.search(r"(^|\.)(route|expand)\.", name):
+    if re.search(r"(^|\.)(route\.(clip|qkv|out)|(?<!route\.)expand)\.", name):
         return value.flatten(1)  # a linear layer
-    if value.shape[3:] == (1, 1) and value.shape[2] > 1:  # a convolution over time
-        return value.flatten(2) if "route." in name else value.squeeze(4)
+    if "route." in name:
+        return value.flatten(2)  # a convolution over time, of one frame or more
+    if value.shape[3:] == (1, 1) and value.shape[2] > 1:
+        return value.squeeze(4)  # a convolution over time at each patch
     return value.squeeze(2)
 
 

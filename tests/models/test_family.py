@@ -21,7 +21,7 @@ from models import tada2d, tadaconvnextv2, tadaformer, tdn
 from models.imagenet import imagenet_weights, load_backbone
 from models.parameters import freeze_all_but_trainable, parameter_groups
 from models.registry import build_model
-from models.tadaconv import average_over_time, drop_clips
+from models.tadaconv import ROUTE_NAMES, RouteFunction, average_over_time, drop_clips, renamed_weights
 from tests.helpers.golden import GOLDEN, load_fill
 from tests.helpers.tiny_models import adapted, random_clips
 
@@ -377,6 +377,20 @@ def test_a_clip_drops_a_branch_in_all_of_its_frames() -> None:
     assert {value.item() for value in dropped.flatten(1).unique()} == {0.0, 2.0}
     assert all(len(clip.unique()) == 1 for clip in dropped)
     assert drop_clips(torch.ones(4, 2), 0.5, frames=4, training=False).eq(1).all()
+
+
+def test_a_published_route_of_single_frames() -> None:
+    """Its convolutions over time have kernel 1, as its linear layer has."""
+    route = RouteFunction(8, kernels=(1, 1))
+    values = {f"route.{key}": value[..., None, None] for key, value in route.state_dict().items() if "weight" in key}
+    published = {
+        "route.g.weight": values["route.clip.weight"].unsqueeze(2),
+        "route.a.weight": values["route.reduce.weight"],
+        "route.b.weight": values["route.expand.weight"],
+    }
+    ours = renamed_weights(published, ROUTE_NAMES)
+    missing = nn.ModuleDict({"route": route}).load_state_dict(ours, strict=False)
+    assert not missing.unexpected_keys and len(ours) == 3
 
 
 def test_an_average_needs_three_frames() -> None:
