@@ -99,6 +99,15 @@ def drop_clips(branch: Tensor, probability: float, frames: int, training: bool) 
     return branch * factors.repeat_interleave(frames).view(-1, *[1] * (branch.ndim - 1))
 
 
+def start_small(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases in all convolutions and linear layers of a module."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class RouteFunction(nn.Module):
     """The factors of `TAdaConv2d`, from the means of the frames, of their neighbours and of the clip.
 
@@ -158,7 +167,7 @@ class TAdaConv2d(nn.Conv2d):
         """Uniform in +-1/sqrt(O*C*k*k), which follows from the authors' six dimensions of the weight."""
         _uniform(self.weight, self.weight.numel())
         if self.bias is not None:
-            _uniform(self.bias, self.weight[0].numel())
+            _uniform(self.bias, self.weight.numel())
 
     def forward(self, x: Tensor, factors: Tensor) -> Tensor:
         y = light(self, self.convolve, as_images(x), as_images(factors))  # of (B*T, C, H, W), (B*T, C or O, 1, 1)
@@ -249,9 +258,7 @@ class TAdaConv2dV2(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(C*k*k), which follows from the authors' six dimensions of the weight."""
-        _uniform(self.weight, self.weight.numel())
-        _uniform(self.bias, self.weight[0].numel())
+        start_small(self)
 
     def forward(self, x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
         y = light(self, self.convolve, as_images(x), *map(as_images, factors))

@@ -29,6 +29,7 @@ from models.tadaconv import (
     drop_clips,
     linear_rates,
     renamed_weights,
+    start_small,
 )
 
 EPS = 1e-6  # of all layer norms
@@ -154,14 +155,9 @@ class TAdaConvNeXtV2(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal weights and zero biases; TAdaConvs and the last convolutions of routes keep their own."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and not isinstance(
-                module, TAdaConv2dV2
-            ):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Truncated normal weights and zero biases; the last convolutions of routes are zero, the classifier PyTorch's."""
+        start_small(self)
+        self.head.reset_parameters()
         for block in self.blocks():
             for module in (block.route.weight_factors, block.route.bias_factors, block.norm_average):
                 nn.init.zeros_(module.weight)

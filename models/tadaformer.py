@@ -29,6 +29,7 @@ from models.tadaconv import (
     linear_rates,
     quick_gelu,
     renamed_weights,
+    start_small,
 )
 
 STRIDE = 2  # frames from one step of the stem to the next
@@ -72,9 +73,7 @@ class TAdaModule(nn.Module):
         self.norm_average = nn.BatchNorm2d(reduced)
         self.route = RouteFunctionV2(reduced, head_width=head_width)
         self.expand = nn.Linear(reduced, width)
-        for module in (self.reduce, self.expand):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        start_small(self)
         nn.init.zeros_(self.norm_average.weight)
         nn.init.zeros_(self.expand.weight)
 
@@ -155,8 +154,6 @@ class TAdaFormer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(D, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
 
     def embedding(self) -> dict[str, nn.Module | nn.Parameter]:
         """Everything with weights before the first block, by name."""

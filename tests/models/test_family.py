@@ -21,7 +21,7 @@ from models import tada2d, tadaconvnextv2, tadaformer, tdn
 from models.imagenet import imagenet_weights, load_backbone
 from models.parameters import freeze_all_but_trainable, parameter_groups
 from models.registry import build_model
-from models.tadaconv import ROUTE_NAMES, RouteFunction, average_over_time, drop_clips, renamed_weights
+from models.tadaconv import ROUTE_NAMES, RouteFunction, TAdaConv2d, average_over_time, drop_clips, renamed_weights
 from tests.helpers.golden import GOLDEN, load_fill
 from tests.helpers.tiny_models import adapted, random_clips
 
@@ -377,6 +377,24 @@ def test_a_clip_drops_a_branch_in_all_of_its_frames() -> None:
     assert {value.item() for value in dropped.flatten(1).unique()} == {0.0, 2.0}
     assert all(len(clip.unique()) == 1 for clip in dropped)
     assert drop_clips(torch.ones(4, 2), 0.5, frames=4, training=False).eq(1).all()
+
+
+def test_fresh_weights_are_as_the_authors_start_them() -> None:
+    module = tadaformer.TAdaModule(256, (2, 2), head_width=8, temporal=True)
+    widths = (64, 64, 64, 64)
+    network = tadaconvnextv2.TAdaConvNeXtV2(num_classes=9, depths=(1, 1, 1, 1), widths=widths, head_width=8)
+    for name, values in (*module.named_parameters(), *network.stages.named_parameters()):
+        if values.ndim > 1 and not values.eq(0).all():
+            assert values.std().item() == pytest.approx(0.02, rel=0.15), name
+        elif "bias" in name:
+            assert values.eq(0).all(), name
+    zeros = {name for name, values in module.named_parameters() if values.ndim > 1 and values.eq(0).all()}
+    assert zeros == {"expand.weight"}  # with it the branch, not the factors
+    zeros = {name for name, values in network.named_parameters() if values.ndim > 1 and values.eq(0).all()}
+    assert len(zeros) == 8 and all(name.endswith("_factors.weight") for name in zeros)
+    bound = 1 / (12 * 8 * 9) ** 0.5
+    for values in TAdaConv2d(8, 12, 3, bias=True).parameters():
+        assert bound / 2 < values.abs().max() <= bound
 
 
 def test_a_published_route_of_single_frames() -> None:
