@@ -216,7 +216,7 @@ def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str
     try:
         load_weights(model, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
     except WeightsError as error:
-        if tested.input_size == trained_size:
+        if tested.input_size == trained_size or "positional_embedding" not in str(error):
             raise
         sizes = f"data.test_size {tested.input_size} is not data.input_size {trained_size}"
         raise WeightsError(f"{error} ({sizes}, and a network with a position for each patch has one size)") from None

@@ -166,7 +166,7 @@ class DataConfig:
             self.style is not None or self.dataset in known,
             "data.dataset",
             f"{self.dataset!r} is not a known dataset{did_you_mean(self.dataset, known)}; "
-            "for your own data set data.style to kinetics or something",
+            "for your own data set data.style to kinetics or something, or to a model's own (tdn, tada_segment, tada_interval)",
         )
         self._check_task()
         self._check_sampling()
@@ -192,8 +192,7 @@ class DataConfig:
             "data.scale_size",
             f"must be above data.input_size {self.input_size} with data.task: mosi: the crop moves over that picture",
         )
-        unread = ("augment", "num_sample", "rand_aug", "rand_erase", "dense", "shot", "gray_prob", "crop", "crop_scale",
-                  "reversed_classes", "test_size", "test_scale", "eval_crop")  # fmt: skip
+        unread = ("augment", "num_sample", "dense", "shot", "reversed_classes")
         for key in unread:
             default = getattr(self, key) == getattr(DataConfig, key)
             require(default, f"data.{key}", "has no effect with data.task: mosi")
@@ -308,7 +307,9 @@ class DataConfig:
         return self.scale_size or (256 if self.input_size == 224 else self.input_size)
 
     def for_testing(self) -> DataConfig:
-        """The settings with the sizes of testing as `input_size` and `scale_size`."""
+        """The settings with the sizes of testing as `input_size` and `scale_size`; mosi is tested as it is trained."""
+        if self.task == "mosi":
+            return self
         size = self.test_size or self.input_size
         scale = self.test_scale or max(self.short_side_size, size)
         return dataclasses.replace(self, input_size=size, scale_size=scale, test_size=None, test_scale=None)
@@ -449,8 +450,8 @@ class SolverConfig:
     lr: float = 1e-3  # the highest learning rate
     lr_base_batch: Optional[int] = None  # clips a step that lr is meant for: lr grows in proportion to the real ones
     lr_warmup_step: float = 4.0  # epochs of linear warm-up
-    lr_warmup_start: float = 0.0  # learning rate at the start of the warm-up
-    lr_final: float = 0.0  # cosine: learning rate at the end
+    lr_warmup_start: float = 0.0  # learning rate at the start of the warm-up; lr_base_batch scales it as lr
+    lr_final: float = 0.0  # cosine: learning rate at the end; lr_base_batch scales it as lr
     cosine_after_warmup: bool = True  # false: the cosine spans all epochs, and the warm-up rises to its value there
     milestones: tuple[float, ...] = ()  # step: epochs at which the learning rate is multiplied by gamma
     gamma: float = 0.1  # step: factor of the learning rate at each milestone

@@ -81,7 +81,7 @@ def build_training_state(
     return TrainingState(
         model=model,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, solver, lr, steps_per_epoch),
+        scheduler=build_scheduler(optimizer, solver, steps_per_epoch),
         scaler=precision.scaler(process.device),
         ema=ModelEma(model, solver.ema_decay) if solver.ema_decay is not None else None,
         backbone=backbone,

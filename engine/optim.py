@@ -110,8 +110,10 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def lr_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
-    """The learning rate at a fractional epoch, as a multiple of `lr`, its value at the top of the schedule.
+def lr_factor(solver: SolverConfig, epoch: float) -> float:
+    """The learning rate at a fractional epoch, as a multiple of its value at the top of the schedule.
+
+    lr_warmup_start and lr_final are relative to solver.lr, so lr_base_batch scales all three.
 
     `step`: gamma ** (number of milestones up to here). `cosine`: final + (1 - final) (1 + cos(pi (e - o) / (E - o))) / 2
     with E = epochs; o is the end of the warm-up w, or 0 without cosine_after_warmup. The warm-up rises linearly from
@@ -122,16 +124,16 @@ def lr_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
     """
     warmup = solver.lr_warmup_step
     if epoch >= warmup:
-        return _decay_factor(solver, lr, epoch)
-    start = solver.lr_warmup_start / lr
-    end = 1.0 if solver.type == "cosine" and solver.cosine_after_warmup else _decay_factor(solver, lr, warmup)
+        return _decay_factor(solver, epoch)
+    start = solver.lr_warmup_start / solver.lr
+    end = 1.0 if solver.type == "cosine" and solver.cosine_after_warmup else _decay_factor(solver, warmup)
     return start + (end - start) * (epoch / warmup)
 
 
-def _decay_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
+def _decay_factor(solver: SolverConfig, epoch: float) -> float:
     if solver.type == "step":
         return solver.gamma ** sum(epoch >= milestone for milestone in solver.milestones)
-    final = solver.lr_final / lr
+    final = solver.lr_final / solver.lr
     if epoch >= solver.epochs:
         return final
     origin = solver.lr_warmup_step if solver.cosine_after_warmup else 0.0
@@ -139,16 +141,9 @@ def _decay_factor(solver: SolverConfig, lr: float, epoch: float) -> float:
     return final + (1 - final) * cosine
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, solver: SolverConfig, lr: float, steps_per_epoch: int
-) -> LambdaLR:
-    """The schedule of `solver` by optimizer step; skipped steps count too.
-
-    Args:
-        lr: the learning rate that lr_warmup_start and lr_final are relative to. A group with another rate follows in
-            proportion.
-    """
-    return LambdaLR(optimizer, lambda step: lr_factor(solver, lr, step / steps_per_epoch))
+def build_scheduler(optimizer: torch.optim.Optimizer, solver: SolverConfig, steps_per_epoch: int) -> LambdaLR:
+    """The schedule of `solver` by optimizer step; skipped steps count too. All groups follow it in proportion."""
+    return LambdaLR(optimizer, lambda step: lr_factor(solver, step / steps_per_epoch))
 
 
 def build_criterion(smoothing: float, mixing: bool) -> nn.Module:

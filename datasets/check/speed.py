@@ -55,7 +55,8 @@ def measure(data: DataConfig, seed: int, workers: int, seconds: float) -> Rate:
     Raises:
         ConfigError, AnnotationError, ValueError: as datasets.build.train_loader, or no video can be read.
     """
-    loader = train_loader(replace(data, workers=workers, on_error="skip"), seed)
+    alone = replace(data, workers=workers, on_error="skip")
+    loader = train_loader(alone, seed, frames_per_segment=data.seg_length or 1)
     ahead = workers * (loader.prefetch_factor or 0)
     others = set(multiprocessing.active_children())
     started = time.perf_counter()

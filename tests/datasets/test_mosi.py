@@ -19,7 +19,7 @@ SIDE, CROP, T = 60, 32, 8  # 28 pixels in 7 steps: whole pixels at both speeds
 
 
 def data_of(tiny: Path, *overrides: str) -> DataConfig:
-    mosi = ("data.task=mosi", "data.num_classes=9", f"data.scale_size={SIDE}", "data.crop_scale=[0.08,1]")
+    mosi = ("data.task=mosi", "data.num_classes=9", f"data.scale_size={SIDE}")
     return load_config(tiny, [*(mosi if "data.reversed_classes=true" not in overrides else ()), *overrides]).data
 
 
@@ -122,7 +122,7 @@ def test_evaluation_has_each_motion_of_each_video_once(tiny: Path) -> None:
         ("data.num_classes=4", "data.num_classes: must be 9 with data.task: mosi, one a motion"),
         ("data.scale_size=32", "data.scale_size: must be above data.input_size 32 with data.task: mosi"),
         ("data.num_sample=2", "data.num_sample: has no effect with data.task: mosi"),
-        ("data.rand_aug=true", "data.rand_aug: has no effect with data.task: mosi"),
+        ("data.dense=true", "data.dense: has no effect with data.task: mosi"),
         ("data.tast=mosi", "data.tast: unknown key; did you mean data.task"),
     ],
 )
@@ -159,7 +159,7 @@ def test_reversed_classes_show_the_same_videos_backwards(tiny: Path) -> None:
 
 def test_from_the_pretext_task_to_the_classes(tiny: Path, tmp_path: Path) -> None:
     """Train on motions, test, and start the training on the real classes from it."""
-    mosi = ("data.task=mosi", "data.num_classes=9", f"data.scale_size={SIDE}", "data.crop_scale=[0.08,1]",
+    mosi = ("data.task=mosi", "data.num_classes=9", f"data.scale_size={SIDE}",
             "solver.epochs=1", "data.batch_size=2")  # fmt: skip
     run = train(tiny, tmp_path / "mosi", *mosi)
     (row,) = metrics(run)

@@ -60,7 +60,7 @@ def parts(width: int = 3, ema: float | None = None, scaled: bool = False, seed: 
     return TrainingState(
         model,
         optimizer,
-        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 0.1, 4),
+        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 4),
         scaler,
         average,
         frozen_identity(model),

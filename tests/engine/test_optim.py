@@ -166,7 +166,7 @@ def test_linear_scaling(caplog) -> None:
 def _rates(solver: SolverConfig, steps: int) -> list[float]:
     """The learning rate before each step and after the last."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=solver.lr)
-    scheduler = build_scheduler(optimizer, solver, solver.lr, steps)
+    scheduler = build_scheduler(optimizer, solver, steps)
     rates = [optimizer.param_groups[0]["lr"]]
     for _ in range(steps * solver.epochs):
         optimizer.step()
@@ -196,7 +196,7 @@ def test_the_default_schedule_keeps_every_digit(epochs: int) -> None:
     for step in range(13 * epochs):
         epoch = step / 13
         cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 1) / (epochs - 1))) if epoch >= 1 else None
-        assert lr_factor(solver, 0.03, epoch) == (epoch if cosine is None else cosine)
+        assert lr_factor(solver, epoch) == (epoch if cosine is None else cosine)
 
 
 def test_warmup_start_and_final_learning_rate() -> None:
@@ -235,8 +235,20 @@ def test_groups_keep_their_proportion() -> None:
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (2.0, 0.2)]
     optimizer = torch.optim.SGD(groups)
     solver = SolverConfig(lr=2.0, epochs=2, lr_warmup_step=1, lr_warmup_start=0.5)
-    build_scheduler(optimizer, solver, lr=2.0, steps_per_epoch=2)
+    build_scheduler(optimizer, solver, steps_per_epoch=2)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.05])
+
+
+def test_a_scaled_learning_rate_scales_the_warmups_start_and_the_end() -> None:
+    """Else, at a small batch, the warm-up would begin above its end."""
+    solver = SolverConfig(lr=1.0, epochs=4, lr_warmup_step=1, lr_warmup_start=0.5, lr_final=0.2, lr_base_batch=64)
+    lr = scaled_lr(solver.lr, solver.lr_base_batch, 16)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, rates = build_scheduler(optimizer, solver, steps_per_epoch=2), []
+    for _ in range(9):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    assert [rates[step] for step in (0, 1, 2, 8)] == pytest.approx([0.125, 0.1875, 0.25, 0.05])
 
 
 ROOT = Path(__file__).parents[2]
@@ -260,7 +272,7 @@ def test_schedules_are_those_of_the_tada_models() -> None:
     assert {row["recipe"] for row in rows} == TADA_RECIPES.keys()
     for row in rows:
         solver = load_config(ROOT / f"configs/{TADA_RECIPES[row['recipe']]}.yaml").solver
-        found = [solver.lr * lr_factor(solver, solver.lr, epoch) for epoch in row["epochs"]]
+        found = [solver.lr * lr_factor(solver, epoch) for epoch in row["epochs"]]
         assert found == pytest.approx(row["lr"], rel=1e-9, abs=1e-15), row["recipe"]
 
 

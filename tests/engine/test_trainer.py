@@ -110,7 +110,7 @@ def _training(
         criterion=build_criterion(0.1, mixing),
         optimizer=optimizer,
         scheduler=build_scheduler(
-            optimizer, SolverConfig(epochs=epochs, lr_warmup_step=1 if optim == "adamw" else 0), 1.0, steps
+            optimizer, SolverConfig(epochs=epochs, lr_warmup_step=1 if optim == "adamw" else 0), steps
         ),
         scaler=precision.scaler(CPU),
         precision=precision,

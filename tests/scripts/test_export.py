@@ -72,7 +72,7 @@ def _parts(model: torch.nn.Module, ema: bool = False) -> TrainingState:
     return TrainingState(
         model,
         optimizer,
-        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 0.1, 4),
+        build_scheduler(optimizer, SolverConfig(epochs=2, lr_warmup_step=1), 4),
         scaler,
         average,
         frozen_identity(model),
