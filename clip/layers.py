@@ -49,7 +49,8 @@ def over_tokens(norm: nn.Module, x: Tensor) -> Tensor:
 def recomputed(part: nn.Module, function: Callable[..., Tensor], *inputs: Any, draws: bool = False) -> Tensor:
     """`function(*inputs)`, of which only the inputs are saved for backward. The backward pass runs the function again.
 
-    torch.utils.checkpoint alone would update the running statistics of BatchNorms twice.
+    torch.utils.checkpoint alone would update the running statistics of BatchNorms twice. Hooks on the modules inside fire
+    in both runs.
 
     Args:
         part: the module with the BatchNorms that the function uses.

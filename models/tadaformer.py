@@ -194,7 +194,9 @@ class TAdaFormer(nn.Module):
 
     def embed(self, video: Tensor) -> tuple[Tensor, int]:
         """The input of the first block, and T': (B, T, 3, height, width) -> (B*T', L, D)."""
-        visual = self.tower.visual
+        visual, size = self.tower.visual, tuple(video.shape[-2:])
+        if size != tuple(self.tower.image_size):
+            raise ValueError(f"the tower was built for {self.tower.image_size} pixels and got {size}")
         x = self.stem(video.transpose(1, 2))  # (B, D, T', H, W)
         T = x.shape[2]
         x = as_images(x).flatten(2).transpose(1, 2)  # (B*T', N, D)

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from clip.towers.openclip_vit import build_openclip_tower
+from clip.towers.openclip_vit import build_custom_tower, build_openclip_tower
 from configs.schema import ConfigError, load_config
 from engine.profiling import count_flops
 from models import tada2d, tadaconvnextv2, tadaformer, tdn
@@ -409,6 +409,14 @@ def test_a_published_route_of_single_frames() -> None:
     ours = renamed_weights(published, ROUTE_NAMES)
     missing = nn.ModuleDict({"route": route}).load_state_dict(ours, strict=False)
     assert not missing.unexpected_keys and len(ours) == 3
+
+
+def test_tadaformer_refuses_another_size() -> None:
+    """One that the stem would cut down to the tower's size too."""
+    tower = build_custom_tower(width=32, layers=1, heads=1, patch_size=8, image_size=16)
+    model = tadaformer.TAdaFormer(tower, num_classes=3, head_width=8)
+    with pytest.raises(ValueError, match=r"built for \(16, 16\) pixels and got \(17, 16\)"):
+        model(torch.zeros(1, 5, 3, 17, 16))
 
 
 def test_an_average_needs_three_frames() -> None:
