@@ -72,7 +72,7 @@ from engine.run_info import describe_list, run_info
 from models.function import check_class_names, check_function
 from models.loading import WeightsError, check_untrained, load_weights
 from models.parameters import parameter_report
-from models.registry import build_model, run_home, with_pixel_statistics
+from models.registry import build_model, run_home, uses_tower, with_pixel_statistics
 
 logger = logging.getLogger("td4v")
 
@@ -216,7 +216,7 @@ def build_tested(config: Config, checkpoint: Checkpoint | None, names: tuple[str
     try:
         load_weights(model, checkpoint.weights, str(checkpoint.path), backbone=checkpoint.missing_backbone)
     except WeightsError as error:
-        if tested.input_size == trained_size or "positional_embedding" not in str(error):
+        if tested.input_size == trained_size or not uses_tower(config.network.model_name):
             raise
         sizes = f"data.test_size {tested.input_size} is not data.input_size {trained_size}"
         raise WeightsError(f"{error} ({sizes}, and a network with a position for each patch has one size)") from None

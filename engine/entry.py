@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 
 import torch.distributed as dist
 
+from common.console import end_at_once
 from engine.distributed import barrier, stop
 from engine.errors import ANOTHER_ENDED, explain
 from engine.signals import INTERRUPTED, Stopped, leaving_at_once
@@ -64,7 +64,7 @@ def leave(status: int) -> None:
     if dist.is_initialized():
         if status == 0:
             stop()
-        _end_at_once(status)
+        end_at_once(status)
     if status != 0:
         raise SystemExit(status)
 
@@ -81,13 +81,7 @@ def _end_workers(status: int) -> None:
     for worker in workers:
         worker.join(max(0.0, until - time.monotonic()))
     if any(worker.is_alive() for worker in workers):
-        _end_at_once(status)
-
-
-def _end_at_once(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        end_at_once(status)
 
 
 def _rank() -> int:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.console import Parser, expanded, log_lines, log_to_console
+from common.console import Parser, end_at_once, expanded, log_lines, log_to_console
 from common.tables import markdown_table
 from common.workers import num_cores, progress
 
@@ -237,4 +237,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_at_once(main())
