@@ -41,19 +41,24 @@ def path(side: int, crop: int, speed: int, frames: int, rng: np.random.Generator
     return np.linspace(start, start + distance, frames).astype(np.int64)
 
 
-def moving_clips(picture: np.ndarray, crop: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """One clip a motion, in the order of the labels: (s, s, 3) -> (9, T, S, S, 3), both uint8.
+def moving_clip(
+    picture: np.ndarray, crop: int, frames: int, motion: tuple[int, int], rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """The clip of one motion: (s, s, 3) -> (T, S, S, 3), both uint8.
 
     Args:
         crop: S, below s.
-        rng: draws where each motion starts; None for the middle.
+        motion: of MOTIONS.
+        rng: draws where the motion starts; None for the middle.
     """
-    clips = np.empty((len(MOTIONS), frames, crop, crop, 3), picture.dtype)
-    for clip, (x, y) in zip(clips, MOTIONS, strict=True):
-        columns, rows = (path(len(picture), crop, speed, frames, rng) for speed in (x, y))
-        for frame, left, top in zip(clip, columns, rows, strict=True):
-            frame[:] = picture[top : top + crop, left : left + crop]
-    return clips
+    columns, rows = (path(len(picture), crop, speed, frames, rng) for speed in motion)
+    corners = zip(columns, rows, strict=True)
+    return np.stack([picture[top : top + crop, left : left + crop] for left, top in corners])
+
+
+def moving_clips(picture: np.ndarray, crop: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """One clip a motion, in the order of the labels: (s, s, 3) -> (9, T, S, S, 3). See `moving_clip`."""
+    return np.stack([moving_clip(picture, crop, frames, motion, rng) for motion in MOTIONS])
 
 
 def with_static_mask(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -296,7 +296,7 @@ class MosiDataset(_VideoDataset):
     def _views(self, frames: Frames, label: int, epoch: int, index: int) -> dict[str, torch.Tensor]:
         T, S = self.sampling.clip_frames, self.input_size
         if self.seed is None:
-            clip = mosi.moving_clips(picture(frames, self.scale_size), S, T)[label]
+            clip = mosi.moving_clip(picture(frames, self.scale_size), S, T, mosi.MOTIONS[label])
             return {
                 "video": torch.from_numpy(clip[None]),
                 "label": torch.tensor(label),

@@ -217,21 +217,11 @@ class FeatureCache:
             "tf32": self.config.solver.tf32,
             "device": self.process.device.type,
         }
-        stored, shown = (
-            ("modality", "image_tmpl", "index_base", "decoder"),
-            (
-                "task",
-                "reversed_classes",
-                "num_segments",
-                "dense",
-                "interval",
-                "fps",
-                "input_size",
-                "scale_size",
-                "eval_crop",
-            ),
-        )
-        identity |= {name: getattr(data, name) for name in (*stored, *shown)}
+        keys = (
+            "modality", "image_tmpl", "index_base", "decoder", "task", "reversed_classes", "num_segments", "dense",
+            "interval", "fps", "input_size", "scale_size", "eval_crop",
+        )  # fmt: skip
+        identity |= {name: getattr(data, name) for name in keys}
         identity |= {"mean": list(data.mean), "std": list(data.std)}
         if split == "train" and data.shot is not None:
             identity |= {"shot": data.shot, "seed": self.config.seed}
